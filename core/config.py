@@ -1,0 +1,67 @@
+"""The operator's settings, and the only place that reads the environment for them beside the command line."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from .errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process is started with."""
+
+    model: str
+    """Folder of a checkpoint, or a hub name that is in the local cache or can be fetched."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    runner: Literal["auto", "native", "transformers"] = "auto"
+    """auto: native where the architecture is known to it, else transformers."""
+    max_model_len: int | None = None
+    """Tokens, prompt and output together; None: what the model was trained for."""
+    max_num_seqs: int = 64
+    """Most sequences that run at once."""
+    max_batch_tokens: int = 2048
+    """Most tokens of one step; longer prompts are computed in chunks."""
+    max_waiting: int = 1024
+    """Most sequences that wait; beyond, requests are refused with a retry time."""
+    kv_memory: int | None = None
+    """Bytes of the KV pool; None: a share of what the device has free."""
+    page_size: int = 16
+    """Entries of one KV page."""
+    seed: int = 0
+    """Base of the random seeds of requests that bring none."""
+    trust_remote_code: bool = False
+    """Allow a checkpoint's own Python code to run."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}", param="max_model_len")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
+                param="max_batch_tokens",
+            )
+        if self.kv_memory is not None and self.kv_memory < 1:
+            raise ConfigError(f"kv_memory must be positive, got {self.kv_memory}", param="kv_memory")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `4GiB`, `512MiB`, `1.5g`, `1000000`; raises `ConfigError` on anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not match:
+        raise ConfigError(f"not a size: {text!r} (examples: 4GiB, 512MiB, 2g)")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def embedded_model() -> Path:
+    """Folder of `quire-mini`, the model that ships with the package."""
+    return Path(__file__).resolve().parent.parent / "models" / "quire-mini"

@@ -1,0 +1,147 @@
+"""What crosses the border between server and engine process, as msgpack: no pickle, no tensors, no text but errors.
+
+Server -> engine: `Submit`, `Abort`, `Shutdown`. Engine -> server: `Progress`, `Ready`, `StartFailed` while it starts,
+then a `StepReport` per step (and one a second while idle: the heartbeat).
+"""
+
+from typing import Literal
+
+import msgspec
+
+from .errors import ErrorInfo
+from .ids import RequestId
+from .model_spec import ModelSpec
+from .request import Request
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Logprob(msgspec.Struct, frozen=True, array_like=True):
+    """`core.plan.TokenLogprob` on the wire."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """New tokens of one choice of one request."""
+
+    request_id: RequestId
+    index: int
+    """Which of the `n` choices."""
+    token_ids: list[int]
+    logprobs: list[Logprob] | None = None
+    prompt_logprobs: list[Logprob] | None = None
+    """Of consecutive prompt tokens, from the second on; may come in several messages, without tokens."""
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """One choice is complete; comes after its last `Tokens`."""
+
+    request_id: RequestId
+    index: int
+    reason: FinishReason
+    stop_token_id: int | None = None
+    """The end token that was hit (it is the last of the tokens sent)."""
+    queue_seconds: float = 0.0
+    """From arrival in the engine process to the first step that worked on it."""
+    preemptions: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The whole request ends with an error; nothing more comes for any of its choices."""
+
+    request_id: RequestId
+    error: ErrorInfo
+
+
+Event = Tokens | Finished | Failed
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """State of scheduler and engine after a step. Totals count since the engine started."""
+
+    running: int = 0
+    """Sequences holding a slot."""
+    waiting: int = 0
+    """Sequences not yet started, or preempted."""
+    pages_used: int = 0
+    pages_total: int = 0
+    steps_total: int = 0
+    preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    """Prompt tokens computed (recomputation after preemption not counted)."""
+    generation_tokens_total: int = 0
+    batch_tokens: int = 0
+    """Rows of the last step."""
+    step_seconds: float = 0.0
+    """The last step: planning, forward pass, sampling, commit."""
+    forward_seconds: float = 0.0
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """Everything one step produced, in one message; with no events it is a heartbeat."""
+
+    events: list[Event]
+    stats: EngineStats
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine settled on at start."""
+
+    model: ModelSpec
+    runner: Literal["native", "transformers"]
+    device: str
+    """Human-readable, e.g. `cpu (2 threads)` or `cuda (NVIDIA H200)`."""
+    dtype: str
+    max_model_len: int
+    """Tokens, prompt and output together."""
+    page_size: int
+    num_pages: int
+    kv_bytes: int
+    max_concurrency: float
+    """How many requests of `max_model_len` tokens the pool holds at once."""
+
+
+class Progress(msgspec.Struct, frozen=True, tag=True):
+    """Start-up progress, for people."""
+
+    phase: str
+    """E.g. `loading weights`, `warming up`."""
+    done: int
+    total: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine takes requests."""
+
+    info: EngineInfo
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start; its process exits non-zero after this."""
+
+    error: ErrorInfo
+
+
+EngineMessage = StepReport | Progress | Ready | StartFailed
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """A new request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """Forget the request, whatever its state; unknown ids are ignored, nothing is answered."""
+
+    request_id: RequestId
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Stop at once and exit 0."""
+
+
+ClientMessage = Submit | Abort | Shutdown

@@ -1,0 +1,29 @@
+"""What the scheduler, the engine and the server need to know of a model, without its tensors."""
+
+import msgspec
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Shape facts of a decoder, read from its configuration."""
+
+    name: str
+    """Folder or hub name it was loaded from."""
+    architecture: str
+    """The class that the configuration names, e.g. `LlamaForCausalLM`."""
+    num_layers: int
+    """Layers that own KV (the order of the page table's first axis)."""
+    num_kv_heads: int
+    num_heads: int
+    head_dim: int
+    """Width of a stored key or value; the larger one where they differ."""
+    vocab_size: int
+    """Width of the logits."""
+    max_context: int
+    """Positions the model was trained for."""
+    windows: tuple[int | None, ...]
+    """Per layer: sliding window in tokens (an entry is seen while query - entry < window), None for full."""
+    eos_token_ids: tuple[int, ...]
+    """End tokens of the model's generation configuration."""
+
+    def __post_init__(self) -> None:
+        assert len(self.windows) == self.num_layers

@@ -1,0 +1,129 @@
+"""What passes between scheduler and engine in one step: `BatchPlan` down, `StepOutput` up.
+
+The batch is ragged: each sequence brings `n >= 1` tokens (a chunk of its known tokens, or its newest one). There
+are no phases. Letters: S sequences of the batch, L layers, K kv heads, B entries of a page.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from .ids import SlotId
+from .request import SamplingParams
+
+IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotAssignment:
+    """A sequence enters (or, after preemption, re-enters) the engine's slot; the slot's old state is forgotten."""
+
+    slot: SlotId
+    params: SamplingParams
+    seed: int
+    """Key of the counter-based generator, unique to the choice; 64 bits unsigned."""
+    stop_ids: tuple[int, ...]
+    """Tokens that end the sequence: masked out until `params.min_tokens` tokens are generated."""
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    """Tokens generated before a preemption (they count for penalties), else empty."""
+    max_length: int
+    """Most tokens, prompt included, the sequence can reach: fixes length-dependent RoPE scaling."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageGrants:
+    """Page-table diff of one step, as parallel arrays: `table[slots, rows // K, rows % K, columns] = pages`."""
+
+    slots: IntArray
+    rows: IntArray
+    """layer * K + kv head."""
+    columns: IntArray
+    """Which page of that head, counted from its first kept one."""
+    pages: IntArray
+
+    @staticmethod
+    def none() -> "PageGrants":
+        """No page changes hands."""
+        empty = np.empty(0, np.int32)
+        return PageGrants(empty, empty, empty, empty)
+
+
+@dataclass(frozen=True, slots=True)
+class PageDrop:
+    """The leading `pages` of the heads `rows` of a slot left the table (a sliding window went past them).
+
+    The engine shifts those table rows left by `pages` and lowers their kept lengths by `pages * B`. Applied before
+    the step's grants.
+    """
+
+    slot: SlotId
+    rows: IntArray
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePlan:
+    """One sequence's part of the batch."""
+
+    slot: SlotId
+    start: int
+    """Logical position of the first new token (= tokens already computed)."""
+    token_ids: tuple[int, ...]
+    """The n >= 1 tokens to compute at positions start, start + 1, ..."""
+    sample: bool
+    """Whether these are all known tokens, so that the last row's logits give the next one."""
+    score_ids: tuple[int, ...] = ()
+    """Prompt log-probabilities wanted: row t scores `score_ids[t]`, the token that follows it; at most n."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One step's work. Applied in this order: assignments, drops, grants, then the forward pass."""
+
+    sequences: tuple[SequencePlan, ...]
+    assignments: tuple[SlotAssignment, ...] = ()
+    drops: tuple[PageDrop, ...] = ()
+    grants: PageGrants = field(default_factory=PageGrants.none)
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the forward pass."""
+        return sum(len(s.token_ids) for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log-probabilities at one position, of the model's own distribution (before temperature and penalties)."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm."""
+    top: tuple[tuple[int, float], ...]
+    """The most likely tokens with theirs, best first, as many as asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What a step gave one sequence; aligned with `BatchPlan.sequences`."""
+
+    token_ids: tuple[int, ...] = ()
+    """Newly accepted tokens: one if `sample`, else none."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per accepted token if asked for."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """One per `score_ids`."""
+    error: str | None = None
+    """Why this one sequence cannot go on (non-finite logits); the others are unaffected."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Results of one step."""
+
+    sequences: tuple[SequenceOutput, ...]
+    forward_seconds: float = 0.0
+    """Time in the model's forward pass."""
+    sample_seconds: float = 0.0
+    """Time in logits processing and sampling."""

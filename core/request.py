@@ -1,0 +1,106 @@
+"""What a user asks for: `SamplingParams` and `Request`, checked here once for HTTP and offline use alike."""
+
+import math
+from typing import Any
+
+import msgspec
+
+from .errors import InvalidRequestError
+from .ids import RequestId
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_TOKENS = 256
+MAX_LOGIT_BIAS = 1024
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn. Order of application: penalties, bias, minimum length, temperature, top-k/p/min-p.
+
+    Raises `InvalidRequestError`, naming the field, when a value is out of range.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy; at most 100."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose mass reaches this; (0, 1]."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 (or -1) keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this times the most likely one; [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL, section 4.1)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of each token already in the output; [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence in the output; [-2, 2]."""
+    logit_bias: dict[int, float] = {}
+    """Token id -> added to its logit; [-100, 100]."""
+    seed: int | None = None
+    """Makes the request repeatable, alone or in any batch; drawn at random where absent."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence, besides the model's own end tokens."""
+    max_tokens: int | None = None
+    """Most tokens to generate; None means as many as the context holds."""
+    min_tokens: int = 0
+    """End tokens are masked out until this many tokens are generated."""
+    ignore_eos: bool = False
+    """Go on past the model's end tokens."""
+    logprobs: int | None = None
+    """None: none; k: log-probability of each generated token and of the k most likely ones."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt (the first has none)."""
+    n: int = 1
+    """Independent completions of one prompt."""
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_range("top_k", self.top_k, -1, None)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("max_tokens", self.max_tokens, 1, None)
+        _check_range("min_tokens", self.min_tokens, 0, None)
+        _check_range("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+        _check_range("n", self.n, 1, MAX_CHOICES)
+        _check_range("seed", self.seed, -(2**63), 2**64 - 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
+            )
+        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
+            raise InvalidRequestError(f"at most {MAX_STOP_TOKENS} stop tokens are allowed", param="stop_token_ids")
+        if len(self.logit_bias) > MAX_LOGIT_BIAS:
+            raise InvalidRequestError(f"at most {MAX_LOGIT_BIAS} biased tokens are allowed", param="logit_bias")
+        for bias in self.logit_bias.values():
+            _check_range("logit_bias", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One prompt with its parameters, as the server hands it to the scheduler."""
+
+    id: RequestId
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    seed: int = 0
+    """`params.seed`, or what the client drew in its place; 64 bits unsigned."""
+
+
+def _check_range(
+    name: str, value: float | None, low: float, high: float | None, low_open: bool = False
+) -> None:
+    """Refuse NaN, infinities and values outside [low, high] (or (low, high] with `low_open`)."""
+    if value is None:
+        return
+    bad: Any = not math.isfinite(value) or value < low or (low_open and value == low)
+    if bad or (high is not None and value > high):
+        span = f"{'>' if low_open else '>='} {low:g}" + ("" if high is None else f" and <= {high:g}")
+        raise InvalidRequestError(f"{name} must be {span}, got {value}", param=name)

@@ -1,0 +1,76 @@
+"""`AttentionContext`: one step's view of the paged KV cache, handed down to every attention layer.
+
+It is planned once per step (by `engine/`) and used once per layer (by the runners). Letters: T new tokens of the
+step, S sequences, L layers, H query heads, K kv heads, D head dim, B entries of a page, P pages of the pool,
+M pages of the longest head in this step.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..kernels.attention import paged_attention
+from ..kernels.cache import append_kv
+
+
+@dataclass(slots=True)
+class AttentionContext:
+    """Where the new tokens' keys and values go and what they attend to."""
+
+    pool: Tensor
+    """[P, 2, B, D]: keys (0) and values (1). Mutated by `attend`."""
+    entry_positions: Tensor
+    """[P, B] int32: logical position of each entry. Mutated by `attend`."""
+    page_table: Tensor
+    """[S, L, K, M] int32: pages of each head, in order; columns past a head's length are arbitrary valid ids."""
+    kept: Tensor
+    """[S, L, K] int32: entries each head holds before this step."""
+    query_start: Tensor
+    """[S + 1] int32: first row of each sequence in the flattened batch, then T."""
+    query_lengths: tuple[int, ...]
+    """The same as host numbers: rows of each sequence."""
+    positions: Tensor
+    """[T] int64: logical position of each row."""
+    destinations: Tensor
+    """[L, T, K] int64: flat entry index (page * B + offset) at which each row's key and value are stored."""
+    max_kept: int
+    """Host upper bound of `kept + query length` over the batch."""
+    layers_seen: list[int] = field(default_factory=list)
+    """Layers that called `attend`: the transformers runner's check that no layer went another way."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Store the new keys and values of `layer`, then attend causally over all kept entries.
+
+        query [T, H, D], key [T, K, D], value [T, K, Dv <= D] (key already rotated); sinks [H] or None: logits of
+        attention sinks that take mass without a value (gpt-oss). Returns [T, H, Dv] in query's dtype.
+        """
+        self.layers_seen.append(layer)
+        append_kv(self.pool, self.entry_positions, key, value, self.destinations[layer], self.positions)
+        return paged_attention(
+            query,
+            self.pool,
+            self.entry_positions,
+            self.page_table[:, layer],
+            self.kept[:, layer],
+            self.query_start,
+            self.query_lengths,
+            self.positions,
+            max_kept=self.max_kept,
+            value_dim=value.shape[-1],
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+        )
+

@@ -1,0 +1,34 @@
+"""The protocol that both runners (native and transformers) fulfil, and how one is chosen and loaded."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from ..core.model_spec import ModelSpec
+from .context import AttentionContext
+
+ProgressCallback = Callable[[str, int, int], None]
+"""Called with (phase, done, total) while weights load."""
+
+
+class ModelRunner(Protocol):
+    """Runs a decoder over a flattened ragged batch; owns the weights, nothing of the cache."""
+
+    spec: ModelSpec
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        lengths: Tensor,
+        context: AttentionContext,
+        logit_rows: Tensor,
+    ) -> Tensor:
+        """Compute the batch, storing its keys and values through `context.attend`, once per layer.
+
+        input_ids [T] int64; positions [T] int64; lengths [T] int64: the most tokens the row's sequence can reach
+        (fixes length-dependent RoPE scaling per sequence); logit_rows [R] int64: rows whose logits are wanted.
+        Returns logits [R, V] float32.
+        """
+        ...
