@@ -14,6 +14,16 @@ MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
 
 
+def _check_range(name: str, value: float | None, low: float, high: float | None, low_open: bool = False) -> None:
+    """Refuse NaN, infinities and values outside [low, high] (or (low, high] with `low_open`)."""
+    if value is None:
+        return
+    bad: Any = not math.isfinite(value) or value < low or (low_open and value == low)
+    if bad or (high is not None and value > high):
+        span = f"{'>' if low_open else '>='} {low:g}" + ("" if high is None else f" and <= {high:g}")
+        raise InvalidRequestError(f"{name} must be {span}, got {value}", param=name)
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. Order of application: penalties, bias, minimum length, temperature, top-k/p/min-p.
 
@@ -69,7 +79,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_range("seed", self.seed, -(2**63), 2**64 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})", param="min_tokens"
+                f"min_tokens ({self.min_tokens}) is larger than max_tokens ({self.max_tokens})",
+                param="min_tokens",
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise InvalidRequestError(f"at most {MAX_STOP_TOKENS} stop tokens are allowed", param="stop_token_ids")
@@ -92,15 +103,3 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams = SamplingParams()
     seed: int = 0
     """`params.seed`, or what the client drew in its place; 64 bits unsigned."""
-
-
-def _check_range(
-    name: str, value: float | None, low: float, high: float | None, low_open: bool = False
-) -> None:
-    """Refuse NaN, infinities and values outside [low, high] (or (low, high] with `low_open`)."""
-    if value is None:
-        return
-    bad: Any = not math.isfinite(value) or value < low or (low_open and value == low)
-    if bad or (high is not None and value > high):
-        span = f"{'>' if low_open else '>='} {low:g}" + ("" if high is None else f" and <= {high:g}")
-        raise InvalidRequestError(f"{name} must be {span}, got {value}", param=name)

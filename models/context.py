@@ -73,4 +73,3 @@ class AttentionContext:
             softcap=softcap,
             sinks=sinks,
         )
-
