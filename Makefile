@@ -1,0 +1,33 @@
+# Everything a fresh machine with Python 3.11+, git, make and a compiler needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The one torch that the tests run on; the package itself accepts a range.
+TORCH ?= torch==2.13.0
+
+.PHONY: run test lint check clean
+
+run: $(VENV)/.run
+	$(BIN)/quire serve
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p quire
+	$(BIN)/mypy tests benchmarks
+
+$(VENV)/.run: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

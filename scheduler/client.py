@@ -1,0 +1,229 @@
+"""The server's side of the engine: `EngineClient`, and `ProcessClient` which runs and supervises an engine process.
+
+When the engine dies, or its heart stops, every open request fails with `EngineUnavailableError` and the engine is
+started again with a growing pause. It is given up when it cannot start, or dies `MAX_DEATHS` times without having
+served for `STABLE_SECONDS`; then `failed` carries the reason, and the server's exit code is not 0.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Literal, Protocol
+
+from ..core.config import EngineConfig
+from ..core.errors import EngineUnavailableError, QuireError, describe, revive
+from ..core.ids import RequestId
+from ..core.messages import (
+    Abort,
+    EngineInfo,
+    EngineMessage,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    Progress,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepReport,
+    Submit,
+)
+from ..core.request import Request
+from .engine_process import EngineProcess
+from .loop import EngineLoop
+from .process import load_loop
+
+HEART_STOPPED_SECONDS = 120.0
+"""Without a sign of life for this long the engine counts as hung. A step on a slow CPU may take many seconds."""
+MAX_DEATHS = 5
+STABLE_SECONDS = 60.0
+MAX_BACKOFF_SECONDS = 30.0
+log = logging.getLogger("quire.client")
+
+Status = Literal["starting", "ready", "restarting", "stopped"]
+
+
+class EngineClient(Protocol):
+    """What the HTTP layer needs of an engine, wherever it runs."""
+
+    @property
+    def status(self) -> Status:
+        """Whether requests are taken."""
+        ...
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """Model and pool facts; None until first ready."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest report."""
+        ...
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine's last sign of life."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine was started again."""
+        ...
+
+    def add_stats_listener(self, callback: Callable[[EngineStats], None]) -> None:
+        """Call `callback` with each report's stats."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """Events of all `n` choices until each is finished. Raises `QuireError` on refusal and when the engine dies.
+
+        Closing the generator early aborts the request.
+        """
+        ...
+
+
+class ProcessClient:
+    """Runs the engine in a process of its own."""
+
+    def __init__(self, config: EngineConfig, on_progress: Callable[[Progress], None] | None = None) -> None:
+        self.status: Status = "starting"
+        self.info: EngineInfo | None = None
+        self.stats = EngineStats()
+        self.restarts = 0
+        self.ready = asyncio.Event()
+        self.failed: asyncio.Future[QuireError] = asyncio.get_running_loop().create_future()
+        """Set when the engine is given up, with the reason."""
+        self._config = config
+        self._on_progress = on_progress
+        self._listeners: list[Callable[[EngineStats], None]] = []
+        self._streams: dict[RequestId, asyncio.Queue[Event]] = {}
+        self._last_sign = self._ready_since = time.monotonic()
+        self._engine = EngineProcess(config)
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    @property
+    def heartbeat_age(self) -> float:
+        """Seconds since the engine's last sign of life."""
+        return time.monotonic() - self._last_sign
+
+    @property
+    def engine_pid(self) -> int:
+        """Process id of the present engine."""
+        return self._engine.pid
+
+    def add_stats_listener(self, callback: Callable[[EngineStats], None]) -> None:
+        """Call `callback` with each report's stats."""
+        self._listeners.append(callback)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        """See `EngineClient.generate`."""
+        if self.status != "ready":
+            raise EngineUnavailableError(f"the engine is {self.status}", retry_after=2.0)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._streams[request.id] = events
+        open_choices = request.params.n
+        try:
+            self._engine.send(Submit(request))
+            while open_choices:
+                event = await events.get()
+                if isinstance(event, Failed):
+                    open_choices = 0
+                    raise revive(event.error)
+                if isinstance(event, Finished):
+                    open_choices -= 1
+                yield event
+        finally:
+            del self._streams[request.id]
+            if open_choices and self.status == "ready":
+                self._engine.send(Abort(request.id))
+
+    async def shutdown(self, grace_seconds: float = 5.0) -> None:
+        """Stop the engine; open requests fail."""
+        self.status = "stopped"
+        self._supervisor.cancel()
+        await asyncio.gather(self._supervisor, return_exceptions=True)
+        self._fail_streams(EngineUnavailableError("the server is shutting down"))
+        if self._engine.exit_code is None:
+            self._engine.send(Shutdown())
+            await self._engine.wait(grace_seconds)
+        self._engine.close()
+
+    async def _supervise(self) -> None:
+        """Run engines, one after another, until one cannot be started or too many died."""
+        deaths = 0
+        while True:
+            reason = await self._run_engine()
+            served = self.ready.is_set() and time.monotonic() - self._ready_since > STABLE_SECONDS
+            self.ready.clear()
+            deaths = 1 if served else deaths + 1
+            self._engine.close()
+            if self.info is None or deaths >= MAX_DEATHS:
+                self.status = "stopped"
+                self._fail_streams(reason)
+                self.failed.set_result(reason)
+                return
+            self.status = "restarting"
+            log.error("%s; restarting it", reason.message)
+            self._fail_streams(EngineUnavailableError(f"{reason.message}; it is being restarted", retry_after=5.0))
+            await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (deaths - 1)))
+            self.restarts += 1
+            self._last_sign = time.monotonic()
+            self._engine = EngineProcess(self._config)
+
+    async def _run_engine(self) -> QuireError:
+        """Pass on the present engine's messages until it dies; returns why it did."""
+        receiving = asyncio.create_task(self._receive())
+        try:
+            while True:
+                done, _ = await asyncio.wait({receiving}, timeout=0.2)
+                if done:
+                    return receiving.result()
+                if self._engine.exit_code is not None:
+                    # Its last words may still be in the socket: StartFailed says more than an exit code.
+                    done, _ = await asyncio.wait({receiving}, timeout=0.5)
+                    return receiving.result() if done else self._death()
+                if self.heartbeat_age > HEART_STOPPED_SECONDS and self.status == "ready":
+                    return EngineUnavailableError(f"the engine gave no sign of life for {self.heartbeat_age:.0f} s")
+        finally:
+            receiving.cancel()
+            await asyncio.gather(receiving, return_exceptions=True)
+
+    def _death(self) -> QuireError:
+        return EngineUnavailableError(f"the engine process died (exit code {self._engine.exit_code})")
+
+    async def _receive(self) -> QuireError:
+        """Handle messages; returns only when the engine says that it cannot start."""
+        while True:
+            message = await self._engine.receive()
+            self._last_sign = time.monotonic()
+            if isinstance(message, StartFailed):
+                return revive(message.error)
+            self._handle(message)
+
+    def _handle(self, message: EngineMessage) -> None:
+        if isinstance(message, StepReport):
+            self.stats = message.stats
+            for event in message.events:
+                stream = self._streams.get(event.request_id)
+                if stream is not None:  # else the request was closed meanwhile; its abort is on the way
+                    stream.put_nowait(event)
+            for listener in self._listeners:
+                listener(message.stats)
+        elif isinstance(message, Ready):
+            self.info = message.info
+            self._ready_since = time.monotonic()
+            self.status = "ready"
+            self.ready.set()
+        elif isinstance(message, Progress) and self._on_progress:
+            self._on_progress(message)
+
+    def _fail_streams(self, error: QuireError) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put_nowait(Failed(request_id, describe(error)))
+
+
+def load_in_process(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> EngineLoop:
+    """The same scheduler and engine in this process, for the offline API and tests."""
+    return load_loop(config, on_progress)

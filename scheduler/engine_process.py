@@ -1,0 +1,82 @@
+"""The server's handle on one engine process: its sockets, its exit, the messages both ways."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from ..core.config import EngineConfig
+from ..core.messages import ClientMessage, EngineMessage
+
+
+class EngineProcess:
+    """One engine process and the local sockets to it. A restarted engine is a new object with new sockets, so that
+    nothing of the old one can arrive late."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="quire-"))
+        address = f"ipc://{self._folder}/engine"
+        self._context = zmq.asyncio.Context()
+        self._up = self._bind(zmq.PULL, address + ".up")
+        self._down = self._bind(zmq.PUSH, address + ".down")
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+        self._popen = subprocess.Popen(
+            [sys.executable, "-m", "quire.scheduler.process", address],
+            stdin=subprocess.PIPE,
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(msgspec.json.encode(config))
+        self._popen.stdin.close()
+
+    def _bind(self, kind: int, address: str) -> zmq.asyncio.Socket:
+        socket: zmq.asyncio.Socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.set_hwm(0)
+        socket.bind(address)
+        return socket
+
+    @property
+    def pid(self) -> int:
+        """Of the engine process."""
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for the signal that killed it."""
+        return self._popen.poll()
+
+    def send(self, message: ClientMessage) -> None:
+        """Queue a message to the engine; messages sent before it listens wait for it."""
+        self._down.send(self._encoder.encode(message))
+
+    async def receive(self) -> EngineMessage:
+        """The next message of the engine; waits for ever if it is dead."""
+        return self._decoder.decode(await self._up.recv())
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for it to end; False if it still runs after `seconds`."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while self.exit_code is None:
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def close(self) -> None:
+        """Kill it if it runs, and give back sockets and files."""
+        if self.exit_code is None:
+            self._popen.kill()
+        self._popen.wait()
+        self._up.close()
+        self._down.close()
+        self._context.term()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,91 @@
+"""The step loop: plan, compute, commit. One thread owns it; the same loop serves a process and the offline API."""
+
+import time
+from typing import Protocol
+
+import msgspec
+
+from ..core.errors import QuireError, describe
+from ..core.ids import RequestId
+from ..core.messages import EngineInfo, EngineStats, Event, Failed, StepReport
+from ..core.plan import BatchPlan, StepOutput
+from ..core.request import Request
+from .scheduler import Scheduler, SchedulerConfig
+
+
+class StepEngine(Protocol):
+    """What the loop needs of an engine; `engine.engine.Engine` fulfils it, tests simulate it."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on when it was loaded."""
+        ...
+
+    def step(self, plan: BatchPlan) -> StepOutput:
+        """Compute one batch."""
+        ...
+
+
+class EngineLoop:
+    """Drives a scheduler and an engine, step by step."""
+
+    def __init__(self, engine: StepEngine, scheduler: Scheduler) -> None:
+        self.engine = engine
+        self.scheduler = scheduler
+        self._refused: list[Event] = []
+        self._step_seconds = 0.0
+        self._forward_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would report anything."""
+        return self.scheduler.has_work or bool(self._refused)
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; a refusal is reported as `Failed` by the next step."""
+        try:
+            self.scheduler.add(request)
+        except QuireError as error:
+            self._refused.append(Failed(request.id, describe(error)))
+
+    def abort(self, request_id: RequestId) -> None:
+        """Forget a request in whatever state; unknown ids are fine."""
+        self.scheduler.abort(request_id)
+
+    def step(self) -> StepReport:
+        """Run one step if there is work; the report carries its events and the state after it."""
+        events, self._refused = self._refused, []
+        if self.scheduler.has_work:
+            started = time.perf_counter()
+            plan = self.scheduler.plan()
+            if plan is not None:
+                output = self.engine.step(plan)
+                events += self.scheduler.commit(plan, output)
+                self._forward_seconds = output.forward_seconds
+            self._step_seconds = time.perf_counter() - started
+        return StepReport(events, self.stats())
+
+    def stats(self) -> EngineStats:
+        """The scheduler's counters with the last step's times."""
+        return msgspec.structs.replace(
+            self.scheduler.stats(), step_seconds=self._step_seconds, forward_seconds=self._forward_seconds
+        )
+
+
+def scheduler_config(
+    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int
+) -> SchedulerConfig:
+    """The scheduler's slice of what the engine settled on and the operator asked for."""
+    return SchedulerConfig(
+        num_pages=info.num_pages,
+        page_size=info.page_size,
+        num_layers=info.model.num_layers,
+        num_kv_heads=info.model.num_kv_heads,
+        windows=info.model.windows,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_waiting=max_waiting,
+        max_model_len=info.max_model_len,
+        vocab_size=info.model.vocab_size,
+        eos_token_ids=info.model.eos_token_ids,
+    )

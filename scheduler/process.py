@@ -1,0 +1,144 @@
+"""The engine process: `python -m quire.scheduler.process ADDRESS`, an `EngineConfig` as JSON on standard input.
+
+The main thread owns scheduler and device. An input and an output thread do the sockets, so that the loop never waits
+for them. The process ends by itself when its parent is gone: an engine without a server only holds memory.
+
+Exit codes: 0 after `Shutdown`, 1 when it cannot start or a step fails, 3 when the parent is gone.
+"""
+
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+import msgspec
+import zmq
+
+from ..core.config import EngineConfig
+from ..core.errors import QuireError, describe
+from ..core.messages import (
+    Abort,
+    ClientMessage,
+    EngineMessage,
+    Progress,
+    Ready,
+    Shutdown,
+    StartFailed,
+    StepReport,
+    Submit,
+)
+from .loop import EngineLoop, scheduler_config
+
+HEARTBEAT_SECONDS = 1.0
+EXIT_PARENT_GONE = 3
+log = logging.getLogger("quire.engine")
+
+
+def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> EngineLoop:
+    """Load the model and the pool and put a scheduler over them. Raises `QuireError` if that cannot work."""
+    from ..engine.engine import Engine  # torch comes with it: only the process that computes pays for that
+    from .scheduler import Scheduler
+
+    engine = Engine.load(config, on_progress)
+    limits = scheduler_config(
+        engine.info,
+        max_num_seqs=config.max_num_seqs,
+        max_batch_tokens=config.max_batch_tokens,
+        max_waiting=config.max_waiting,
+    )
+    return EngineLoop(engine, Scheduler(limits))
+
+
+class Wire:
+    """The two socket threads and their queues."""
+
+    def __init__(self, address: str) -> None:
+        self.inbox: queue.SimpleQueue[ClientMessage] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[EngineMessage | None] = queue.SimpleQueue()
+        self._context = zmq.Context()
+        self._address = address
+        self._sender = threading.Thread(target=self._send_all, name="quire-output", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive_all, name="quire-input", daemon=True).start()
+
+    def send(self, message: EngineMessage) -> None:
+        """Hand a message to the output thread."""
+        self._outbox.put(message)
+
+    def flush(self) -> None:
+        """Wait until everything handed over has left; nothing can be sent afterwards."""
+        self._outbox.put(None)
+        self._sender.join(timeout=5)
+
+    def _send_all(self) -> None:
+        encoder = msgspec.msgpack.Encoder()
+        with self._context.socket(zmq.PUSH) as socket:
+            socket.linger = 2000
+            socket.connect(self._address + ".up")
+            while (message := self._outbox.get()) is not None:
+                socket.send(encoder.encode(message))
+
+    def _receive_all(self) -> None:
+        decoder = msgspec.msgpack.Decoder(ClientMessage)
+        parent = os.getppid()
+        with self._context.socket(zmq.PULL) as socket:
+            socket.connect(self._address + ".down")
+            while True:
+                if socket.poll(1000):
+                    self.inbox.put(decoder.decode(socket.recv()))
+                elif os.getppid() != parent:
+                    os._exit(EXIT_PARENT_GONE)
+
+
+def run(loop: EngineLoop, wire: Wire) -> None:
+    """Serve until `Shutdown` comes. Sends a report after each step and a heartbeat each second while idle."""
+    while True:
+        try:
+            message = wire.inbox.get(block=not loop.has_work, timeout=HEARTBEAT_SECONDS)
+        except queue.Empty:
+            message = None
+        while message is not None:
+            if isinstance(message, Shutdown):
+                return
+            _handle(loop, message)
+            message = None if wire.inbox.empty() else wire.inbox.get()
+        wire.send(loop.step() if loop.has_work else StepReport([], loop.stats()))
+
+
+def _handle(loop: EngineLoop, message: Submit | Abort) -> None:
+    if isinstance(message, Submit):
+        loop.submit(message.request)
+    else:
+        loop.abort(message.request_id)
+
+
+def main() -> int:
+    """Entry point of the engine process; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
+    wire = Wire(sys.argv[1])
+    try:
+        loop = load_loop(config, lambda phase, done, total: wire.send(Progress(phase, done, total)))
+    except QuireError as error:
+        wire.send(StartFailed(describe(error)))
+        wire.flush()
+        return 1
+    wire.send(Ready(loop.engine.info))
+    try:
+        run(loop, wire)
+    except Exception:
+        # The state of scheduler and cache is unknown after a failed step: dying (and being restarted) is the honest
+        # answer. Open requests fail with a clear error, which the server gives them.
+        log.exception("a step failed; the engine process stops")
+        return 1
+    wire.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    os._exit(main())  # skip interpreter teardown: threads and device libraries may hang in it

@@ -1,0 +1,213 @@
+"""The command line `quire`: serve, chat, complete. Each option has an environment name `QUIRE_...`.
+
+Whatever goes wrong is one line on standard error and a non-zero exit code.
+"""
+
+import logging
+import sys
+from importlib.metadata import version
+from typing import Annotated, Literal
+
+import typer
+
+from ..core.config import EngineConfig, embedded_model, parse_size
+from ..core.errors import QuireError
+
+app = typer.Typer(
+    help="Quire: serve large language models with a paged KV cache that can be pruned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_MODEL = "Model"
+_MEMORY = "Memory and batching"
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(envvar="QUIRE_MODEL", help="Checkpoint folder or hub name; the embedded quire-mini if absent."),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(
+        envvar="QUIRE_DEVICE", help="Where to compute; auto takes a GPU if there is one.", rich_help_panel=_MODEL
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        envvar="QUIRE_DTYPE",
+        help="Type of weights and KV; auto: the checkpoint's, if the device is good at it.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Runner = Annotated[
+    Literal["auto", "native", "transformers"],
+    typer.Option(
+        envvar="QUIRE_RUNNER",
+        help="Whose model code runs; auto: ours where it knows the architecture.",
+        rich_help_panel=_MODEL,
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        envvar="QUIRE_MAX_MODEL_LEN",
+        help="Longest prompt + output in tokens; default: what the model was trained for.",
+        rich_help_panel=_MODEL,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        envvar="QUIRE_TRUST_REMOTE_CODE",
+        help="Run Python code that comes with the checkpoint.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(envvar="QUIRE_SEED", help="Base of the seeds of requests that bring none.", rich_help_panel=_MODEL),
+]
+MaxNumSeqs = Annotated[
+    int, typer.Option(envvar="QUIRE_MAX_NUM_SEQS", help="Most sequences that run at once.", rich_help_panel=_MEMORY)
+]
+MaxBatchTokens = Annotated[
+    int,
+    typer.Option(
+        envvar="QUIRE_MAX_BATCH_TOKENS",
+        help="Most tokens of one step; longer prompts are computed in chunks.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+MaxWaiting = Annotated[
+    int,
+    typer.Option(
+        envvar="QUIRE_MAX_WAITING",
+        help="Most sequences that wait; more are refused with a 429.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(
+        envvar="QUIRE_KV_MEMORY",
+        help="Size of the KV pool, e.g. 4GiB; default: a share of what is free.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+PageSize = Annotated[
+    int, typer.Option(envvar="QUIRE_PAGE_SIZE", help="Tokens of one KV page.", rich_help_panel=_MEMORY)
+]
+_DEFAULTS = EngineConfig(model="")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if show_version:
+        print(f"quire {version('quire')}")
+        raise typer.Exit()
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str, typer.Option(envvar="QUIRE_HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="QUIRE_PORT", help="Port to listen on; 0 takes a free one.")] = 8000,
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="QUIRE_SERVED_MODEL_NAME", help="Name(s) of the model in the API; default: its folder or hub name."
+        ),
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="QUIRE_API_KEY", help="Ask this key of every route but /health and /ready.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    runner: Runner = "auto",
+    max_model_len: MaxModelLen = None,
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = 0,
+    max_num_seqs: MaxNumSeqs = _DEFAULTS.max_num_seqs,
+    max_batch_tokens: MaxBatchTokens = _DEFAULTS.max_batch_tokens,
+    max_waiting: MaxWaiting = _DEFAULTS.max_waiting,
+    kv_memory: KvMemory = None,
+    page_size: PageSize = _DEFAULTS.page_size,
+) -> None:
+    """Serve MODEL over an OpenAI-style HTTP API."""
+    from .serving import ServeOptions, served_name
+    from .serving import serve as run
+
+    model = model or str(embedded_model())
+    config = EngineConfig(
+        model=model,
+        device=device,
+        dtype=dtype,
+        runner=runner,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        max_waiting=max_waiting,
+        kv_memory=parse_size(kv_memory) if kv_memory else None,
+        page_size=page_size,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+    )
+    names = tuple(served_model_name or [served_name(model)])
+    run(ServeOptions(engine=config, host=host, port=port, served_model_names=names, api_key=api_key))
+
+
+@app.command()
+def complete(
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    model: Annotated[
+        str | None, typer.Option(envvar="QUIRE_MODEL", help="Checkpoint folder or hub name; quire-mini if absent.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    runner: Runner = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+    seed: Seed = 0,
+) -> None:
+    """Continue PROMPT offline, without a server."""
+    from ..core.request import SamplingParams
+    from .llm import LLM
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    llm = LLM(model, device=device, dtype=dtype, runner=runner, trust_remote_code=trust_remote_code, max_num_seqs=1)
+    print(llm.generate([text], params, progress=False)[0].choices[0].text)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(envvar="QUIRE_URL", help="Where the server answers.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model name; default: the first one served.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="QUIRE_API_KEY", help="The server's key, if it asks for one.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+) -> None:
+    """Chat with a running server in the terminal."""
+    from .chat import Conversation, run_chat
+
+    run_chat(Conversation(url, model, api_key, system, temperature, max_tokens))
+
+
+def main() -> None:
+    """Entry point of the command `quire`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except QuireError as error:
+        sys.exit(f"error: {error.message}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Stands for a foreign regular package named `kernels`."""
