@@ -1,0 +1,62 @@
+"""Writing into the paged KV cache: plain torch, the reference that other implementations are tested against.
+
+A page holds B entries (key, value, logical position) of ONE kv head of ONE layer. Letters: T new tokens of the step,
+S sequences, L layers, K kv heads, D head dim, B entries of a page, P pages of the pool, M pages of the longest head.
+The functions are pure but for what their docstring says they mutate; they know no requests and no owners of pages.
+"""
+
+import torch
+from torch import Tensor
+
+
+def row_sequences(query_start: Tensor, num_tokens: int) -> Tensor:
+    """Which sequence each row of the flattened batch belongs to.
+
+    query_start [S + 1] int: first row of each sequence, then T = `num_tokens`. Returns [T] int64; never syncs.
+    """
+    lengths = query_start.diff()
+    sequences = torch.arange(lengths.shape[0], device=query_start.device)
+    return torch.repeat_interleave(sequences, lengths, output_size=num_tokens)
+
+
+def entry_destinations(
+    page_table: Tensor, kept: Tensor, query_start: Tensor, *, page_size: int, num_tokens: int
+) -> Tensor:
+    """Where each new token's key and value go, for all layers and heads at once.
+
+    page_table [S, L, K, M] int32: pages of each head in order, reaching past the new entries; kept [S, L, K] int32:
+    entries each head holds before the step; query_start [S + 1] int. Row t of sequence s, its o-th new one, becomes
+    entry kept[s, l, k] + o of head (l, k). Returns [L, T, K] int64: page * B + offset in page. Reads and writes
+    about 16 * L * T * K bytes; never syncs.
+    """
+    num_sequences, num_layers, num_heads, num_columns = page_table.shape
+    sequence = row_sequences(query_start, num_tokens)
+    order = torch.arange(num_tokens, device=page_table.device) - query_start[sequence]
+    index = kept.long()[sequence].add_(order[:, None, None])  # [T, L, K]
+    heads = torch.arange(num_sequences * num_layers * num_heads, device=page_table.device)
+    # Gathering single table cells, not rows of M: a long context's rows would be megabytes per token.
+    first_cell = (heads * num_columns).view(num_sequences, num_layers, num_heads)[sequence]
+    page = page_table.reshape(-1)[first_cell + index.div(page_size, rounding_mode="floor")].long()
+    return page.mul_(page_size).add_(index.remainder_(page_size)).transpose(0, 1).contiguous()
+
+
+def append_kv(
+    pool: Tensor, entry_positions: Tensor, key: Tensor, value: Tensor, destinations: Tensor, positions: Tensor
+) -> None:
+    """Store one layer's new keys and values, and their logical positions, in place.
+
+    pool [P, 2, B, D] any float dtype, contiguous, mutated: keys at [:, 0], values at [:, 1]; entry_positions [P, B]
+    int32, contiguous, mutated; key [T, K, D] (already rotated), value [T, K, Dv <= D], cast to the pool's dtype
+    (columns Dv.. of the stored values are left alone); destinations [T, K] int64, all different; positions [T]
+    int64. Writes T * K * (D + Dv) elements; no arithmetic.
+    """
+    num_pages, _, page_size, width = pool.shape
+    entries = destinations.reshape(-1)
+    # A page's values follow its keys, so entry e = page * B + offset has its key at row e + page * B of the pool.
+    key_rows = entries + entries.div(page_size, rounding_mode="floor") * page_size
+    rows = pool.view(num_pages * 2 * page_size, width)
+    rows.index_copy_(0, key_rows, key.reshape(-1, width).to(pool.dtype))
+    value_dim = value.shape[-1]
+    rows[:, :value_dim].index_copy_(0, key_rows + page_size, value.reshape(-1, value_dim).to(pool.dtype))
+    heads = destinations.shape[1]
+    entry_positions.view(-1).index_copy_(0, entries, positions.to(torch.int32).repeat_interleave(heads))

@@ -1,0 +1,150 @@
+"""From logits to tokens and log-probabilities: plain torch, vectorised over rows with different parameters.
+
+Letters: R rows (one per token to draw), V vocabulary, C candidates. Everything is float32 (running sums of sorted
+masses float64). No row's result depends on another row. Ties are always broken towards the lowest token id. Order of
+the rules: penalties, bias, forbidden tokens (`adjust_*`), then temperature, top-k, top-p, min-p (`sample_*`).
+"""
+
+import torch
+from torch import Tensor
+
+from .noise import gumbel_noise
+
+CANDIDATES = 1024
+"""Sorted candidates looked at before a full sort of the vocabulary; a sort costs ten times as much."""
+_MIN_TEMPERATURE = 1e-30
+"""Smaller ones would be zero or denormal in float32; the result is the argmax either way."""
+_LOGPROB_ROWS = 32
+"""Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """[R] bool: rows of [R, V] whose maximum is a finite number, so not NaN anywhere, not +inf, not all -inf."""
+    return logits.amax(-1).isfinite()
+
+
+def adjust_penalties(
+    logits: Tensor, output_counts: Tensor, in_prompt: Tensor, repetition: Tensor, presence: Tensor, frequency: Tensor
+) -> Tensor:
+    """Discourage tokens that were seen; returns [R, V] and leaves the arguments alone.
+
+    output_counts [R, V] integer: occurrences in the output; in_prompt [R, V] bool; the strengths are [R] float32.
+    repetition (CTRL, Keskar et al. 2019, section 4.1) divides positive and multiplies negative logits of tokens in
+    prompt or output; presence is subtracted once, frequency per occurrence, for tokens in the output.
+    """
+    in_output = output_counts > 0
+    factor = torch.where(in_prompt | in_output, repetition[:, None], 1.0)
+    logits = torch.where(logits > 0, logits / factor, logits * factor)
+    return logits - presence[:, None] * in_output - frequency[:, None] * output_counts
+
+
+def adjust_bias(logits: Tensor, rows: Tensor, tokens: Tensor, bias: Tensor) -> None:
+    """Add bias [N] float32 to logits[rows[N], tokens[N]], in place; repeated places add up."""
+    logits.index_put_((rows, tokens), bias, accumulate=True)
+
+
+def forbid(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """Set logits[rows[N], tokens[N]] to -inf, in place."""
+    logits.index_put_((rows, tokens), logits.new_full((), float("-inf")))
+
+
+def rank_tokens(scores: Tensor, width: int) -> Tensor:
+    """[R, width] int64: the highest of scores [R, V] float32, best first, ties by token id.
+
+    Sorts integer keys that hold score and token, so that the result is the same whatever algorithm sorts.
+    """
+    vocab = scores.shape[-1]
+    bits = scores.contiguous().view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & (2**31 - 1))  # compares like the float it came from
+    reverse_id = torch.arange(vocab - 1, -1, -1, device=scores.device)
+    keys = (ordered.long() << 32) | reverse_id
+    best = keys.topk(width).values if width < vocab else keys.sort(dim=-1, descending=True).values
+    return (vocab - 1) - (best & (2**32 - 1))
+
+
+def greedy_tokens(logits: Tensor) -> Tensor:
+    """[R] int64: the most likely token of each row of [R, V], the lowest id among equals."""
+    return logits.argmax(-1)
+
+
+def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
+    """(logits - their maximum) / temperature: at most 0, no overflow at any temperature."""
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=_MIN_TEMPERATURE)[:, None])
+
+
+def sample_full(
+    logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """Draw from the whole distribution, of which min-p may cut the tail: logits [R, V] -> [R] int64.
+
+    temperature, min_p [R] float32, temperature > 0; a token is dropped if its probability is below min_p times the
+    largest one. seeds, positions [R] int64 key the noise (see `kernels.noise`). About 20 V operations per row.
+    """
+    scaled = _scale(logits, temperature)
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    noisy = gumbel_noise(seeds, positions, tokens).add_(scaled)
+    return noisy.masked_fill_(scaled < min_p.log()[:, None], float("-inf")).argmax(-1)
+
+
+def sample_truncated(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """Draw from the best tokens only: logits [R, V] -> [R] int64.
+
+    Keeps the top_k [R] int64 most likely tokens (all if < 1), of these the smallest leading set whose renormalised mass
+    reaches top_p [R] float32 (the token that crosses it is kept), of these the ones not below min_p [R] times the
+    largest probability; the best token always stays. The `CANDIDATES` best tokens settle most rows; only the rows
+    they do not settle are sorted in full (one read of a [R] mask by the host).
+    """
+    scaled = _scale(logits, temperature)
+    width = min(CANDIDATES, logits.shape[-1])
+    chosen, settled = _sample_candidates(scaled, width, top_k, top_p, min_p, seeds, positions)
+    if width < logits.shape[-1] and not bool(settled.all()):
+        rest = (~settled).nonzero().squeeze(-1)
+        arguments = (top_k[rest], top_p[rest], min_p[rest], seeds[rest], positions[rest])
+        chosen[rest] = _sample_candidates(scaled[rest], logits.shape[-1], *arguments)[0]
+    return chosen
+
+
+def _sample_candidates(
+    scaled: Tensor, width: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens [R] drawn among the `width` best, and whether the kept set lies inside them ([R] bool)."""
+    tokens = rank_tokens(scaled, width)
+    values = scaled.gather(-1, tokens)
+    rank = torch.arange(width, device=scaled.device)
+    limited = top_k > 0
+    in_k = (rank < top_k[:, None]) | ~limited[:, None]
+    mass = values.exp().mul_(in_k)
+    total = torch.where(limited, mass.sum(-1, dtype=torch.float64), scaled.exp().sum(-1, dtype=torch.float64))
+    reached = mass.cumsum(-1, dtype=torch.float64)
+    goal = (top_p.double() * total)[:, None]
+    before_crossing = torch.roll(reached, 1, dims=-1) < goal
+    kept = in_k & (before_crossing | (top_p >= 1)[:, None]) & (values >= min_p.log()[:, None])
+    kept[:, 0] = True
+    noisy = gumbel_noise(seeds, positions, tokens).add_(values).masked_fill_(~kept, float("-inf"))
+    chosen = tokens.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
+    inside_k = limited & (top_k <= width)
+    inside_p = ~limited & (top_p < 1) & (reached[:, -1] >= goal[:, 0])
+    return chosen, inside_k | inside_p
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural log-probabilities under softmax(logits): of given tokens, and the most likely ones.
+
+    logits [R, V] float32, tokens [R] int64, top >= 0. Returns chosen [R] float32, ids [R, top] int64 and values
+    [R, top] float32, best first. Three passes over the logits, and a selection if top > 0.
+    """
+    norm = torch.logsumexp(logits, dim=-1, keepdim=True)
+    chosen = logits.gather(-1, tokens[:, None]).sub_(norm).squeeze(-1)
+    width = min(top, logits.shape[-1])
+    if width == 0:
+        return chosen, tokens.new_empty(len(tokens), 0), logits.new_empty(len(tokens), 0)
+    ids = torch.cat([rank_tokens(rows, width) for rows in logits.split(_LOGPROB_ROWS)])
+    return chosen, ids, logits.gather(-1, ids).sub_(norm)

@@ -1,0 +1,179 @@
+"""The layers of the native decoder family, on flattened batches: no padding, no batch axis, no autograd.
+
+Letters: T rows of the step, E hidden size, H query heads, K kv heads, D head dim, F feed-forward size. Rounding
+follows the library's own modelling code (norms in float32 and cast before the weight, rotation in the model's type),
+so that greedy text in 16-bit types parts from it as rarely as possible.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .context import AttentionContext
+from .rope import rotate
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Sizes and switches that all layers of a model share."""
+
+    hidden: int
+    feed_forward: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm over each query and key head before rotation (Qwen3)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and as what parameters are made."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """An uninitialised frozen parameter; loading fills it."""
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """y = x W^T (+ b); weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
+        super().__init__()
+        self.weight = place.parameter(outputs, inputs)
+        self.bias = place.parameter(outputs) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, the quotient in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, epsilon: float, place: Placement) -> None:
+        super().__init__()
+        self.weight = place.parameter(width)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same."""
+        return rms_normalise(x, self.epsilon) * self.weight
+
+
+def rms_normalise(x: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, computed in float32, in x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Self-attention over the paged cache, with one fused projection for queries, keys and values.
+
+    `qkv.weight` holds H query heads, then K key heads, then K value heads, each of D rows. `qk_weight` [H + K, D]
+    holds the norm weight of every query and key head (equal within each kind), so that one pass normalises both.
+    """
+
+    def __init__(self, layer: int, shape: LayerShape, window: int | None, place: Placement) -> None:
+        super().__init__()
+        self.layer = layer
+        self.shape = shape
+        self.window = window
+        self.scale = shape.head_dim**-0.5
+        rows = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        self.qkv = Linear(shape.hidden, rows, shape.qkv_bias, place)
+        self.output = Linear(shape.num_heads * shape.head_dim, shape.hidden, shape.output_bias, place)
+        rotated = shape.num_heads + shape.num_kv_heads
+        self.qk_weight = place.parameter(rotated, shape.head_dim) if shape.qk_norm else None
+
+    def share_norm_weights(self) -> None:
+        """Give the norm weight of the first query (key) head to all others; called once after loading."""
+        if self.qk_weight is not None:
+            for weights in self.qk_weight.split([self.shape.num_heads, self.shape.num_kv_heads]):
+                weights.copy_(weights[:1].expand_as(weights).clone())
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        """[T, E] -> [T, E]; cos and sin [T, 1, R / 2]. Stores the rows' keys and values in the cache."""
+        shape = self.shape
+        heads = self.qkv(x).view(x.shape[0], -1, shape.head_dim)
+        query_key, value = heads.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        if self.qk_weight is not None:
+            query_key = rms_normalise(query_key, shape.norm_epsilon) * self.qk_weight
+        query, key = rotate(query_key, cos, sin).split([shape.num_heads, shape.num_kv_heads], dim=1)
+        mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
+        return self.output(mixed.reshape(x.shape[0], -1))
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); `gate_up.weight` holds F gate rows, then F up rows (Shazeer 2020)."""
+
+    def __init__(self, shape: LayerShape, activation: Activation, place: Placement) -> None:
+        super().__init__()
+        self.gate_up = Linear(shape.hidden, 2 * shape.feed_forward, shape.mlp_bias, place)
+        self.down = Linear(shape.feed_forward, shape.hidden, shape.mlp_bias, place)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, E] -> [T, E]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(self.activation(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(
+        self, layer: int, shape: LayerShape, activation: Activation, window: int | None, place: Placement
+    ) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
+        self.attention = Attention(layer, shape, window, place)
+        self.mlp_norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
+        self.mlp = GatedMLP(shape, activation, place)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+        """[T, E] -> [T, E]."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, context)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm and output head (the embedding itself where they are tied)."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        shape: LayerShape,
+        activation: Activation,
+        windows: tuple[int | None, ...],
+        tied: bool,
+        place: Placement,
+    ) -> None:
+        super().__init__()
+        self.embedding = place.parameter(vocab_size, shape.hidden)
+        self.layers = nn.ModuleList(
+            DecoderLayer(index, shape, activation, window, place) for index, window in enumerate(windows)
+        )
+        self.norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
+        self.head = self.embedding if tied else place.parameter(vocab_size, shape.hidden)
+
+    def forward(
+        self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor
+    ) -> Tensor:
+        """input_ids [T] -> logits [R, V] float32 of the rows `logit_rows` [R]."""
+        x = F.embedding(input_ids, self.embedding)
+        for layer in self.layers:
+            x = layer(x, cos, sin, context)
+        return F.linear(self.norm(x.index_select(0, logit_rows)), self.head).float()

@@ -1,0 +1,50 @@
+"""`BatchDraft`: a step's plan while it is being put together."""
+
+import numpy as np
+
+from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SequencePlan, SlotAssignment
+from .sequence import SequenceState
+
+
+class BatchDraft:
+    """Collects the parts of one `BatchPlan`."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens the step can still take."""
+        self.owed = 0
+        """Pages that begun prompts of this step will yet need: not for new sequences."""
+        self.members: list[SequenceState] = []
+        """Who is in the step, aligned with the plan's sequences."""
+        self._plans: list[SequencePlan] = []
+        self._assignments: list[SlotAssignment] = []
+        self._drops: list[PageDrop] = []
+        self._grants: list[PageGrants] = []
+
+    def enter(self, sequence: SequenceState) -> None:
+        """The sequence has just got its slot."""
+        self._assignments.append(sequence.assignment())
+
+    def change_pages(self, sequence: SequenceState, drops: list[tuple[IntArray, int]], grants: PageGrants) -> None:
+        """The sequence's table loses leading pages `drops` (rows, pages per row), then gets `grants`."""
+        assert sequence.slot is not None
+        self._drops += [PageDrop(sequence.slot, rows, pages) for rows, pages in drops]
+        if len(grants.pages):
+            self._grants.append(grants)
+
+    def add(self, sequence: SequenceState, count: int) -> None:
+        """The sequence computes its next `count` tokens in this step."""
+        sequence.in_flight = count
+        self.budget -= count
+        self.members.append(sequence)
+        self._plans.append(sequence.plan(count))
+
+    def build(self) -> BatchPlan:
+        """The finished plan."""
+        return BatchPlan(tuple(self._plans), tuple(self._assignments), tuple(self._drops), self._joined_grants())
+
+    def _joined_grants(self) -> PageGrants:
+        if len(self._grants) <= 1:
+            return self._grants[0] if self._grants else PageGrants.none()
+        columns = zip(*((g.slots, g.rows, g.columns, g.pages) for g in self._grants), strict=True)
+        return PageGrants(*(np.concatenate(parts) for parts in columns))

@@ -1,0 +1,98 @@
+"""What the scheduler must know of model and pool, and how many pages a sequence needs."""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from ..core.errors import ConfigError
+from ..core.plan import IntArray
+from .table import NO_WINDOW
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits and shapes; raises `ConfigError` when the pool cannot hold a single token."""
+
+    num_pages: int
+    """Pages of the KV pool."""
+    page_size: int
+    """Entries of one page."""
+    num_layers: int
+    num_kv_heads: int
+    windows: tuple[int | None, ...]
+    """Per layer: sliding window in tokens (an entry is seen while query - entry < window), None for full."""
+    max_num_seqs: int
+    """Most sequences that run at once (= slots of the engine)."""
+    max_batch_tokens: int
+    """Most tokens of one step."""
+    max_waiting: int
+    """Most sequences that wait."""
+    max_model_len: int
+    """Most tokens of a sequence, prompt and output together."""
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.windows) == self.num_layers
+        assert all(window is None or window >= 1 for window in self.windows)
+        for name in ("num_pages", "page_size", "num_kv_heads", "max_num_seqs", "max_batch_tokens", "max_waiting"):
+            assert getattr(self, name) >= 1, name
+        assert self.max_model_len >= 2
+        if self.pages_needed(1) > self.num_pages:
+            raise ConfigError(
+                f"the KV pool has {self.num_pages:,} pages but one token alone takes {self.pages_needed(1):,}; "
+                "give it more memory (kv_memory)",
+                param="kv_memory",
+            )
+
+    @property
+    def num_rows(self) -> int:
+        """Heads of all layers: rows of a page table."""
+        return self.num_layers * self.num_kv_heads
+
+    @cached_property
+    def row_windows(self) -> IntArray | None:
+        """Window per row of a page table, int32 [R]; None if no layer has one."""
+        if not any(self.windows):
+            return None
+        per_layer = [NO_WINDOW if window is None else window for window in self.windows]
+        return np.repeat(np.asarray(per_layer, np.int32), self.num_kv_heads)
+
+    @cached_property
+    def _kinds(self) -> dict[int | None, int]:
+        """How many layers have each kind of window."""
+        return dict(Counter(self.windows))
+
+    def pages_needed(self, entries: int) -> int:
+        """Most pages a sequence holds at any time until it has computed `entries` tokens.
+
+        A windowed layer stops growing: before a chunk is added, all but the window and a begun page are dropped.
+        """
+        full = -(-entries // self.page_size)
+        pages = 0
+        for window, layers in self._kinds.items():
+            bound = full if window is None else -(-(window + self.max_batch_tokens) // self.page_size) + 1
+            pages += layers * min(full, bound)
+        return pages * self.num_kv_heads
+
+    @cached_property
+    def max_length(self) -> int:
+        """Most tokens of a sequence, prompt and output, that context and pool allow.
+
+        The last token needs no page: it is never computed.
+        """
+        low, high = 1, self.max_model_len - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.pages_needed(middle) <= self.num_pages:
+                low = middle
+            else:
+                high = middle - 1
+        return low + 1
+
+    @cached_property
+    def watermark(self) -> int:
+        """Pages that admission leaves free for the sequences that already run: 1 %, at least one page per head."""
+        return max(self.num_pages // 100, self.num_rows)

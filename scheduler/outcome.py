@@ -1,0 +1,61 @@
+"""What a step's result means for one sequence: new tokens, the end, and the events that tell of them."""
+
+from collections.abc import Iterable
+
+from ..core.messages import Event, Finished, Logprob, Tokens
+from ..core.plan import SequenceOutput, TokenLogprob
+from .sequence import SequenceState
+
+
+def accept(sequence: SequenceState, result: SequenceOutput) -> list[Event]:
+    """Append the accepted tokens up to the end, if it is among them; `Tokens`, then `Finished` in that case.
+
+    Marks the sequence done at its end; the caller takes slot and pages back. End tokens count only once `min_tokens`
+    came before them, which is how long the engine masks them out.
+    """
+    params = sequence.request.params
+    ending: Finished | None = None
+    taken = 0
+    for token in result.token_ids:
+        is_end = token in sequence.stop_ids and sequence.num_generated >= params.min_tokens
+        sequence.tokens.append(token)
+        taken += 1
+        if is_end:
+            ending = _finished(sequence, token)
+        elif len(sequence.tokens) >= sequence.max_length:
+            ending = _finished(sequence, None)
+        if ending:
+            break
+    events: list[Event] = []
+    if taken or result.prompt_logprobs:
+        events.append(_tokens(sequence, result, taken))
+    if ending:
+        events.append(ending)
+    return events
+
+
+def _finished(sequence: SequenceState, stop_token: int | None) -> Finished:
+    assert sequence.started_at is not None
+    return Finished(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        reason="length" if stop_token is None else "stop",
+        stop_token_id=stop_token,
+        queue_seconds=sequence.started_at - sequence.arrived_at,
+        preemptions=sequence.preemptions,
+    )
+
+
+def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int) -> Tokens:
+    wanted = sequence.request.params.logprobs is not None and taken > 0
+    return Tokens(
+        request_id=sequence.request.id,
+        index=sequence.index,
+        token_ids=list(result.token_ids[:taken]),
+        logprobs=_wire(result.logprobs[:taken]) if wanted else None,
+        prompt_logprobs=_wire(result.prompt_logprobs) if result.prompt_logprobs else None,
+    )
+
+
+def _wire(logprobs: Iterable[TokenLogprob]) -> list[Logprob]:
+    return [Logprob(entry.token_id, entry.logprob, list(entry.top)) for entry in logprobs]

@@ -1,0 +1,156 @@
+"""`SequenceState`: all that the scheduler knows of one choice of one request."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..core.ids import SlotId
+from ..core.plan import IntArray, SequencePlan, SlotAssignment
+from ..core.request import Request
+from .config import SchedulerConfig
+from .table import NO_WINDOW, PageTable
+
+_MASK = 2**64 - 1
+
+
+def choice_seed(seed: int, index: int) -> int:
+    """Seed of choice `index`: the request's own for the first, a 64-bit mix of both for the others.
+
+    The mix is splitmix64's output function (Steele, Lea, Flood 2014), so neighbours share no bits.
+    """
+    if index == 0:
+        return seed & _MASK
+    z = (seed + index * 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceState:
+    """One choice of a request from arrival to end. Mutable; owned by the scheduler.
+
+    It has two lengths: `num_computed` is logical and gives positions; the kept lengths per head give what is stored.
+    They part where a window or pruning forgets entries.
+    """
+
+    request: Request
+    index: int
+    """Which of the `n` choices."""
+    arrival: int
+    """Order of arrival, unique; the larger, the younger."""
+    arrived_at: float
+    """Clock time in seconds."""
+    seed: int
+    stop_ids: tuple[int, ...]
+    """Tokens that end the sequence."""
+    max_length: int
+    """Most tokens, prompt included."""
+    table: PageTable
+    tokens: list[int]
+    """All known tokens: the prompt, then the output."""
+    num_prompt: int
+    num_computed: int = 0
+    """Leading tokens whose keys and values were computed since the sequence (re-)entered."""
+    most_computed: int = 0
+    """The same over its whole life: what lies below is recomputation."""
+    num_scored: int = 0
+    """Prompt log-probabilities already delivered: those of tokens 1 to `num_scored`."""
+    slot: SlotId | None = None
+    """Lent while it runs; None while it waits and after its end."""
+    in_flight: int = 0
+    """Its tokens in the step between plan and commit; 0 if it has none there."""
+    started_at: float | None = None
+    """Clock time of the first step that worked on it."""
+    preemptions: int = 0
+    done: bool = False
+    """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
+
+    @staticmethod
+    def create(request: Request, index: int, arrival: int, now: float, config: SchedulerConfig) -> "SequenceState":
+        """Choice `index` of a request that passed the admission checks; `now` in seconds."""
+        params = request.params
+        ends = () if params.ignore_eos else config.eos_token_ids
+        num_prompt = len(request.prompt_ids)
+        return SequenceState(
+            request=request,
+            index=index,
+            arrival=arrival,
+            arrived_at=now,
+            seed=choice_seed(request.seed, index),
+            stop_ids=tuple(sorted({*ends, *params.stop_token_ids})),
+            max_length=config.max_length if params.max_tokens is None else num_prompt + params.max_tokens,
+            table=PageTable(config.num_rows, config.page_size),
+            tokens=list(request.prompt_ids),
+            num_prompt=num_prompt,
+        )
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that are not computed yet: 1 while it decodes, more while a prompt is (re)computed."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Output tokens so far."""
+        return len(self.tokens) - self.num_prompt
+
+    def kept(self, num_layers: int) -> IntArray:
+        """Entries that each head keeps, int32 [L, K]."""
+        return self.table.kept.reshape(num_layers, -1)
+
+    def next_chunk(self, budget: int) -> int:
+        """How many tokens to compute next, at most `budget`.
+
+        A recomputed prompt is cut where its log-probabilities were delivered: scores start with a chunk's first row.
+        """
+        count = min(self.num_pending, budget)
+        if self.num_computed < self.num_scored < self.num_prompt - 1:
+            count = min(count, self.num_scored - self.num_computed)
+        return count
+
+    def plan(self, count: int) -> SequencePlan:
+        """This sequence's part of a batch: its next `count` known tokens."""
+        assert self.slot is not None
+        start, end = self.num_computed, self.num_computed + count
+        scores: tuple[int, ...] = ()
+        if self.request.params.prompt_logprobs is not None and start >= self.num_scored:
+            scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
+        return SequencePlan(self.slot, start, tuple(self.tokens[start:end]), end == len(self.tokens), scores)
+
+    def assignment(self) -> SlotAssignment:
+        """What the engine must know when the sequence enters its slot."""
+        assert self.slot is not None
+        return SlotAssignment(
+            slot=self.slot,
+            params=self.request.params,
+            seed=self.seed,
+            stop_ids=self.stop_ids,
+            prompt_ids=self.request.prompt_ids,
+            output_ids=tuple(self.tokens[self.num_prompt :]),
+            max_length=self.max_length,
+        )
+
+    def advance(self, count: int) -> int:
+        """`count` more tokens are computed and stored; returns how many prompt tokens that were for the first time."""
+        self.table.append(count)
+        self.num_computed += count
+        fresh = min(self.num_computed, self.num_prompt) - min(self.most_computed, self.num_prompt)
+        self.most_computed = max(self.most_computed, self.num_computed)
+        return max(fresh, 0)
+
+    def check(self, config: SchedulerConfig) -> None:
+        """AssertionError unless lengths, pages and windows agree."""
+        kept, held, size = self.table.kept, self.table.held, config.page_size
+        assert self.num_computed < len(self.tokens) or self.done
+        assert self.table.num_pages == held.sum()
+        free = held * size - kept - self.in_flight
+        assert (free >= 0).all() and (free < size).all(), "a head has too few or too many pages"
+        assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
+        windows = config.row_windows
+        if windows is None:
+            assert (kept == self.num_computed).all()
+            return
+        assert (kept >= np.minimum(windows - 1, self.num_computed)).all(), "a visible entry was dropped"
+        assert ((kept <= self.num_computed) & ((kept == self.num_computed) | (windows < NO_WINDOW))).all()
+        assert (held <= -(-(windows + config.max_batch_tokens) // size) + 1).all(), "unseen pages were not dropped"

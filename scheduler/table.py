@@ -1,0 +1,111 @@
+"""`PageTable`: the pages of one sequence and how many entries each head keeps in them.
+
+Rows are heads: row = layer * K + kv head, R = L * K of them. B is the page size.
+"""
+
+import numpy as np
+
+from ..core.plan import IntArray
+
+NO_WINDOW = 2**30
+"""Window of a full-attention layer: larger than any context."""
+
+
+class PageTable:
+    """Pages and kept lengths of one sequence, head by head: heads may keep different numbers of entries.
+
+    Appending costs two integers as long as there is `room`; arrays are touched only when some head needs a page.
+    """
+
+    __slots__ = ("_appended", "_held", "_kept", "_page_size", "_pages", "num_pages", "room")
+
+    def __init__(self, num_rows: int, page_size: int) -> None:
+        self._page_size = page_size
+        self._pages: IntArray = np.empty((num_rows, 0), np.int32)
+        """[R, capacity]; columns from `held` on are stale."""
+        self._held: IntArray = np.zeros(num_rows, np.int32)
+        """[R] pages of each head."""
+        self._kept: IntArray = np.zeros(num_rows, np.int32)
+        """[R] entries of each head, without the last `_appended`."""
+        self._appended = 0
+        self.num_pages = 0
+        """Pages of all heads together."""
+        self.room = 0
+        """Entries that can surely be appended before any head needs a page (0 also asks for a fresh look)."""
+
+    @property
+    def kept(self) -> IntArray:
+        """Entries of each head, int32 [R]."""
+        return self._kept + np.int32(self._appended)
+
+    @property
+    def held(self) -> IntArray:
+        """Pages of each head, int32 [R]."""
+        return self._held.copy()
+
+    def append(self, count: int) -> None:
+        """`count` entries were written for every head."""
+        assert count <= self.room, "entries were written past the last page"
+        self._appended += count
+        self.room -= count
+
+    def lacking(self, count: int) -> IntArray:
+        """Pages that each head lacks to take `count` more entries, int32 [R]."""
+        wanted = -(-(self.kept + np.int32(count)) // self._page_size)
+        return np.maximum(wanted - self._held, 0)
+
+    def grow(self, lacking: IntArray, ids: IntArray) -> tuple[IntArray, IntArray]:
+        """Hang in new pages `ids` [sum(lacking)], `lacking` [R] of them per head.
+
+        Returns (rows, columns), int32, parallel to `ids`; refreshes `room`.
+        """
+        rows = np.repeat(np.arange(len(lacking), dtype=np.int32), lacking)
+        before = np.cumsum(lacking) - lacking
+        columns = (self._held[rows] + np.arange(len(ids)) - before[rows]).astype(np.int32)
+        self._held += lacking
+        self._reserve(int(self._held.max()))
+        self._pages[rows, columns] = ids
+        self.num_pages += len(ids)
+        self.room = int((self._held * self._page_size - self.kept).min())
+        return rows, columns
+
+    def drop_unseen(self, windows: IntArray) -> tuple[list[tuple[IntArray, int]], IntArray]:
+        """Unhang the leading pages that no query from now on can see; windows [R], `NO_WINDOW` for full attention.
+
+        Entry i of k kept ones lies at least k - i positions before the next query, pruned or not, and is seen only
+        within the window. Returns [(rows, pages per row)], and the ids that fell free.
+        """
+        unseen = np.maximum(self.kept - windows + 1, 0) // self._page_size
+        groups, freed = [], []
+        for count in map(int, np.unique(unseen[unseen > 0])):
+            rows = np.flatnonzero(unseen == count).astype(np.int32)
+            freed.append(self._pages[rows, :count].ravel())
+            self._pages[rows, : self._pages.shape[1] - count] = self._pages[rows, count:]
+            self._held[rows] -= count
+            self._kept[rows] -= count * self._page_size
+            groups.append((rows, count))
+        ids = np.concatenate(freed) if freed else np.empty(0, np.int32)
+        self.num_pages -= len(ids)
+        return groups, ids
+
+    def ids(self) -> IntArray:
+        """All pages of the table, int32 [num_pages]."""
+        return self._pages[np.arange(self._pages.shape[1]) < self._held[:, None]]
+
+    def clear(self) -> IntArray:
+        """Forget everything; returns the ids to give back."""
+        ids = self.ids()
+        assert len(ids) == self.num_pages
+        self._pages = np.empty((len(self._held), 0), np.int32)
+        self._held[:] = 0
+        self._kept[:] = 0
+        self._appended = self.num_pages = self.room = 0
+        return ids
+
+    def _reserve(self, columns: int) -> None:
+        """Widen the array so that a head can hold `columns` pages; doubling keeps this rare."""
+        rows, capacity = self._pages.shape
+        if columns > capacity:
+            wider = np.empty((rows, max(columns, 2 * capacity)), np.int32)
+            wider[:, :capacity] = self._pages
+            self._pages = wider

@@ -1,0 +1,28 @@
+"""`create_app`: the HTTP application over an engine client and a tokenizer."""
+
+import time
+
+from fastapi import FastAPI
+
+from ..scheduler.client import EngineClient
+from . import openai_routes, ops_routes
+from .errors import install_handlers
+from .metrics import Metrics
+from .middleware import Gate
+from .settings import ServerSettings, Service
+from .text import Tokenizer
+
+__all__ = ["ServerSettings", "create_app"]
+
+
+def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
+    """The application; `app.state.service` is the `Service` that its routes work with."""
+    metrics = Metrics(client, settings.served_model_names[0], settings.metrics_prefix)
+    service = Service(client, tokenizer, settings, metrics, created=int(time.time()))
+    app = FastAPI(title="Quire", description="OpenAI-style LLM inference", redirect_slashes=False)
+    app.state.service = service
+    install_handlers(app, metrics.failed)
+    app.include_router(openai_routes.router)
+    app.include_router(ops_routes.router)
+    app.add_middleware(Gate, service=service)
+    return app

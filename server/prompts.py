@@ -1,0 +1,111 @@
+"""From request bodies to engine requests: sampling parameters, tokenized prompts, ids and seeds."""
+
+import random
+from typing import Any
+
+from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.ids import RequestId
+from ..core.request import Request, SamplingParams
+from .generation import Job
+from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
+from .settings import Service
+from .text import Tokenizer
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for completions."""
+_SHARED = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "min_tokens",
+    "ignore_eos",
+    "n",
+)
+
+
+async def completion_jobs(service: Service, body: CompletionBody, response_id: str) -> list[Job]:
+    """One engine request per prompt; choices are numbered through all prompts."""
+    echo = bool(body.echo)
+    score_only = echo and body.max_tokens == 0  # one token must be generated: it is dropped
+    wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    params = _sampling(
+        body,
+        max_tokens=1 if score_only else wanted,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.logprobs if echo else None,
+    )
+    jobs: list[Job] = []
+    for number, prompt in enumerate(body.prompt):
+        if isinstance(prompt, str):
+            ids = await service.tokenizer.encode_async(prompt, body.add_special_tokens)
+        else:
+            ids = prompt
+        shown = (prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)) if echo else None
+        request = _request(service, f"{response_id}-{number}", ids, params, param="prompt")
+        jobs.append(_job(body, request, first_index=number * params.n, echo=shown, score_only=score_only))
+    return jobs
+
+
+async def chat_jobs(service: Service, body: ChatBody, response_id: str) -> list[Job]:
+    """The one engine request of a conversation."""
+    if body.top_logprobs is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+    wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = _sampling(body, max_tokens=wanted, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    ids = await chat_ids(service.tokenizer, body.messages, body)
+    request = _request(service, response_id, ids, params, param="messages")
+    return [_job(body, request, first_index=0, echo=None, score_only=False)]
+
+
+async def chat_ids(
+    tokenizer: Tokenizer, messages: list[ChatMessage], options: TemplateOptions, add_special_tokens: bool = False
+) -> list[int]:
+    """Tokens of a conversation, written by the model's template."""
+
+    def write() -> str:
+        return tokenizer.chat_prompt(
+            [message.model_dump(exclude_none=True) for message in messages],
+            add_generation_prompt=options.add_generation_prompt,
+            continue_final_message=options.continue_final_message,
+            template_kwargs=options.chat_template_kwargs,
+        )
+
+    text = await tokenizer.run(sum(len(message.content) for message in messages), write)
+    return await tokenizer.encode_async(text, add_special_tokens)
+
+
+def _sampling(body: GenerationBody, **other: Any) -> SamplingParams:
+    fields = {name: value for name in _SHARED if (value := getattr(body, name)) is not None}
+    fields |= {name: value for name, value in other.items() if value is not None}
+    return SamplingParams(stop_token_ids=tuple(body.stop_token_ids or ()), **fields)
+
+
+def _request(service: Service, request_id: str, ids: list[int], params: SamplingParams, param: str) -> Request:
+    if not ids:
+        raise InvalidRequestError("the prompt is empty", param=param)
+    limit = service.max_model_len
+    if limit is not None and len(ids) >= limit:  # the engine would say so too: this spares it the tokens
+        raise ContextLengthError(
+            f"the prompt has {len(ids):,} tokens but the model's context, one generated token included, holds at most "
+            f"{limit:,} tokens",
+            param=param,
+        )
+    seed = random.getrandbits(64) if params.seed is None else params.seed % 2**64
+    return Request(id=RequestId(request_id), prompt_ids=tuple(ids), params=params, seed=seed)
+
+
+def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:
+    return Job(
+        request=request,
+        first_index=first_index,
+        stops=tuple(body.stop),
+        skip_special_tokens=body.skip_special_tokens,
+        echo=echo,
+        score_only=score_only,
+    )

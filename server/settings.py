@@ -1,0 +1,54 @@
+"""What the HTTP layer is built from: the operator's settings and the objects every route works with."""
+
+from dataclasses import dataclass
+
+from ..core.errors import ModelNotFoundError
+from ..scheduler.client import EngineClient
+from .metrics import Metrics
+from .text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """The operator's settings of the HTTP layer."""
+
+    served_model_names: tuple[str, ...]
+    """Names under which requests may ask for the model; the first one labels metrics."""
+    api_key: str | None = None
+    """Guards every route but /health and /ready."""
+    max_body_bytes: int = 8 * 2**20
+    """Largest request body."""
+    metrics_prefix: str = "vllm:"
+    """Of the metrics that vLLM has too, so that its dashboards work."""
+    heartbeat_limit: float = 120.0
+    """Seconds without a sign of life from the engine after which /health says 503; a step may take long."""
+
+
+@dataclass(slots=True)
+class Service:
+    """What the routes share; one per application, kept as `app.state.service`."""
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    settings: ServerSettings
+    metrics: Metrics
+    created: int
+    """When the server started; Unix time in seconds."""
+    draining: bool = False
+    """Set when the server is about to stop: /ready turns 503 while open requests end."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens, prompt and output together; None until the engine was ready once."""
+        return self.client.info.max_model_len if self.client.info else None
+
+    def served_name(self, asked: str | None) -> str:
+        """The name to answer with. Raises `ModelNotFoundError` for a model that is not served here."""
+        names = self.settings.served_model_names
+        if asked is None:
+            return names[0]
+        if asked not in names:
+            raise ModelNotFoundError(
+                f"the model {asked[:100]!r} is not served here; served: {', '.join(names)}", param="model"
+            )
+        return asked

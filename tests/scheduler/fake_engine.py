@@ -1,0 +1,152 @@
+"""A stand-in for the engine that stores tokens in real pages and "computes" by reading them back through its tables.
+
+Its next token is a hash of the seed, the position and, per head, all (position, token) entries that the head sees.
+So a page that is written by two sequences, dropped too early, hung in at the wrong place or not recomputed after a
+preemption changes the text; `expected_output` says without any pages what the text must be.
+"""
+
+import zlib
+
+import numpy as np
+
+from quire.core.plan import BatchPlan, SequenceOutput, SequencePlan, SlotAssignment, StepOutput, TokenLogprob
+from quire.core.request import Request
+from quire.scheduler.scheduler import SchedulerConfig
+from quire.scheduler.sequence import choice_seed
+
+
+def next_token(seed: int, views: list[np.ndarray], blocked: set[int], vocab_size: int) -> int:
+    """The token after what the heads see; views: int32 [entries, 2] of (position, token), one per head."""
+    digest = zlib.crc32(seed.to_bytes(8, "little"))
+    for view in views:
+        digest = zlib.crc32(np.ascontiguousarray(view, np.int32).tobytes(), digest)
+    token = digest % vocab_size
+    while token in blocked:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def stop_ids(request: Request, config: SchedulerConfig) -> set[int]:
+    """Tokens that end the request's sequences."""
+    return set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else set(config.eos_token_ids))
+
+
+def expected_output(request: Request, index: int, config: SchedulerConfig) -> tuple[list[int], str]:
+    """(tokens, finish reason) of a choice when it runs alone, by the rules and without pages."""
+    params, ends = request.params, stop_ids(request, config)
+    output: list[int] = []
+    limit = config.max_length - len(request.prompt_ids) if params.max_tokens is None else params.max_tokens
+    while True:
+        tokens = np.array([*request.prompt_ids, *output], np.int32)
+        entries = np.stack([np.arange(len(tokens), dtype=np.int32), tokens], axis=1)
+        views = [entries[-window:] if window else entries for window in config.windows]
+        views = [view for view in views for _ in range(config.num_kv_heads)]
+        blocked = ends if len(output) < params.min_tokens else set()
+        token = next_token(choice_seed(request.seed, index), views, blocked, config.vocab_size)
+        output.append(token)
+        if token in ends and token not in blocked:
+            return output, "stop"
+        if len(output) == limit:
+            return output, "length"
+
+
+class _Slot:
+    """What the engine holds per slot."""
+
+    def __init__(self, assignment: SlotAssignment, num_rows: int) -> None:
+        self.assignment = assignment
+        self.known = [*assignment.prompt_ids, *assignment.output_ids]
+        self.computed = 0
+        self.pages: list[list[int]] = [[] for _ in range(num_rows)]
+        self.kept = [0] * num_rows
+
+
+class FakeEngine:
+    """Applies plans as the real engine does, and asserts everything that a plan promises."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.entries = np.full((config.num_pages, config.page_size, 2), -1, np.int32)
+        self.slots: dict[int, _Slot] = {}
+        self.failing_seeds: set[int] = set()
+        """Sequences with these seeds fail when they sample."""
+        self.scored: list[int] = []
+        """Prompt tokens scored so far, of all sequences."""
+
+    def step(self, plan: BatchPlan) -> StepOutput:
+        """Compute one batch."""
+        assert plan.sequences and plan.num_tokens <= self.config.max_batch_tokens
+        assert len({part.slot for part in plan.sequences}) == len(plan.sequences)
+        for assignment in plan.assignments:
+            assert 0 <= assignment.slot < self.config.max_num_seqs
+            self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
+        self._apply_page_changes(plan)
+        self._check_owners(plan)
+        for part in plan.sequences:
+            self._write(part)
+        return StepOutput(tuple(self._result(part) for part in plan.sequences))
+
+    def _apply_page_changes(self, plan: BatchPlan) -> None:
+        for drop in plan.drops:
+            slot = self.slots[drop.slot]
+            for row in map(int, drop.rows):
+                assert 0 < drop.pages * self.config.page_size <= slot.kept[row]
+                del slot.pages[row][: drop.pages]
+                slot.kept[row] -= drop.pages * self.config.page_size
+        grants = plan.grants
+        assert all(array.dtype == np.int32 for array in (grants.slots, grants.rows, grants.columns, grants.pages))
+        for number, row, column, page in zip(grants.slots, grants.rows, grants.columns, grants.pages, strict=True):
+            pages = self.slots[int(number)].pages[int(row)]
+            assert column == len(pages), "a page was hung in with a gap or over another"
+            pages.append(int(page))
+
+    def _check_owners(self, plan: BatchPlan) -> None:
+        """Slots of the batch share no page (idle slots are checked when they are next in a batch)."""
+        pages = [page for part in plan.sequences for row in self.slots[part.slot].pages for page in row]
+        assert len(pages) == len(set(pages)), "a page has two owners"
+
+    def _write(self, part: SequencePlan) -> None:
+        slot, count = self.slots[part.slot], len(part.token_ids)
+        assert count >= 1 and part.start == slot.computed, "positions are not consecutive"
+        assert list(part.token_ids) == slot.known[part.start : part.start + count], "other tokens than the known ones"
+        assert part.sample == (part.start + count == len(slot.known))
+        prompt = slot.assignment.prompt_ids
+        if part.score_ids:
+            assert slot.assignment.params.prompt_logprobs is not None
+            assert part.score_ids == prompt[part.start + 1 : part.start + 1 + count]
+        new = np.stack([np.arange(part.start, part.start + count), part.token_ids], axis=1)
+        size = self.config.page_size
+        for row in range(self.config.num_rows):
+            where = np.arange(slot.kept[row], slot.kept[row] + count)
+            pages = np.array(slot.pages[row], np.int64)
+            assert where[-1] < len(pages) * size, "no page for a new entry"
+            self.entries[pages[where // size], where % size] = new
+            slot.kept[row] += count
+        slot.computed += count
+
+    def _result(self, part: SequencePlan) -> SequenceOutput:
+        slot = self.slots[part.slot]
+        self.scored += part.score_ids
+        prompt_logprobs = tuple(TokenLogprob(token, -1.0, ()) for token in part.score_ids)
+        if not part.sample:
+            return SequenceOutput(prompt_logprobs=prompt_logprobs)
+        assignment = slot.assignment
+        if assignment.seed in self.failing_seeds:
+            return SequenceOutput(error="the logits are not finite")
+        generated = len(slot.known) - len(assignment.prompt_ids)
+        blocked = set(assignment.stop_ids) if generated < assignment.params.min_tokens else set()
+        token = next_token(assignment.seed, self._views(slot), blocked, self.config.vocab_size)
+        slot.known.append(token)
+        logprobs = (TokenLogprob(token, -0.5, ((token, -0.5),)),) if assignment.params.logprobs is not None else ()
+        return SequenceOutput((token,), logprobs, prompt_logprobs)
+
+    def _views(self, slot: _Slot) -> list[np.ndarray]:
+        """Per head, the (position, token) entries that the newest token's query sees, as read from the pages."""
+        views = []
+        for row in range(self.config.num_rows):
+            window = self.config.windows[row // self.config.num_kv_heads]
+            entries = self.entries[slot.pages[row]].reshape(-1, 2)[: slot.kept[row]]
+            if window is not None:
+                entries = entries[slot.computed - 1 - entries[:, 0] < window]
+            views.append(entries)
+        return views

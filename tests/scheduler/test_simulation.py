@@ -1,0 +1,162 @@
+"""Random traffic against a fake engine: nothing is lost, mixed up or emitted twice, and the pool comes back whole.
+
+Every step is followed by `check_integrity`; every text is compared with what the request gives alone.
+"""
+
+import random
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from quire.core.errors import ContextLengthError, OverloadedError
+from quire.core.ids import RequestId
+from quire.core.request import Request, SamplingParams
+from quire.scheduler.scheduler import SchedulerConfig
+from quire.scheduler.sequence import choice_seed
+
+from .fake_engine import expected_output
+from .world import World, make_config
+
+VOCAB = 23
+
+
+def random_config(rng: random.Random) -> SchedulerConfig:
+    """Small pools, all kinds of windows, any number of tokens a step."""
+    layers, heads = rng.randint(1, 3), rng.randint(1, 2)
+    size, rows = rng.choice([1, 2, 4, 8]), layers * heads
+    return make_config(
+        num_layers=layers,
+        num_kv_heads=heads,
+        page_size=size,
+        num_pages=rows * rng.randint(1, 40 // size + 2),
+        windows=tuple(rng.choice([None, None, 1, 3, 7, 20]) for _ in range(layers)),
+        max_num_seqs=rng.randint(1, 9),
+        max_batch_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
+        max_waiting=rng.randint(1, 12),
+        max_model_len=rng.randint(2, 48),
+        vocab_size=VOCAB,
+        eos_token_ids=rng.choice([(), (0,), (0, 1)]),
+    )
+
+
+def random_request(rng: random.Random, name: str, config: SchedulerConfig) -> Request:
+    """Mostly one that fits."""
+    length = rng.randint(1, rng.choice([4, 4, config.max_length]))
+    max_tokens = rng.choice([None, None, 1, rng.randint(2, 40)])
+    params: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "min_tokens": rng.choice([0, 0, min(5, max_tokens or 5)]),
+        "ignore_eos": rng.random() < 0.3,
+        "stop_token_ids": tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 0, 1, 3]))),
+        "prompt_logprobs": rng.choice([None, None, 0]),
+        "n": rng.choice([1, 1, 1, 2, 3]) if config.max_waiting >= 3 else 1,
+    }
+    prompt = tuple(rng.randrange(VOCAB) for _ in range(length))
+    return Request(
+        id=RequestId(name),
+        prompt_ids=prompt,
+        params=SamplingParams(**params),
+        seed=rng.choice([7, rng.getrandbits(64)]),
+    )
+
+
+class Traffic:
+    """Arrivals, cancels and failures at random; remembers what must come of them."""
+
+    def __init__(self, rng: random.Random, config: SchedulerConfig) -> None:
+        self.rng = rng
+        self.world = World(config)
+        self.accepted: dict[str, Request] = {}
+        self.aborted: set[str] = set()
+
+    def arrive(self) -> None:
+        """One request more; refusals are fine, but each accepted one must end."""
+        name = f"r{len(self.accepted)}"
+        request = random_request(self.rng, name, self.world.config)
+        try:
+            self.world.scheduler.add(request)
+        except (ContextLengthError, OverloadedError):
+            return
+        self.accepted[name] = request
+        if self.rng.random() < 0.05:
+            self.world.engine.failing_seeds.add(choice_seed(request.seed, self.rng.randrange(request.params.n)))
+
+    def cancel(self) -> None:
+        """Abort a recent request, whatever became of it."""
+        if self.accepted:
+            name = f"r{self.rng.randrange(max(0, len(self.accepted) - 12), len(self.accepted))}"
+            if self.world.scheduler.abort(RequestId(name)):
+                self.aborted.add(name)
+
+    def step(self) -> None:
+        """One step, sometimes with a cancel and an arrival while it is computed."""
+        meanwhile = self.rng.random() < 0.1
+        self.world.clock.now += 0.1
+        self.world.step(between=self._meanwhile if meanwhile else lambda: None)
+
+    def _meanwhile(self) -> None:
+        self.cancel()
+        self.arrive()
+
+    def finish(self) -> None:
+        """Drain, then hold every accepted request against what it gives alone."""
+        self.world.run()
+        for name, request in self.accepted.items():
+            self._check(name, request)
+
+    def _check(self, name: str, request: Request) -> None:
+        world, ended = self.world, 0
+        for index in range(request.params.n):
+            expected, reason = expected_output(request, index, world.config)
+            tokens, end = world.tokens[name, index], world.finished.get((name, index))
+            assert tokens == expected[: len(tokens)], "other tokens than alone"
+            scores = world.prompt_scores[name, index]
+            wanted = request.prompt_ids[1:] if request.params.prompt_logprobs is not None else ()
+            assert scores == list(wanted[: len(scores)])
+            if end is not None:
+                ended += 1
+                assert (tokens, end.reason, scores) == (expected, reason, list(wanted))
+                assert end.stop_token_id == (expected[-1] if reason == "stop" else None)
+        assert (ended == request.params.n) != (name in world.failed or name in self.aborted), "not exactly one end"
+        assert not (name in world.failed and name in self.aborted)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), actions=st.lists(st.sampled_from("aaasssssc"), min_size=5, max_size=100))
+def test_any_traffic_in_any_configuration(seed, actions):
+    rng = random.Random(seed)
+    traffic = Traffic(rng, random_config(rng))
+    for action in actions:
+        {"a": traffic.arrive, "s": traffic.step, "c": traffic.cancel}[action]()
+    traffic.finish()
+
+
+def soak(seed: int, config: SchedulerConfig, arrivals: int) -> Traffic:
+    """Step until so many requests were accepted, with arrivals a little faster than they can be served."""
+    rng = random.Random(seed)
+    traffic = Traffic(rng, config)
+    while len(traffic.accepted) < arrivals:
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            traffic.arrive()
+        if rng.random() < 0.1:
+            traffic.cancel()
+        traffic.step()
+    traffic.finish()
+    return traffic
+
+
+def test_a_long_run_in_a_small_pool():
+    config = make_config(num_pages=70, windows=(None, 9), max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB)
+    traffic = soak(1, config, arrivals=1500)
+    stats = traffic.world.scheduler.stats()
+    assert stats.preemptions_total > 100, "the pool was too large to test preemption"
+    assert len(traffic.aborted) > 50 and len(traffic.world.failed) > 10
+
+
+def test_many_short_runs_in_many_configurations():
+    preemptions = 0
+    for seed in range(80):
+        traffic = soak(seed, random_config(random.Random(1000 + seed)), arrivals=20)
+        preemptions += traffic.world.scheduler.stats().preemptions_total
+    assert preemptions > 50

@@ -1,0 +1,99 @@
+"""Small worlds for scheduler tests: a configuration, requests, and a driver that checks after every step."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from quire.core.ids import RequestId
+from quire.core.messages import Event, Failed, Finished, Tokens
+from quire.core.plan import BatchPlan
+from quire.core.request import Request, SamplingParams
+from quire.scheduler.scheduler import Scheduler, SchedulerConfig
+
+from .fake_engine import FakeEngine
+
+EOS = 0
+
+
+def make_config(**changes: Any) -> SchedulerConfig:
+    """Two layers of one head, pages of 4, room for 50 bundles, except for `changes`."""
+    values: dict[str, Any] = {
+        "num_pages": 100,
+        "page_size": 4,
+        "num_layers": 2,
+        "num_kv_heads": 1,
+        "max_num_seqs": 8,
+        "max_batch_tokens": 32,
+        "max_waiting": 100,
+        "max_model_len": 64,
+        "vocab_size": 50,
+        "eos_token_ids": (EOS,),
+    } | changes
+    return SchedulerConfig(**{"windows": (None,) * values["num_layers"]} | values)
+
+
+def make_request(name: str = "r", prompt: Iterable[int] = (5, 6, 7), seed: int = 1, **params: Any) -> Request:
+    """A request that does not stop by chance, unless `ignore_eos` is among `params`."""
+    params = {"ignore_eos": True, "max_tokens": 4} | params
+    return Request(id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**params), seed=seed)
+
+
+class FakeClock:
+    """Seconds that pass only by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class World:
+    """A scheduler with a fake engine, stepped by hand; collects what each choice received."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.clock = FakeClock()
+        self.scheduler = Scheduler(config, clock=self.clock)
+        self.engine = FakeEngine(config)
+        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.prompt_scores: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.finished: dict[tuple[str, int], Finished] = {}
+        self.failed: dict[str, Failed] = {}
+
+    def step(self, between: Callable[[], object] = lambda: None) -> BatchPlan | None:
+        """One checked step; `between` runs between plan and commit."""
+        had_work = self.scheduler.has_work
+        plan = self.scheduler.plan()
+        assert (plan is not None) == had_work
+        if plan is None:
+            return None
+        self.scheduler.check_integrity()
+        output = self.engine.step(plan)
+        between()
+        self.scheduler.check_integrity()
+        for event in self.scheduler.commit(plan, output):
+            self._collect(event)
+        self.scheduler.check_integrity()
+        return plan
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Step until there is no work; returns the number of steps."""
+        for count in range(max_steps):
+            if self.step() is None:
+                assert self.scheduler.stats().pages_used == self.scheduler.stats().running == 0
+                return count
+        raise AssertionError(f"still work after {max_steps} steps")
+
+    def _collect(self, event: Event) -> None:
+        assert event.request_id not in self.failed, "an event after the request failed"
+        if isinstance(event, Failed):
+            self.failed[event.request_id] = event
+            return
+        key = (event.request_id, event.index)
+        assert key not in self.finished, "an event after the end"
+        if isinstance(event, Tokens):
+            self.tokens[key] += event.token_ids
+            self.prompt_scores[key] += [entry.token_id for entry in event.prompt_logprobs or ()]
+        else:
+            self.finished[key] = event
