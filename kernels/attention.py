@@ -112,8 +112,8 @@ def _attend_run(
 ) -> Tensor:
     """Attention of sequences with equally many rows: query [S, n, H, D], keys/values [S * K, E, D] -> [S, n, H, D].
 
-    entry_position [S * K, E] int32 is `_NOWHERE` where there is no entry; positions [S, n]. Queries are taken in slices so
-    that no more than about `MAX_SCORES` scores exist at a time.
+    entry_position [S * K, E] int32 is `_NOWHERE` where there is no entry; positions [S, n]. Queries are taken in
+    slices so that no more than about `MAX_SCORES` scores exist at a time.
     """
     num_sequences, length, num_heads, width = query.shape
     num_kv_heads = keys.shape[0] // num_sequences

@@ -1,11 +1,14 @@
 """Counter-based noise for sampling: a pure function of (seed, position, token), so nothing depends on the batch.
 
-The mixing function. Seed and position give one 64-bit key per row: key = mix64(mix64(seed + GOLDEN) + position * GOLDEN), where
-mix64 is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-Each token then gets 32 bits: the low half of the key plus token * 0x9E3779B9 goes through a first round of MurmurHash3's
-32-bit finaliser (x ^= x >> 16, x *= 0x85EBCA6B), the high half of the key is xor-ed in, and two more rounds follow. Vocabulary-wide work is in 32-bit
-integers because CPUs multiply those four times as fast as 64-bit ones; the key stays 64 bits wide, so streams of
-different seeds or positions are shifts of each other with negligible probability.
+The mixing function. Seed and position give one 64-bit key per row,
+
+    key = mix64(mix64(seed + GOLDEN) + position * GOLDEN),
+
+where mix64 is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014). Each token then gets 32 bits: (low half of the key) + token * 0x9E3779B9 goes through a round of MurmurHash3's
+32-bit finaliser (x ^= x >> 16; x *= 0x85EBCA6B), the high half of the key is xor-ed in, and two more rounds follow.
+Vocabulary-wide work is in 32-bit integers because CPUs multiply those several times as fast as 64-bit ones; the key
+stays 64 bits wide, so streams of different seeds or positions are not shifts of each other.
 
 Integer arithmetic wraps; every implementation must give the same bits.
 """

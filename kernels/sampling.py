@@ -72,9 +72,7 @@ def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=_MIN_TEMPERATURE)[:, None])
 
 
-def sample_full(
-    logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
-) -> Tensor:
+def sample_full(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draw from the whole distribution, of which min-p may cut the tail: logits [R, V] -> [R] int64.
 
     temperature, min_p [R] float32, temperature > 0; a token is dropped if its probability is below min_p times the

@@ -27,7 +27,6 @@ from .runner import ProgressCallback
 
 ATTENTION_NAME = "quire_paged"
 _PROBE_LENGTHS = (7, 5)
-_UNPASSED = object()
 
 
 class _UnsupportedAttentionError(Exception):
@@ -86,34 +85,23 @@ def paged_attention_forward(
     quire_context: AttentionContext | None = None,
     quire_windows: tuple[int | None, ...] = (),
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    sliding_window: Any = _UNPASSED,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """The library's attention function: query [1, H, T, D], key [1, K, T, D], value [1, K, T, Dv] -> [1, T, H, Dv].
 
-    The window is the spec's for the layer: it also decides which pages are given back, so there must be one truth.
-    A `sliding_window` that a model passes must be the same; being fixed, it is found out by the probe at start.
+    Of the other options that models pass, `softcap` and `s_aux` (attention sinks) are honoured; the window is the
+    spec's for the layer, because it also decides which pages are given back.
     """
-    if quire_context is None:
-        raise _UnsupportedAttentionError("its layers do not hand keyword arguments on to the attention function")
-    if attention_mask is not None:
-        raise _UnsupportedAttentionError("its attention layers bring a mask or bias of their own")
-    if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise _UnsupportedAttentionError("its attention is not causal")
     layer = int(cast(Any, module).layer_idx)
     window = quire_windows[layer] if layer < len(quire_windows) else None
-    if sliding_window is not _UNPASSED and (sliding_window or None) != window:
-        raise _UnsupportedAttentionError(
-            f"layer {layer} attends to a window of {sliding_window} tokens where its configuration says {window}"
-        )
+    _refuse_foreign(module, attention_mask, layer, window, options)
+    if quire_context is None:
+        raise _UnsupportedAttentionError("its layers do not hand keyword arguments on to the attention function")
     query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
-    width, value_dim = query.shape[-1], value.shape[-1]
+    width = query.shape[-1]
     stored = quire_context.pool.shape[-1] if isinstance(quire_context, AttentionContext) else width
     if width < stored:
-        # Zeros change no score; they fill the page where layers or keys and values differ in width.
+        # Zeros change no score; they fill the page where layers, or keys and values, differ in width.
         query, key = pad(query, (0, stored - width)), pad(key, (0, stored - width))
     mixed = quire_context.attend(
         layer,
@@ -122,11 +110,24 @@ def paged_attention_forward(
         value,
         scale=width**-0.5 if scaling is None else scaling,
         window=window,
-        softcap=softcap,
-        sinks=s_aux,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
     )
-    assert mixed.shape[-1] == value_dim
     return mixed[None], None
+
+
+def _refuse_foreign(
+    module: nn.Module, attention_mask: Tensor | None, layer: int, window: int | None, options: dict[str, Any]
+) -> None:
+    """Raise where a layer asks for what paged attention does not do; being fixed, the probe at start finds it."""
+    if attention_mask is not None:
+        raise _UnsupportedAttentionError("its attention layers bring a mask or bias of their own")
+    if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise _UnsupportedAttentionError("its attention is not causal")
+    if "sliding_window" in options and (options["sliding_window"] or None) != window:
+        raise _UnsupportedAttentionError(
+            f"layer {layer} passes a window of {options['sliding_window']} tokens, the configuration says {window}"
+        )
 
 
 def load_transformers(
@@ -182,8 +183,10 @@ def _explained_load(checkpoint: Checkpoint) -> Iterator[None]:
     # Each architecture, quantizer and remote code raises its own kinds.
     except Exception as error:
         if isinstance(error, KeyError) and error.args == (ATTENTION_NAME,):
-            error = _UnsupportedAttentionError("it does not call the registered attention function")
-        raise ModelLoadError(f"{checkpoint.name} cannot be loaded by transformers: {_one_line(error)}") from error
+            reason = "it chooses among attention functions of its own and does not call the registered attention"
+        else:
+            reason = f"transformers cannot load it: {_one_line(error)}"
+        raise ModelLoadError(f"{checkpoint.name} cannot be served: {reason}") from error
 
 
 @contextlib.contextmanager

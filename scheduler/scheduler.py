@@ -94,15 +94,14 @@ class Scheduler:
         if not self.has_work:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
-        preemptions_before = self._preemptions
         decodes = [sequence for sequence in self._running if sequence.num_pending == 1]
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         for sequence in itertools.chain(decodes, prompts):
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
-        if self._preemptions == preemptions_before:
-            self._admit(draft)
+        # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
+        self._admit(draft)
         assert draft.members, "there is work, but no sequence could be planned"
         plan = draft.build()
         self._in_flight = plan, draft.members
@@ -206,7 +205,7 @@ class Scheduler:
         """
         now = self._clock()
         while draft.budget and self._free_slots and len(self._waiting):
-            needed = self.config.pages_needed(len(self._waiting.first().tokens)) + 0
+            needed = self.config.pages_needed(len(self._waiting.first().tokens)) + draft.owed
             if self._running:
                 needed += self.config.watermark
             if needed > self._pool.free:

@@ -43,7 +43,7 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> PagedCase:
-    """kept [S][K]: entries each head already holds. Their positions are increasing, `gap` > 1 spreads them at random."""
+    """kept [S][K]: entries each head already holds; `gap` > 1 spreads their (increasing) positions at random."""
     generator = torch.Generator().manual_seed(seed)
     num_heads = len(kept[0])
     pages = [[-(-(held + n) // page_size) for held in row] for row, n in zip(kept, lengths, strict=True)]

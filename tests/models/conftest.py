@@ -42,9 +42,9 @@ class Tiny:
 
 def load(folder: Path | str, runner: str = "auto", **options: Any) -> ModelRunner:
     """`load_runner` with the tests' defaults."""
-    defaults = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": False}
+    defaults: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": False}
     progress = options.pop("on_progress", lambda phase, done, total: None)
-    return load_runner(str(folder), runner=runner, on_progress=progress, **defaults | options)
+    return load_runner(str(folder), on_progress=progress, **defaults | {"runner": runner} | options)
 
 
 def make_checkpoint(folder: Path, model_type: str, settings: dict[str, Any]) -> Tiny:

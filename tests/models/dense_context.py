@@ -5,11 +5,13 @@ written row by row, on purpose unlike any of the implementations it judges.
 """
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quire.models.context import AttentionContext
 from quire.models.runner import ModelRunner
 
 
@@ -83,7 +85,7 @@ def run_step(runner: ModelRunner, cache: DenseCache, chunks: list[Chunk]) -> lis
     positions = torch.cat([torch.arange(c.start, c.start + len(c.ids)) for c in chunks])
     lengths = torch.cat([torch.full((len(c.ids),), c.length) for c in chunks])
     ids = torch.cat([c.ids for c in chunks])
-    logits = runner.forward(ids, positions, lengths, context, torch.arange(len(ids)))
+    logits = runner.forward(ids, positions, lengths, cast(AttentionContext, context), torch.arange(len(ids)))
     assert sorted(context.layers_seen) == list(range(runner.spec.num_layers))
     return list(logits.split(context.rows))
 

@@ -1,5 +1,7 @@
 """The native runner against the library's own eager model: same logits, same greedy choice, in any batch mix."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from .conftest import VOCAB
 from .dense_context import Chunk, DenseCache, DenseContext, check_parity, run_step
 
 LONG = 512
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gqa": ("llama", {"num_key_value_heads": 2}),
     "mqa": ("llama", {"num_key_value_heads": 1}),
     "mha tied": ("llama", {"tie_word_embeddings": True}),

@@ -1,5 +1,7 @@
 """Frequencies of every kind against the library's, from both forms of configuration; angles in float32."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import LlamaConfig
@@ -10,9 +12,14 @@ from quire.models.rope import RotaryEmbedding, rope_settings, rotate
 
 HEAD_DIM = 16
 TRAINED = 64
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-YARN = {"factor": 4.0, "original_max_position_embeddings": TRAINED}
-KINDS = {
+LLAMA3: dict[str, Any] = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN: dict[str, Any] = {"factor": 4.0, "original_max_position_embeddings": TRAINED}
+KINDS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 2.0},
     "llama3": LLAMA3,

@@ -1,19 +1,22 @@
 """The library's modelling code on our attention: parity with its own, and refusal of what would be silently wrong."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import BloomConfig, FalconConfig, LlamaConfig, MambaConfig, MptConfig, T5Config
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from quire.core.errors import ModelLoadError
+from quire.models.probe import AttentionCall
 from quire.models.transformers_runner import TransformersRunner
 
 from .conftest import VOCAB, load
 from .dense_context import Chunk, DenseCache, check_parity, run_step
 
-GQA = {"num_key_value_heads": 2}
-MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-CASES = {
+GQA: dict[str, Any] = {"num_key_value_heads": 2}
+MOE: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GQA),
     "mistral": ("mistral", GQA | {"sliding_window": 5}),
     "gemma2": ("gemma2", GQA | {"head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}),
@@ -45,7 +48,7 @@ CASES = {
         },
     ),
 }
-LENGTH_ROPES = {
+LENGTH_ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     "dynamic": ("llama", {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 1e4}),
     "longrope": (
         "phi3",
@@ -143,8 +146,6 @@ def test_a_model_that_attends_differently_is_refused(tiny, monkeypatch):
 
 
 def _ignoring_attend(self, layer, query, key, value, **options):
-    from quire.models.probe import AttentionCall
-
     self.calls.append(AttentionCall(layer, query.shape[1], key.shape[1], key.shape[2], value.shape[2], None))
     return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
@@ -158,3 +159,17 @@ def test_missing_weights_are_an_error_not_a_random_layer(tmp_path):
     model.save_pretrained(tmp_path, state_dict=weights)
     with pytest.raises(ModelLoadError, match=r"lacks the tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         load(tmp_path, "transformers")
+
+
+def test_windows_that_contradict_the_configuration_are_refused(tiny, monkeypatch):
+    """The spec's windows decide which pages are dropped: a layer that sees further must not be served with them."""
+    made = tiny("mistral", **GQA, sliding_window=5)
+    monkeypatch.setattr("quire.models.spec.attention_windows", lambda checkpoint, config, layers: (None,) * layers)
+    with pytest.raises(ModelLoadError, match="window of 5 tokens"):
+        made.load("transformers")
+
+
+def test_layers_that_keep_the_context_to_themselves_are_refused(tiny):
+    made = tiny("stablelm", **GQA)
+    with pytest.raises(ModelLoadError, match="do not hand keyword arguments on"):
+        made.load()

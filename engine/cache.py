@@ -1,0 +1,111 @@
+"""`KVCache`: the tensors of the paged KV cache and of every slot's page table. Which page is whose, others decide."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.ids import SlotId
+from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants
+from .sizing import CacheLayout
+
+
+class KVCache:
+    """Pool, positions, page tables and kept lengths. Letters as in `models.context`; N slots, R = L * K rows of heads.
+
+    Mutated by `apply` (what changed hands before a step), by the attention layers (the entries), and by `advance`.
+    """
+
+    def __init__(self, layout: CacheLayout, num_pages: int, device: torch.device) -> None:
+        heads = (layout.num_slots, layout.num_layers, layout.num_kv_heads)
+        self.layout = layout
+        self.num_pages = num_pages
+        self.device = device
+        self.pool = torch.zeros(num_pages, 2, layout.page_size, layout.head_dim, dtype=layout.dtype, device=device)
+        """[P, 2, B, D]: keys (0) and values (1)."""
+        self.entry_positions = torch.zeros(num_pages, layout.page_size, dtype=torch.int32, device=device)
+        """[P, B]: logical position of each entry."""
+        self.page_table = torch.zeros(*heads, layout.max_pages, dtype=torch.int32, device=device)
+        """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
+        self.kept = torch.zeros(heads, dtype=torch.int32, device=device)
+        """[N, L, K]: entries of each head."""
+        self._kept_host: IntArray = np.zeros((heads[0], heads[1] * heads[2]), np.int32)
+        """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
+        self._columns = np.zeros(heads[0], np.int64)
+        """[N]: columns of the slot's table that its sequence may have used."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all pages."""
+        return self.num_pages * self.layout.bytes_per_page
+
+    def apply(self, plan: BatchPlan) -> None:
+        """Take over the plan's page changes: assignments, then drops, then grants."""
+        if plan.assignments:
+            self._forget([assignment.slot for assignment in plan.assignments])
+        for drop in plan.drops:
+            self._drop(drop)
+        if len(plan.grants.pages):
+            self._grant(plan.grants)
+
+    def _forget(self, slots: Sequence[SlotId]) -> None:
+        """The slots hold no entries any more."""
+        self._kept_host[list(slots)] = 0
+        self._columns[list(slots)] = 0
+        self.kept.index_fill_(0, torch.tensor(slots, device=self.device), 0)
+
+    def _drop(self, drop: PageDrop) -> None:
+        """Shift the rows' tables left by the dropped pages."""
+        kept, entries = self._kept_host[drop.slot], drop.pages * self.layout.page_size
+        assert drop.pages > 0 and (kept[drop.rows] >= entries).all(), "a drop takes pages that are not full"
+        rows = torch.from_numpy(drop.rows).long().to(self.device)
+        table = self.page_table[drop.slot].view(-1, self.layout.max_pages)
+        used = int(self._columns[drop.slot])
+        table[rows, : used - drop.pages] = table[rows, drop.pages : used]
+        self.kept[drop.slot].view(-1)[rows] -= entries
+        kept[drop.rows] -= entries
+
+    def _grant(self, grants: PageGrants) -> None:
+        """Enter new pages, and clear them.
+
+        A fresh page is filled entry by entry; attention multiplies what is not yet filled by zero, which a former
+        owner's NaN would survive. Clearing writes what filling the page will write once more.
+        """
+        assert grants.columns.max() < self.layout.max_pages, "a page is granted past the end of the table"
+        assert grants.pages.min() >= 0 and grants.pages.max() < self.num_pages, "a page is granted that is none"
+        np.maximum.at(self._columns, grants.slots, grants.columns + 1)
+        stacked = np.stack([grants.slots, grants.rows, grants.columns, grants.pages])
+        slots, rows, columns, pages = torch.from_numpy(stacked).to(self.device).long()
+        table = self.page_table.view(len(self._kept_host), -1, self.layout.max_pages)
+        table[slots, rows, columns] = pages.int()
+        self.pool.index_fill_(0, pages, 0)
+
+    def longest(self, slots: Sequence[SlotId], lengths: Sequence[int]) -> int:
+        """Entries of the longest head once each of the slots has got `lengths` more."""
+        return int((self._kept_host[list(slots)].max(axis=1) + np.asarray(lengths)).max())
+
+    def tables(self, slots: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Page tables [S, L, K, M] int32, M pages holding `longest` entries, and kept lengths [S, L, K] of the slots.
+
+        Copies: what a step works with does not change under its hands.
+        """
+        columns = -(-longest // self.layout.page_size)
+        assert columns <= self.layout.max_pages, "a head outgrows its page table"
+        return self.page_table[..., :columns].index_select(0, slots), self.kept.index_select(0, slots)
+
+    def advance(
+        self, slots: Tensor, lengths: Tensor, host_slots: Sequence[SlotId], host_lengths: Sequence[int]
+    ) -> None:
+        """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""
+        self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
+        self._kept_host[list(host_slots)] += np.asarray(host_lengths, np.int32)[:, None]
+
+    def clear(self, pages: Tensor) -> None:
+        """Empty all slots and the given pages [N] int64: the state before any step that used only these."""
+        self.pool.index_fill_(0, pages, 0)
+        self.entry_positions.index_fill_(0, pages, 0)
+        self.page_table.zero_()
+        self.kept.zero_()
+        self._kept_host[:] = 0
+        self._columns[:] = 0

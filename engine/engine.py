@@ -1,0 +1,158 @@
+"""`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
+
+import logging
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..core.config import EngineConfig
+from ..core.errors import ConfigError, ModelLoadError
+from ..core.ids import SlotId
+from ..core.messages import EngineInfo
+from ..core.model_spec import ModelSpec
+from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
+from ..core.request import SamplingParams
+from ..models.loading import load_runner
+from ..models.native import NativeRunner
+from ..models.runner import ModelRunner, ProgressCallback
+from .cache import KVCache
+from .device import Placement, choose_placement
+from .inputs import build_inputs
+from .sampler import Sampler
+from .sizing import CacheLayout, num_pages, pages_per_sequence
+
+log = logging.getLogger("quire")
+
+_WARM_UP_TOKENS = 8
+
+
+class Engine:
+    """Runs a model over a paged KV cache, one `BatchPlan` at a time; for one thread."""
+
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, kind: Literal["native", "transformers"], place: Placement
+    ) -> None:
+        """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
+        self._runner = runner
+        self._place = place
+        spec = runner.spec
+        layout = CacheLayout(
+            num_layers=spec.num_layers,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            page_size=config.page_size,
+            num_slots=config.max_num_seqs,
+            max_model_len=_max_model_len(config, spec),
+            dtype=place.dtype,
+        )
+        per_sequence = pages_per_sequence(spec, layout, config.max_batch_tokens)
+        enough = config.max_num_seqs * per_sequence
+        pages = num_pages(layout, budget=config.kv_memory, device=place.device, enough=enough)
+        try:
+            self.cache = KVCache(layout, pages, place.device)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            raise ConfigError(f"the KV cache could not be allocated: {error}", param="kv_memory") from error
+        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
+        self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
+        self.info = EngineInfo(
+            model=spec,
+            runner=kind,
+            device=place.device_name,
+            dtype=place.dtype_name,
+            max_model_len=layout.max_model_len,
+            page_size=layout.page_size,
+            num_pages=pages,
+            kv_bytes=self.cache.num_bytes,
+            max_concurrency=pages / per_sequence,
+        )
+
+    @staticmethod
+    def load(config: EngineConfig, on_progress: ProgressCallback) -> "Engine":
+        """Load the model, allocate the cache and run a first step; `on_progress` gets (phase, done, total).
+
+        Raises `ModelLoadError` where the model cannot be served and `ConfigError` where the settings do not fit it or
+        the machine.
+        """
+        place = choose_placement(config)
+        runner = load_runner(
+            config.model,
+            device=place.device,
+            dtype=place.dtype,
+            runner=config.runner,
+            trust_remote_code=config.trust_remote_code,
+            on_progress=on_progress,
+        )
+        kind: Literal["native", "transformers"] = "native" if isinstance(runner, NativeRunner) else "transformers"
+        engine = Engine(runner, config, kind, place)
+        on_progress("warming up", 0, 1)
+        engine.warm_up()
+        on_progress("warming up", 1, 1)
+        return engine
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shape facts of the model."""
+        return self._runner.spec
+
+    @torch.inference_mode()
+    def step(self, plan: BatchPlan) -> StepOutput:
+        """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with `plan.sequences`."""
+        for assignment in plan.assignments:
+            self.sampler.table.assign(assignment)
+            self._max_lengths[assignment.slot] = assignment.max_length
+        self.cache.apply(plan)
+        if not plan.sequences:
+            return StepOutput(())
+        started = time.perf_counter()
+        inputs = build_inputs(plan, self.cache, self._max_lengths)
+        logits = self._runner.forward(
+            inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
+        )
+        self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
+        if self._place.device.type == "cuda":
+            torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
+        computed = time.perf_counter()
+        outputs = self.sampler.run(plan, inputs.layout, logits)
+        return StepOutput(outputs, computed - started, time.perf_counter() - computed)
+
+    def warm_up(self) -> None:
+        """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.
+
+        Raises `ModelLoadError` if the model gives values that are not finite.
+        """
+        heads = self.spec.num_layers * self.spec.num_kv_heads
+        fits = self.info.page_size * (self.cache.num_pages // heads)
+        count = min(_WARM_UP_TOKENS, min(self.info.max_model_len, fits) - 1)
+        ids = tuple(i % self.spec.vocab_size for i in range(count))
+        pages = -(-(count + 1) // self.info.page_size) * heads
+        assignment = SlotAssignment(
+            SlotId(0), SamplingParams(), 0, (), prompt_ids=ids, output_ids=(), max_length=self.info.max_model_len
+        )
+        page_ids = np.arange(pages, dtype=np.int32)
+        grants = PageGrants(np.zeros(pages, np.int32), page_ids % heads, page_ids // heads, page_ids)
+        chunk = BatchPlan((SequencePlan(SlotId(0), 0, ids, sample=True),), (assignment,), grants=grants)
+        (first,) = self.step(chunk).sequences
+        decode = BatchPlan((SequencePlan(SlotId(0), count, first.token_ids or (0,), sample=True),))
+        (second,) = self.step(decode).sequences
+        if first.error or second.error:
+            raise ModelLoadError(
+                f"{self.spec.name}: {first.error or second.error} in {self.info.dtype}; the weights may be damaged, "
+                "or the model may need another dtype"
+            )
+        self.cache.clear(torch.arange(pages, device=self._place.device))
+        self.sampler.table.clear()
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    """The setting, or what the model was trained for; a larger setting is allowed with a warning."""
+    if config.max_model_len is None:
+        return spec.max_context
+    if config.max_model_len > spec.max_context:
+        log.warning(
+            "max_model_len is %d, but the model was trained for %d positions: the output may degrade beyond them",
+            config.max_model_len,
+            spec.max_context,
+        )
+    return config.max_model_len

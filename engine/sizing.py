@@ -1,0 +1,117 @@
+"""How large the KV pool is: bytes of a page, pages of a sequence, and what memory the device has to give."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..core.errors import ConfigError
+from ..core.model_spec import ModelSpec
+
+CPU_SHARE = 0.25
+"""Of the available memory: the pool is one guest of a machine among others, and weights are page-cached."""
+CUDA_SHARE = 0.9
+"""Of what is free once the weights are loaded; the rest is for activations and the allocator's slack."""
+_MIN_PAGES_PER_HEAD = 2
+_CGROUP_LIMITS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLayout:
+    """Shape of the paged cache, all the engine needs to allocate and index it."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    """Entries of a page."""
+    num_slots: int
+    """Sequences that can hold pages at once."""
+    max_model_len: int
+    """Tokens, prompt and output together."""
+    dtype: torch.dtype
+
+    @property
+    def max_pages(self) -> int:
+        """Columns of the page table: pages of the longest head, and one that is being filled."""
+        return -(-self.max_model_len // self.page_size) + 1
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Keys, values and positions of one page."""
+        return self.page_size * (2 * self.head_dim * self.dtype.itemsize + torch.int32.itemsize)
+
+    @property
+    def table_bytes(self) -> int:
+        """The page table of all slots."""
+        return self.num_slots * self.num_layers * self.num_kv_heads * self.max_pages * torch.int32.itemsize
+
+
+def pages_per_sequence(spec: ModelSpec, layout: CacheLayout, max_batch_tokens: int) -> int:
+    """Most pages that a sequence of `max_model_len` tokens holds at once.
+
+    A windowed layer holds its window, the chunk that is being computed and a page; the rest was dropped.
+    """
+    size = layout.page_size
+    full = -(-layout.max_model_len // size)
+    windowed = (full if w is None else min(full, -(-(w + max_batch_tokens) // size) + 1) for w in spec.windows)
+    return spec.num_kv_heads * sum(windowed)
+
+
+def num_pages(layout: CacheLayout, *, budget: int | None, device: torch.device, enough: int) -> int:
+    """Pages of the pool: as many as `budget` bytes hold, or by default a share of the free memory, at most `enough`.
+
+    Raises `ConfigError` if the budget is more than the device has, or less than two pages per head of every layer.
+    """
+    free = free_memory(device)
+    if budget is not None and budget > free:
+        raise ConfigError(
+            f"kv_memory is {_readable(budget)}, but only {_readable(free)} of memory are free on {device.type}",
+            param="kv_memory",
+        )
+    share = int((CUDA_SHARE if device.type == "cuda" else CPU_SHARE) * free) - layout.table_bytes
+    pages = min(enough, share // layout.bytes_per_page) if budget is None else budget // layout.bytes_per_page
+    least = _MIN_PAGES_PER_HEAD * layout.num_layers * layout.num_kv_heads
+    if pages < least and not (budget is None and pages == enough):
+        raise ConfigError(
+            f"the KV cache needs at least {_readable(least * layout.bytes_per_page)} ({_MIN_PAGES_PER_HEAD} pages of "
+            f"{layout.page_size} entries for each of {layout.num_kv_heads} heads of {layout.num_layers} layers), but "
+            f"gets {_readable(max(0, pages * layout.bytes_per_page if budget is None else budget))}",
+            param="kv_memory",
+        )
+    return pages
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on the device now; on a CPU, what the container or the machine has to give."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_machine_memory()]
+    for limit, usage in _CGROUP_LIMITS:
+        try:
+            limits.append(int(Path(limit).read_text()) - int(Path(usage).read_text()))
+        except (OSError, ValueError):  # no such controller, or the limit reads "max"
+            continue
+    return max(0, min(limits))
+
+
+def _machine_memory() -> int:
+    """Available bytes as Linux estimates them; elsewhere all physical memory."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _readable(count: int) -> str:
+    """Bytes for people, e.g. `1.5 GiB`."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = min(len(units) - 1, max(0, count.bit_length() - 1) // 10)
+    return f"{count / 1024**power:.4g} {units[power]}"

@@ -1,0 +1,112 @@
+"""`SlotTable`: the sampling state of every slot, on the host what decides, on the device what computes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..core.plan import SlotAssignment
+from ..core.request import SamplingParams
+
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+"""Columns of `SlotTable.strengths`."""
+
+DrawKind = Literal["greedy", "full", "truncated"]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What one slot's parameters ask for."""
+
+    params: SamplingParams
+    kind: DrawKind
+    penalised: bool
+    prompt_length: int
+    stop_ids: tuple[int, ...]
+    """Within the vocabulary."""
+    bias: tuple[tuple[int, float], ...]
+    """(token within the vocabulary, bias)."""
+
+
+def draw_kind(params: SamplingParams) -> DrawKind:
+    """How a row is drawn: the cheapest way that gives its exact distribution."""
+    if params.greedy or params.top_k == 1:
+        return "greedy"
+    return "truncated" if params.top_k > 0 or params.top_p < 1.0 else "full"
+
+
+def signed64(number: int) -> int:
+    """The int64 with the same 64 bits as `number`."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+class SlotTable:
+    """Parameters, seeds and token counts of N slots over a vocabulary of V."""
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.vocab_size = vocab_size
+        self.device = device
+        self.states: dict[int, SlotState] = {}
+        self.strengths = torch.zeros(num_slots, 6, device=device)
+        """[N, 6] float32, see the column names."""
+        self.keys = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
+        """[N, 2]: seed (its 64 bits) and top_k."""
+        self._counts: Tensor | None = None
+        self._in_prompt: Tensor | None = None
+
+    @property
+    def output_counts(self) -> Tensor:
+        """[N, V] int32: occurrences in the output, kept only for penalised slots; allocated when first needed."""
+        if self._counts is None:
+            self._counts = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.int32, device=self.device)
+        return self._counts
+
+    @property
+    def in_prompt(self) -> Tensor:
+        """[N, V] bool: tokens of the prompt, kept only for penalised slots; allocated when first needed."""
+        if self._in_prompt is None:
+            self._in_prompt = torch.zeros(self.num_slots, self.vocab_size, dtype=torch.bool, device=self.device)
+        return self._in_prompt
+
+    def assign(self, assignment: SlotAssignment) -> None:
+        """A sequence enters the slot; whatever the slot held is forgotten."""
+        slot, params = assignment.slot, assignment.params
+        penalised = (
+            params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        )
+        self.states[slot] = SlotState(
+            params=params,
+            kind=draw_kind(params),
+            penalised=penalised,
+            prompt_length=len(assignment.prompt_ids),
+            stop_ids=tuple(i for i in assignment.stop_ids if 0 <= i < self.vocab_size),
+            bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
+        )
+        strengths = [params.temperature, params.top_p, params.min_p]
+        strengths += [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
+        self.strengths[slot] = torch.tensor(strengths, device=self.device)
+        top_k = min(max(0, params.top_k), self.vocab_size)
+        self.keys[slot] = torch.tensor([signed64(assignment.seed), top_k], device=self.device)
+        if penalised:
+            self._count(assignment)
+
+    def _count(self, assignment: SlotAssignment) -> None:
+        """Start the slot's counts from its prompt and what it has generated already."""
+        prompt = torch.tensor(assignment.prompt_ids, dtype=torch.int64, device=self.device)
+        output = torch.tensor(assignment.output_ids, dtype=torch.int64, device=self.device)
+        self.in_prompt[assignment.slot] = False
+        self.in_prompt[assignment.slot, prompt] = True
+        self.output_counts[assignment.slot] = torch.bincount(output, minlength=self.vocab_size).int()
+
+    def count_outputs(self, slots: Tensor, tokens: Tensor) -> None:
+        """One more occurrence of tokens [N] int64 in the outputs of the penalised slots [N] int64."""
+        one = torch.ones_like(tokens, dtype=torch.int32)
+        self.output_counts.index_put_((slots, tokens), one, accumulate=True)
+
+    def clear(self) -> None:
+        """Forget all slots."""
+        self.states.clear()
+        self.strengths.zero_()
+        self.keys.zero_()
