@@ -24,7 +24,7 @@ _LABEL_VALUES = re.compile(r"label_values\((?P<metric>.+),\s*(?P<label>\w+)\)")
 
 
 class QueryError(Exception):
-    """Prometheus refused a query, or could not be asked."""
+    """Prometheus refused a query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def resolve(text: str, dashboard: dict[str, Any], interval: str) -> str:
 
 
 class Prometheus:
-    """The few routes of its HTTP API that are needed here."""
+    """The few routes of its HTTP API that are needed here. All raise `ConnectionError` if there is no such thing."""
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
@@ -86,7 +86,7 @@ class Prometheus:
         return Answer(len(result), numbers[0] if numbers else None)
 
     def rules(self) -> list[tuple[str, str]]:
-        """Name and problem of each alert rule; an empty problem is none. Raises `QueryError`."""
+        """Name and problem of each alert rule; an empty problem is none."""
         groups = self._get("rules", {"type": "alert"})["groups"]
         return [
             (rule["name"], "" if rule["health"] == "ok" else rule.get("lastError") or rule["health"])
@@ -101,11 +101,12 @@ class Prometheus:
                 return json.load(response)["data"]
         except urllib.error.HTTPError as error:
             try:
-                raise QueryError(json.load(error)["error"]) from error
-            except (ValueError, KeyError):
-                raise QueryError(str(error)) from error
+                reason = json.load(error)["error"]
+            except (ValueError, KeyError, TypeError):
+                reason = str(error)
+            raise QueryError(reason) from error
         except (OSError, ValueError) as error:
-            raise QueryError(f"no answer from {self._url}: {error}") from error
+            raise ConnectionError(f"{self._url} does not answer like Prometheus: {error}") from error
 
 
 def check(prometheus: Prometheus, dashboard: dict[str, Any], interval: str) -> tuple[int, int]:
@@ -139,7 +140,7 @@ def main() -> None:
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     try:
         refused, empty = check(Prometheus(options.prometheus), dashboard, options.interval)
-    except QueryError as error:
+    except (ConnectionError, QueryError) as error:
         sys.exit(f"error: {error}")
     print(f"{refused} refused, {empty} without a value")
     sys.exit(1 if refused or (empty and options.require_data) else 0)

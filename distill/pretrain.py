@@ -9,6 +9,7 @@ that was interrupted ends with the same weights as one that was not.
 import argparse
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from .vocabulary import load_tokenizer, train_tokenizer
 from .wiring import Layout, trainable_masks, wire
 
 LENGTHS = ((512, 0.60), (1024, 0.15), (2048, 0.20), (4096, 0.05))  # share of the steps at each row length
+MIXTURE = Mixture(recall=0.32, copy=0.08, random_copy=0.04, chat=0.06)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Settings:
     compiled: bool = True
     device: str = "cpu"
     files: int | None = None  # limit of source files, for tests
-    mixture: Mixture = Mixture(recall=0.32, copy=0.08, random_copy=0.04, chat=0.06)
+    mixture: Mixture = MIXTURE
 
 
 @dataclass(slots=True)
@@ -103,6 +105,7 @@ class Trainer:
                 self.model.get_parameter(name).requires_grad_(False)
         self.optimizer = MaskedMuon(self.model, masks, Rates())
         self.progress = Progress()
+        self.stopping = False
         self.loss = self._loss_function()
 
     def _loss_function(self) -> Callable[[Tensor, Tensor], Tensor]:
@@ -179,7 +182,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         begun, saved, steps = time.monotonic() - progress.seconds, time.monotonic(), 0
         smooth: float | None = None
-        while progress.tokens < settings.tokens and (max_steps is None or steps < max_steps):
+        while progress.tokens < settings.tokens and steps != max_steps and not self.stopping:
             if progress.tokens >= progress.next_eval:
                 self._log(smooth, self.evaluate())
                 progress.next_eval = progress.tokens + settings.eval_tokens
@@ -196,12 +199,17 @@ class Trainer:
             self._log(smooth, self.evaluate())
         self.save()
 
+    def stop(self, *_: object) -> None:
+        """Let `run` save and return after the present step; fits as a signal handler."""
+        self.stopping = True
+
     def _log(self, loss: float | None, report: Report | None = None) -> None:
         """One line for people and one for `log.jsonl`."""
         progress = self.progress
         speed = progress.tokens / progress.seconds if progress.seconds else 0.0
         eta = (self.settings.tokens - progress.tokens) / speed / 60 if speed else 0.0
-        line: dict[str, object] = {"step": progress.step, "tokens": progress.tokens, "loss": loss, "tokens_per_s": speed}
+        line: dict[str, object] = {"step": progress.step, "tokens": progress.tokens, "loss": loss}
+        line["tokens_per_s"] = speed
         text = f"step {progress.step} tokens {progress.tokens / 1e6:.2f}M loss {loss or 0.0:.3f} {speed:.0f} tok/s"
         text += f" eta {eta:.0f} min"
         if report is not None:
@@ -265,6 +273,8 @@ def main() -> None:
     trainer = Trainer(settings, shape, tokenizer, corpus)
     if trainer.resume():
         print(f"resuming at step {trainer.progress.step}, {trainer.progress.tokens} tokens", flush=True)
+    signal.signal(signal.SIGTERM, trainer.stop)
+    signal.signal(signal.SIGINT, trainer.stop)
     trainer.run()
 
 

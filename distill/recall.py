@@ -79,7 +79,7 @@ class RecallTrials:
         asked: Binding = bound[int(rng.integers(keys))]
         before = self.filler(rng, 32)
         lines = [b.first().ids for b in bound]
-        order = [b for b in bound].index(asked)
+        order = bound.index(asked)
         head = before + [t for line in lines[:order] for t in line] + asked.head
         after = asked.value + asked.end + [t for line in lines[order + 1 :] for t in line]
         gap = max(0, distance - len(after) - len(asked.head))
@@ -89,10 +89,8 @@ class RecallTrials:
     def copy_trial(self, rng: np.random.Generator, distance: int, random: bool) -> tuple[list[int], int]:
         """A block, filler, the block again; the last tokens of the block (all but four) must be copied."""
         count = min(24, distance)
-        if random:
-            block = rng.integers(3, len(self.corpus.ends_line), count).tolist()
-        else:
-            block = self.filler(rng, count)
+        vocab = len(self.corpus.ends_line)
+        block = rng.integers(3, vocab, count).tolist() if random else self.filler(rng, count)
         gap = max(0, distance - count)
         return self.filler(rng, 32) + block + self.filler(rng, gap) + block, count - 4
 

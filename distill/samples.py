@@ -234,7 +234,8 @@ class SampleMaker:
     def chat_piece(self, question: str, answer: str) -> Piece:
         """One chat in the template's form, closed by <|endoftext|>; the answer counts fully."""
         asked = self.tokenizer.encode(f"{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n").ids
-        told = self.tokenizer.encode(f"{answer}{TURN_END}\n").ids + [self.end]
+        told = self.tokenizer.encode(f"{answer}{TURN_END}\n").ids
+        told.append(self.end)
         return Piece(asked + told, [0.3] * len(asked) + [1.0] * len(told))
 
 

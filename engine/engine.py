@@ -53,7 +53,9 @@ class Engine:
         try:
             self.cache = KVCache(layout, pages, place.device)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            raise ConfigError(f"the KV cache could not be allocated: {error}", param="kv_memory") from error
+            raise ConfigError(
+                f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
+            ) from error
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(

@@ -72,20 +72,39 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray) -> St
     """
     slots = [sequence.slot for sequence in plan.sequences]
     counts = tuple(len(sequence.token_ids) for sequence in plan.sequences)
-    total = sum(counts)
-    device = cache.device
-    layout = logit_layout(plan)
     host_ids = list(chain.from_iterable(sequence.token_ids for sequence in plan.sequences))
     starts = [sequence.start for sequence in plan.sequences]
+    device, layout = cache.device, logit_layout(plan)
     numbers = torch.tensor([slots, counts, starts, max_lengths[slots].tolist()], device=device)
     slot_tensor, count_tensor, start_tensor, length_tensor = numbers
     query_start = torch.zeros(len(slots) + 1, dtype=torch.int32, device=device)
     query_start[1:] = count_tensor.cumsum(0)
-    owner = row_sequences(query_start, total)
-    positions = torch.arange(total, device=device) + (start_tensor - query_start[:-1])[owner]
+    owner = row_sequences(query_start, len(host_ids))
+    positions = torch.arange(len(host_ids), device=device) + (start_tensor - query_start[:-1])[owner]
     longest = cache.longest(slots, counts)
-    page_table, kept = cache.tables(slot_tensor, longest)
-    context = AttentionContext(
+    return StepInputs(
+        input_ids=torch.tensor(host_ids, device=device),
+        positions=positions,
+        lengths=length_tensor[owner],
+        context=_context(cache, slot_tensor, query_start, counts, positions, longest),
+        logit_rows=torch.tensor(layout.rows, dtype=torch.int64, device=device),
+        layout=layout,
+        slots=slot_tensor,
+        new_entries=count_tensor.int(),
+        host_slots=slots,
+        host_lengths=counts,
+    )
+
+
+def _context(
+    cache: KVCache, slots: Tensor, query_start: Tensor, counts: tuple[int, ...], positions: Tensor, longest: int
+) -> AttentionContext:
+    """The attention layers' view of the cache for this step."""
+    page_table, kept = cache.tables(slots, longest)
+    destinations = entry_destinations(
+        page_table, kept, query_start, page_size=cache.layout.page_size, num_tokens=len(positions)
+    )
+    return AttentionContext(
         pool=cache.pool,
         entry_positions=cache.entry_positions,
         page_table=page_table,
@@ -93,20 +112,6 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray) -> St
         query_start=query_start,
         query_lengths=counts,
         positions=positions,
-        destinations=entry_destinations(
-            page_table, kept, query_start, page_size=cache.layout.page_size, num_tokens=total
-        ),
+        destinations=destinations,
         max_kept=longest,
-    )
-    return StepInputs(
-        input_ids=torch.tensor(host_ids, device=device),
-        positions=positions,
-        lengths=length_tensor[owner],
-        context=context,
-        logit_rows=torch.tensor(layout.rows, dtype=torch.int64, device=device),
-        layout=layout,
-        slots=slot_tensor,
-        new_entries=count_tensor.int(),
-        host_slots=slots,
-        host_lengths=counts,
     )

@@ -6,10 +6,16 @@ dim, B entries of a page, P pages of the pool, M pages of the longest head; n ne
 Contract (every implementation): an entry of head (s, k) takes part if its index is below kept[s, k] + n, its stored
 logical position p is at most the query's position i and, with a window, i - p < window. Positions come from
 `entry_positions` alone: a pruned head's entries are not consecutive. Heads may hold different numbers of entries.
-Nothing of another sequence's pages reaches the result, not even through 0 * NaN.
+Nothing of another sequence's pages reaches the result, not even through 0 * NaN. Scores are scale * q.k, then
+softcap * tanh(s / softcap) if given; a sink is one more logit of its query head that takes mass but has no value.
+Softmax and accumulation are in float32. Per sequence and entry held: 4 * n * H * D FLOPs, 2 * K * D * itemsize bytes.
+
+This implementation computes runs of sequences with equal n together (all decodes are one run) over a copy of their
+pages; on a CPU no run gathers beyond its longest head.
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -51,38 +57,31 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of one layer, after `append_kv` stored the new entries at indices kept .. kept + n - 1.
 
-    query [T, H, D]; pool [P, 2, B, D] (read in query's dtype); entry_positions [P, B] int32;
-    page_table [S, K, M] int32, columns past a head's length are arbitrary; kept [S, K] int32, before this step;
-    query_start [S + 1] int: first row of each sequence (device twin of `query_lengths`, for kernels); positions [T]
-    int64; max_kept: host upper bound of kept + n. Query head h uses kv head h // G. Scores are
-    scale * q.k, then softcap * tanh(s / softcap) if given; sinks [H]: one more logit per head that takes mass but has
-    no value. Softmax and accumulation in float32. Returns [T, H, value_dim] in query's dtype. Mutates nothing.
-
-    Per sequence 4 * n * H * D FLOPs and 2 * K * D * itemsize bytes read for each entry held. Runs of sequences with
-    equal n are computed together (all decodes are one run); on a CPU no run gathers beyond its longest head.
+    query [T, H, D] (query head h uses kv head h // G); pool [P, 2, B, D], read in query's dtype; entry_positions
+    [P, B] int32; page_table [S, K, M] int32, columns past a head's length are arbitrary; kept [S, K] int32, before this
+    step; query_start [S + 1] int: first row of each sequence (device twin of `query_lengths`); positions [T] int64;
+    max_kept: host upper bound of kept + n; sinks [H]. Returns [T, H, value_dim] in query's dtype. Mutates nothing.
     """
     output = query.new_empty(query.shape[0], query.shape[1], value_dim)
     scoring = _Scoring(scale, window, softcap, sinks)
-    sequence = row = 0
-    for length, run in itertools.groupby(query_lengths):
-        count = len(list(run))
-        rows = slice(row, row + count * length)
-        sequences = slice(sequence, sequence + count)
+    for sequences, rows, length in _runs(query_lengths):
         totals = kept[sequences].reshape(-1).long() + length
         # The bound over this layer's heads is cheaper to read than pages are to gather; on a GPU reading it would sync.
         longest = max_kept if kept.is_cuda else min(max_kept, int(totals.max()))
         keys, values, entry_position = _gather(pool, entry_positions, page_table[sequences], totals, longest)
-        result = _attend_run(
-            query[rows].unflatten(0, (count, length)),
-            keys.to(query.dtype),
-            values.to(query.dtype),
-            entry_position,
-            positions[rows].view(count, length),
-            scoring,
-        )
-        output[rows] = result[..., :value_dim].flatten(0, 1)
-        sequence, row = sequences.stop, rows.stop
+        queries, query_positions = query[rows].unflatten(0, (-1, length)), positions[rows].view(-1, length)
+        cached = (keys.to(query.dtype), values.to(query.dtype), entry_position)
+        output[rows] = _attend_run(queries, *cached, query_positions, scoring)[..., :value_dim].flatten(0, 1)
     return output
+
+
+def _runs(query_lengths: tuple[int, ...]) -> Iterator[tuple[slice, slice, int]]:
+    """(sequences, their rows, rows of each) of every run of sequences that bring equally many rows."""
+    sequence = row = 0
+    for length, run in itertools.groupby(query_lengths):
+        count = sum(1 for _ in run)
+        yield slice(sequence, sequence + count), slice(row, row + count * length), length
+        sequence, row = sequence + count, row + count * length
 
 
 def _gather(

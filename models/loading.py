@@ -12,7 +12,6 @@ from .native import load_native, native_obstacle
 from .native_layers import Placement
 from .runner import ModelRunner, ProgressCallback
 from .spec import load_config, model_spec
-from .transformers_runner import load_transformers
 
 
 def checkpoint_dtype(model: str) -> torch.dtype:
@@ -43,6 +42,8 @@ def load_runner(
     place = Placement(device, dtype or checkpoint.dtype)
     if runner != "transformers" and obstacle is None:
         return load_native(checkpoint, config, spec, place, on_progress)
+    from .transformers_runner import load_transformers  # the library's modelling code takes two seconds to import
+
     return load_transformers(checkpoint, config, spec, place, on_progress, trust_remote_code=trust_remote_code)
 
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
-from .native_layers import Decoder, DecoderLayer, LayerShape, Linear, Placement
+from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear, Placement
 from .rope import RotaryEmbedding, rope_settings
 from .runner import ProgressCallback
 
@@ -96,7 +95,7 @@ def load_native(
     family = NATIVE_ARCHITECTURES[spec.architecture]
     settings = rope_settings(config.to_dict(), spec.head_dim)
     activation = config.hidden_act
-    if activation not in ACT2FN:
+    if activation not in ACTIVATIONS:
         raise ModelLoadError(f"{checkpoint.folder / 'config.json'}: unknown activation {activation!r}")
     if spec.num_heads % spec.num_kv_heads:
         raise ModelLoadError(
@@ -105,7 +104,7 @@ def load_native(
         )
     tied = bool(config.tie_word_embeddings)
     shape = _layer_shape(config, spec, family)
-    decoder = Decoder(spec.vocab_size, shape, ACT2FN[activation], spec.windows, tied, place)
+    decoder = Decoder(spec.vocab_size, shape, ACTIVATIONS[activation], spec.windows, tied, place)
     _fill(checkpoint, dict(_destinations(decoder, shape, tied)), on_progress)
     for layer in decoder.layers:
         assert isinstance(layer, DecoderLayer)

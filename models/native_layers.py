@@ -7,6 +7,7 @@ so that greedy text in 16-bit types parts from it as rarely as possible.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,15 @@ from .context import AttentionContext
 from .rope import rotate
 
 Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+}
+"""By the name that configurations use (the library's own table would cost a second of imports)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ All response kinds (completions and chat, streamed and whole) are made from the 
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 
 from ..core.messages import Event, Finished, FinishReason, Logprob, Tokens
 from ..core.request import Request
-from .metrics import Metrics, SequenceTimer
+from .metrics import SequenceTimer
 from .settings import Service
 from .stops import StopFilter
 from .text import Tokenizer
@@ -58,7 +59,7 @@ class Delta:
 class _Choice:
     """One sequence: decoding, stop strings, counts."""
 
-    def __init__(self, job: Job, number: int, tokenizer: Tokenizer, timer: SequenceTimer) -> None:
+    def __init__(self, job: Job, number: int, tokenizer: Tokenizer, timer: SequenceTimer | None) -> None:
         self.index = job.first_index + number
         self.finished = False
         self.num_tokens = 0
@@ -71,7 +72,8 @@ class _Choice:
     def push(self, event: Tokens) -> Delta:
         """Take new tokens; what follows a stop string is not even counted."""
         delta = Delta(self.index)
-        self._timer.on_tokens(len(event.token_ids))
+        if self._timer:
+            self._timer.on_tokens(len(event.token_ids))
         for number, token_id in enumerate(event.token_ids):
             if event.logprobs:
                 delta.tokens.append(ScoredToken(token_id, self._offset, event.logprobs[number]))
@@ -94,7 +96,8 @@ class _Choice:
 
     def _finish(self, reason: FinishReason, queue_seconds: float | None) -> FinishReason:
         self.finished = True
-        self._timer.on_end(reason, len(self._job.request.prompt_ids), self.num_tokens, queue_seconds)
+        if self._timer:
+            self._timer.on_end(reason, len(self._job.request.prompt_ids), self.num_tokens, queue_seconds)
         return reason
 
     def _shown(self, delta: Delta) -> Delta:
@@ -107,11 +110,12 @@ class _Choice:
 class RequestOutput:
     """The output of one engine request, choice by choice."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, metrics: Metrics, arrived: float) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, new_timer: Callable[[], SequenceTimer] | None = None) -> None:
+        """`new_timer` makes what times a choice; without it nothing is timed (offline)."""
         self._job = job
         self._tokenizer = tokenizer
         choices = range(job.request.params.n)
-        self._choices = [_Choice(job, n, tokenizer, SequenceTimer(metrics, arrived)) for n in choices]
+        self._choices = [_Choice(job, n, tokenizer, new_timer() if new_timer else None) for n in choices]
         self._prompt_logprobs: list[Logprob] = []
         self._held: list[Delta] | None = None if job.echo is None else []
         """Deltas that wait until the echoed prompt is scored; None once it was shown."""
@@ -180,7 +184,7 @@ async def stream_deltas(service: Service, jobs: Sequence[Job], arrived: float) -
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[list[Delta], None]:
-    output = RequestOutput(job, service.tokenizer, service.metrics, arrived)
+    output = RequestOutput(job, service.tokenizer, partial(SequenceTimer, service.metrics, arrived))
     try:
         async with aclosing(service.client.generate(job.request)) as events:
             async for event in events:

@@ -59,8 +59,8 @@ def _authorize(path: str, headers: Headers, settings: ServerSettings) -> None:
     if settings.api_key is None or path in OPEN_PATHS:
         return
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    # Compared as bytes in constant time, so that the time of a refusal tells nothing about the key.
-    same = hmac.compare_digest(key.strip().encode(), settings.api_key.encode())
+    # In constant time, so that the time of a refusal tells nothing about the key; headers are raw bytes as Latin-1.
+    same = hmac.compare_digest(key.strip().encode("latin-1"), settings.api_key.encode())
     if scheme.lower() != "bearer" or not same:
         raise AuthenticationError("a valid API key is needed: Authorization: Bearer KEY")
 

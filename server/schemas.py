@@ -10,9 +10,11 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from ..core.errors import InvalidRequestError
+from ..core.request import MAX_LOGIT_BIAS
 from .errors import invalid_request
 
 MAX_PROMPTS = 1024
+MAX_MESSAGES = 4096
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_TOKEN_ID = 2**31 - 1
@@ -107,6 +109,8 @@ def _logit_bias(value: Any) -> Any:
     """JSON's string keys as token ids."""
     if not isinstance(value, dict):
         return value
+    if len(value) > MAX_LOGIT_BIAS:  # before each bad entry costs an error object
+        raise ValueError(f"at most {MAX_LOGIT_BIAS} biased tokens are allowed")
     try:
         biases = {int(key): bias for key, bias in value.items()}
     except ValueError as error:
@@ -212,7 +216,7 @@ class TemplateOptions(BaseModel):
 class ChatBody(GenerationBody, TemplateOptions):
     """`POST /v1/chat/completions`."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: Int32 | None = None
     """None: to the end of the context."""
     max_completion_tokens: Int32 | None = None
@@ -225,7 +229,7 @@ class TokenizeBody(Body, TemplateOptions):
     """`POST /tokenize`: either a prompt or messages."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool | None = None
     """None: for a prompt yes, for messages no (their template writes them)."""
     return_token_strs: bool | None = None

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+
 from quire.distill.corpus import Corpus, build_corpus, standard_library
 from quire.distill.samples import SampleMaker
 from quire.distill.vocabulary import load_tokenizer
-from tokenizers import Tokenizer
 
 SHIPPED = Path(__file__).parents[2] / "models" / "quire-mini"
 

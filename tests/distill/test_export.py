@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
 from quire.distill.export import SHARD_BYTES, export, shard
 from quire.distill.network import Decoder, Shape
 from quire.distill.wiring import Layout, wire
-from tokenizers import Tokenizer
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = Shape(layers=3, hidden=192, mlp=64, context=512)
 
@@ -58,7 +59,8 @@ def test_shards_stay_under_the_limit_and_keep_the_order() -> None:
 def test_tokenizer_adds_nothing_and_has_a_chat_template(shipped: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(shipped)
     assert tokenizer.convert_ids_to_tokens(tokenizer("abc").input_ids) == ["abc"]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+    messages = [{"role": "user", "content": "hi"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     sample = "def f(x):\n\treturn 'é' + x  # 漢\r\n"

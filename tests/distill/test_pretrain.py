@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+
 from quire.distill.corpus import Corpus
 from quire.distill.network import Shape
 from quire.distill.pretrain import Settings, Trainer, length_at, rate_at
 from quire.distill.samples import Mixture
-from tokenizers import Tokenizer
 
 SHAPE = Shape(layers=2, hidden=192, mlp=64, context=256)
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+
 from quire.distill.corpus import Corpus, is_held_out, standard_library
 from quire.distill.recall import RecallTrials
 from quire.distill.samples import VALUE_WEIGHT, Mixture, SampleMaker
-from tokenizers import Tokenizer
 
 
 def runs(positions: list[int]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from quire.distill.corpus import Corpus
 from quire.distill.recall import KEYS, RecallTrials, transformers_logits
 from quire.distill.samples import SampleMaker

@@ -1,14 +1,16 @@
 """The wired initialisation looks back before any training, and training cannot touch the circuit."""
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from quire.distill.corpus import Corpus
 from quire.distill.network import Decoder, Shape
 from quire.distill.optimizer import MaskedMuon, Rates, orthogonalize
 from quire.distill.recall import RecallTrials
 from quire.distill.samples import SampleMaker
 from quire.distill.wiring import Layout, trainable_masks, wire
-from torch import Tensor
 
 SHAPE = Shape(layers=2, hidden=256, mlp=64)  # the circuit needs two layers and no feed-forward
 
@@ -32,8 +34,6 @@ def test_untrained_model_copies_random_tokens_far_back(wired: Decoder) -> None:
 def test_untrained_model_recalls_far_above_chance(
     wired: Decoder, corpus: Corpus, maker: SampleMaker, distance: int, keys: int
 ) -> None:
-    import numpy as np
-
     @torch.inference_mode()
     def logits(ids: Tensor) -> Tensor:
         return wired(ids, torch.bfloat16)

@@ -58,25 +58,18 @@ def make_case(
     for s, row in enumerate(kept):
         start = max(row) * gap + 2 if gap > 1 else max(row)
         starts.append(start)
-        for k, held in enumerate(row):
+        for k, count in enumerate(row):
             mine = torch.tensor([order.pop() for _ in range(pages[s][k])])
             table[s, k, : len(mine)] = mine
             pool[mine] = torch.randn(len(mine), 2, page_size, head_dim, generator=generator).to(dtype)
-            chosen = torch.randperm(start, generator=generator)[:held].sort().values if gap > 1 else torch.arange(held)
+            chosen = torch.randperm(start, generator=generator)[:count].sort().values
             flat = (mine[:, None] * page_size + torch.arange(page_size)).view(-1)
-            entry_positions.view(-1)[flat[:held]] = chosen.to(torch.int32)
-    tokens = sum(lengths)
-    return PagedCase(
-        pool,
-        entry_positions,
-        table,
-        torch.tensor(kept, dtype=torch.int32),
-        tuple(lengths),
-        torch.randn(tokens, num_heads * groups, head_dim, generator=generator).to(dtype),
-        torch.randn(tokens, num_heads, head_dim, generator=generator).to(dtype),
-        torch.randn(tokens, num_heads, value_dim or head_dim, generator=generator).to(dtype),
-        torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]),
-    )
+            entry_positions.view(-1)[flat[:count]] = chosen.to(torch.int32)
+    shapes = ((num_heads * groups, head_dim), (num_heads, head_dim), (num_heads, value_dim or head_dim))
+    query, key, value = (torch.randn(sum(lengths), *shape, generator=generator).to(dtype) for shape in shapes)
+    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    held = torch.tensor(kept, dtype=torch.int32)
+    return PagedCase(pool, entry_positions, table, held, tuple(lengths), query, key, value, positions)
 
 
 def naive_append(case: PagedCase) -> None:

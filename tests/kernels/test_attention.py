@@ -1,5 +1,7 @@
 """The batched paged attention against a loop over single entries, and the cache writes it relies on."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from quire.kernels.cache import append_kv, entry_destinations
 from .oracle import PagedCase, make_case, naive_append, naive_attention
 
 # Both sides hold the same float32 inputs; only the order of summation differs.
-TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def store(case: PagedCase) -> torch.Tensor:
@@ -26,7 +28,7 @@ def store(case: PagedCase) -> torch.Tensor:
     return destinations[0]
 
 
-def attend(case: PagedCase, **options: object) -> torch.Tensor:
+def attend(case: PagedCase, **options: Any) -> torch.Tensor:
     """Store, then attend."""
     store(case)
     return paged_attention(
@@ -40,14 +42,14 @@ def attend(case: PagedCase, **options: object) -> torch.Tensor:
         case.positions,
         max_kept=case.max_kept,
         value_dim=case.value.shape[-1],
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
-def check(case: PagedCase, **options: object) -> None:
+def check(case: PagedCase, **options: Any) -> None:
     """Result equals the naive loop's."""
     result = attend(case, scale=0.3, **options)
-    expected = naive_attention(case, scale=0.3, **options)  # type: ignore[arg-type]
+    expected = naive_attention(case, scale=0.3, **options)
     torch.testing.assert_close(result.double(), expected, **TOLERANCE)
 
 
@@ -79,7 +81,7 @@ def test_window_counts_positions_not_entries(window: int, gap: int) -> None:
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"sinks": True}, {"softcap": 2.0, "sinks": True, "window": 4}])
 @pytest.mark.parametrize("gap", [1, 2])
-def test_softcap_and_sinks(options: dict[str, object], gap: int) -> None:
+def test_softcap_and_sinks(options: dict[str, Any], gap: int) -> None:
     case = make_case([[21, 3], [6, 12], [0, 0]], [1, 1, 8], groups=3, gap=gap)
     if "sinks" in options:
         options = {**options, "sinks": torch.linspace(-3, 3, 6)}
@@ -92,7 +94,7 @@ def test_a_long_window_chunk_spans_several_inner_blocks() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"softcap": 3.0}])
-def test_slices_of_queries_equal_the_whole(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_of_queries_equal_the_whole(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attend(make_case([[9, 4], [30, 2]], [40, 40]), scale=0.3, **options)
     monkeypatch.setattr(attention, "MAX_SCORES", 2 * 4 * 72 * 3)  # three queries at a time
     sliced = attend(make_case([[9, 4], [30, 2]], [40, 40]), scale=0.3, **options)
@@ -104,18 +106,18 @@ def test_values_narrower_than_keys() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}])
-def test_bfloat16_scores_are_computed_in_float32(options: dict[str, object]) -> None:
+def test_bfloat16_scores_are_computed_in_float32(options: dict[str, Any]) -> None:
     """Within the rounding of inputs to and output from 8 bits (2**-9 each); bfloat16 scores would be ten times off."""
     case = make_case([[300, 300], [40, 40]], [1, 5], head_dim=64, dtype=torch.bfloat16)
     case.query *= 8
     result = attend(case, scale=0.3, **options)
-    expected = naive_attention(case, scale=0.3, **options)  # type: ignore[arg-type]
+    expected = naive_attention(case, scale=0.3, **options)
     assert result.dtype == torch.bfloat16
     torch.testing.assert_close(result.double(), expected, rtol=0.01, atol=0.02)
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 30.0}])
-def test_nan_of_one_sequence_does_not_reach_another(options: dict[str, object]) -> None:
+def test_nan_of_one_sequence_does_not_reach_another(options: dict[str, Any]) -> None:
     clean = attend(make_case([[9, 9], [30, 30]], [1, 1]), scale=0.3, **options)
     case = make_case([[9, 9], [30, 30]], [1, 1])
     case.pool[case.page_table[1].reshape(-1).long()] = float("nan")

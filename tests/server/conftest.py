@@ -7,10 +7,11 @@ from typing import Any
 
 import httpx
 import pytest
-from quire.server.app import ServerSettings, create_app
-from quire.server.text import Tokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+
+from quire.server.app import ServerSettings, create_app
+from quire.server.text import Tokenizer
 
 from .fake_client import FakeClient
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from quire.server.text import Tokenizer
 
 from .conftest import EOS, events_of

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from quire.server.text import Tokenizer
 
 from .conftest import BOS, EOS, events_of
@@ -101,9 +102,7 @@ async def test_no_usage_unless_asked(http: httpx.AsyncClient, client: FakeClient
 
 
 @pytest.mark.parametrize("form", ["texts", "tokens"])
-async def test_several_prompts(
-    http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer, form: str
-) -> None:
+async def test_several_prompts(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer, form: str) -> None:
     texts = ["hello", "world", "The end"]
     prompts: list[Any] = texts if form == "texts" else [tokenizer.encode(text) for text in texts]
     outputs = [tokenizer.encode(f" choice {n}", False) for n in range(2)]
@@ -141,7 +140,9 @@ async def test_logprobs(http: httpx.AsyncClient, client: FakeClient, tokenizer: 
     assert logprobs.keys() == {"text_offset", "token_logprobs", "tokens", "top_logprobs"}
     assert logprobs["token_logprobs"] == [-token / 100 for token in output]
     assert logprobs["tokens"] == [tokenizer.token_text(token) for token in output]
-    assert all(len(top) == 2 and name in top for top, name in zip(*map(logprobs.get, ("top_logprobs", "tokens")), strict=True))
+    for top, name in zip(logprobs["top_logprobs"], logprobs["tokens"], strict=True):
+        assert len(top) == 2
+        assert name in top
     assert logprobs["text_offset"][:2] == [0, len(tokenizer.token_text(output[0]))]
     events = await stream(http, logprobs=2)
     chunks = [c["logprobs"] for event in events[:-1] for c in event["choices"] if c["logprobs"]]
@@ -178,9 +179,7 @@ async def test_echo_with_logprobs_scores_the_prompt(
     assert client.requests[0].params.max_tokens == max(1, max_tokens)
 
 
-async def test_a_stop_string_across_tokens(
-    http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer
-) -> None:
+async def test_a_stop_string_across_tokens(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer) -> None:
     output = tokenizer.encode("the quick brown fox", False)
     client.script = says(output)
     body = await post(http, stop=["k br"])
@@ -237,9 +236,7 @@ async def test_streamed_and_whole_text_are_the_reference(
     assert whole["usage"] == events[-2]["usage"]
 
 
-async def test_special_tokens_can_be_shown(
-    http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer
-) -> None:
+async def test_special_tokens_can_be_shown(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer) -> None:
     client.script = says([*tokenizer.encode("hello", False), EOS])
     assert (await post(http, skip_special_tokens=False))["choices"][0]["text"] == "hello<|end|>"
     await post(http, add_special_tokens=False)

@@ -1,8 +1,11 @@
 """Stop strings: what is shown does not depend on how the text was cut."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quire.server.stops import StopFilter
 
 SMALL_TEXT = st.text(alphabet="abc", max_size=40)
@@ -21,7 +24,7 @@ def reference(text: str, stops: list[str], armed_from: int = 0) -> tuple[str, st
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     borders = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    return [text[a:b] for a, b in zip(borders, borders[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(borders)]
 
 
 @given(SMALL_TEXT, STOPS, st.lists(st.integers(0, 100)))

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from quire.core.errors import InvalidRequestError, ModelLoadError
-from quire.server.text import INLINE_CHARS, Tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
+
+from quire.core.errors import InvalidRequestError, ModelLoadError
+from quire.server.text import INLINE_CHARS, Tokenizer
 
 from .conftest import BOS, EOS, byte_level_backend
 
@@ -85,7 +86,9 @@ def test_a_prompt_keeps_the_leading_space() -> None:
 
 
 def test_endless_broken_bytes_are_shown_in_time() -> None:
-    pieces = streamed(BYTE_LEVEL, [BYTE_LEVEL.backend.token_to_id("â")] * 1000)
+    broken = BYTE_LEVEL.backend.token_to_id("â")
+    assert broken is not None
+    pieces = streamed(BYTE_LEVEL, [broken] * 1000)
     assert "".join(pieces) == "\ufffd" * 1000
     assert max(map(len, pieces)) <= 64
 

@@ -1,0 +1,148 @@
+"""The offline API: `LLM(model).generate(prompts, params)`, on the server's scheduler and engine, in this process."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..core.config import EngineConfig, embedded_model
+from ..core.errors import InvalidRequestError, revive
+from ..core.ids import RequestId
+from ..core.messages import EngineInfo, Event, Failed, FinishReason, Logprob, Tokens
+from ..core.request import Request, SamplingParams
+from ..scheduler.client import load_in_process
+from .generation import Job, RequestOutput
+from .text import Tokenizer
+
+__all__ = ["LLM", "Choice", "Completion", "SamplingParams"]
+
+_NO_LIMIT = 2**31
+"""Nobody else waits here: all prompts of a call are queued at once."""
+_COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+    TimeRemainingColumn(),
+)
+
+
+@dataclass(slots=True)
+class Choice:
+    """One completion of a prompt."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    """All that were generated, an end token and the tokens of a stop string included."""
+    finish_reason: FinishReason = "length"
+    logprobs: list[Logprob] = field(default_factory=list)
+    """One per token if asked for."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """What a prompt gave."""
+
+    prompt_ids: list[int]
+    choices: list[Choice]
+    """`params.n` of them."""
+    prompt_logprobs: list[Logprob] = field(default_factory=list)
+    """From the second prompt token on, if asked for."""
+
+
+class LLM:
+    """A model, loaded once; for one thread."""
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        """Load a checkpoint folder or hub name, the embedded model by default.
+
+        settings are fields of `core.config.EngineConfig` (device, dtype, kv_memory in bytes, ...). Raises `QuireError`
+        where the model or the settings cannot work.
+        """
+        config = EngineConfig(**{"model": model or str(embedded_model()), "max_waiting": _NO_LIMIT, **settings})
+        self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
+        self._loop = load_in_process(config, lambda phase, done, total: None)
+        self._served = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine settled on."""
+        return self._loop.engine.info
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+        *,
+        stop: Sequence[str] = (),
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Complete all prompts (texts or token ids), batched together; results are in the order of the prompts.
+
+        params: one for all, or one per prompt; stop: texts that end a completion and are cut off. Raises `QuireError`
+        when a prompt cannot be served, before any is computed, or its computation fails.
+        """
+        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(all_params) != len(prompts):
+            raise InvalidRequestError(f"{len(prompts)} prompts, but {len(all_params)} sampling parameters")
+        works = [self._work(prompt, one, tuple(stop)) for prompt, one in zip(prompts, all_params, strict=True)]
+        try:
+            self._run({work.request.id: work for work in works}, progress)
+        finally:
+            for work in works:  # after an error or Ctrl-C the others must not linger
+                self._loop.abort(work.request.id)
+        return [work.completion for work in works]
+
+    def _work(self, prompt: str | Sequence[int], params: SamplingParams, stops: tuple[str, ...]) -> "_Work":
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self._served += 1
+        seed = random.getrandbits(64) if params.seed is None else params.seed % 2**64
+        request = Request(id=RequestId(str(self._served)), prompt_ids=tuple(ids), params=params, seed=seed)
+        return _Work(request, self.tokenizer, stops)
+
+    def _run(self, works: "dict[RequestId, _Work]", show: bool) -> None:
+        for work in works.values():
+            self._loop.submit(work.request)
+        with Progress(*_COLUMNS, console=Console(stderr=True), disable=not show) as bar:
+            task = bar.add_task("generating", total=len(works), rate=0.0)
+            started, tokens, missing = time.perf_counter(), 0, len(works)
+            while missing:
+                for event in self._loop.step().events:
+                    if isinstance(event, Failed):
+                        raise revive(event.error)
+                    tokens += len(event.token_ids) if isinstance(event, Tokens) else 0
+                    if works[event.request_id].take(event):
+                        missing -= 1
+                        self._loop.abort(event.request_id)  # a stop string ends what the engine would go on with
+                        bar.advance(task)
+                bar.update(task, rate=tokens / (time.perf_counter() - started))
+
+
+class _Work:
+    """A request under way and what it has given so far."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self.request = request
+        self.completion = Completion(list(request.prompt_ids), [Choice() for _ in range(request.params.n)])
+        self._done = False
+        self._output = RequestOutput(Job(request, first_index=0, stops=stops), tokenizer)
+
+    def take(self, event: Event) -> bool:
+        """Take in an event; True when it completes the request."""
+        if self._done:
+            return False
+        if isinstance(event, Tokens) and event.index == 0:
+            self.completion.prompt_logprobs += event.prompt_logprobs or []
+        for delta in self._output.push(event):
+            choice = self.completion.choices[delta.index]
+            choice.text += delta.text
+            choice.finish_reason = delta.finish_reason or choice.finish_reason
+            if isinstance(event, Tokens):
+                choice.token_ids += event.token_ids[: delta.num_tokens]
+                choice.logprobs += (event.logprobs or [])[: delta.num_tokens]
+        self._done = self._output.done
+        return self._done
