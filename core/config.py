@@ -44,8 +44,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the KV pool; None: a share of what the device has free."""
     page_size: int = 16
     """Entries of one KV page."""
-    seed: int = 0
-    """Base of the random seeds of requests that bring none."""
     trust_remote_code: bool = False
     """Allow a checkpoint's own Python code to run."""
 

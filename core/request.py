@@ -1,6 +1,8 @@
 """What a user asks for: `SamplingParams` and `Request`, checked here once for HTTP and offline use alike."""
 
 import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -102,4 +104,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
     seed: int = 0
-    """`params.seed`, or what the client drew in its place; 64 bits unsigned."""
+    """`params.seed`, or what was drawn in its place; 64 bits unsigned."""
+
+    @staticmethod
+    def create(request_id: str, prompt_ids: Sequence[int], params: SamplingParams, seeds: random.Random) -> "Request":
+        """A request with its seed settled: `seeds` gives one where the parameters do not."""
+        seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
+        return Request(id=RequestId(request_id), prompt_ids=tuple(prompt_ids), params=params, seed=seed)

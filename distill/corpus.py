@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from .vocabulary import END_OF_TEXT
+from .vocabulary import end_of_text_id
 
 HELD_OUT_ONE_IN = 40  # of the files, chosen by the hash of their relative path
 LARGEST_FILE = 200_000  # bytes; larger ones are tables, not code
@@ -32,6 +32,7 @@ class SourceFile:
 class Corpus:
     """Token ids of the corpus, and what the sample generators need to know about it."""
 
+    end: int  # id of <|endoftext|>
     train: np.ndarray  # uint16 [tokens], files separated by <|endoftext|>
     held_out: np.ndarray  # uint16 [tokens]
     words: list[str]  # lower-case words of the code, for names and values
@@ -91,7 +92,7 @@ def documented_functions(files: list[SourceFile]) -> list[tuple[str, str]]:
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """All texts as one uint16 array, each ended by <|endoftext|>."""
-    end = np.array([tokenizer.token_to_id(END_OF_TEXT)], dtype=np.uint16)
+    end = np.array([end_of_text_id(tokenizer)], dtype=np.uint16)
     parts: list[np.ndarray] = []
     for encoding in tokenizer.encode_batch(texts):
         parts += [np.array(encoding.ids, dtype=np.uint16), end]
@@ -110,6 +111,7 @@ def build_corpus(tokenizer: Tokenizer, files: list[SourceFile]) -> Corpus:
     held = [f for f in files if is_held_out(f.path)] or files[-1:]
     ends, starts = line_tables(tokenizer)
     return Corpus(
+        end=end_of_text_id(tokenizer),
         train=tokenize(tokenizer, [f.text for f in train]),
         held_out=tokenize(tokenizer, [f.text for f in held]),
         words=common_words(f.text for f in train),

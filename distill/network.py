@@ -143,8 +143,16 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList([Block(shape) for _ in range(shape.layers)])
         self.norm = RMSNorm(shape.hidden, shape.norm_eps)
         cos, sin = rotary_tables(shape)
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+
+    def block(self, index: int) -> Block:
+        """Layer number `index`."""
+        layer = self.layers[index]
+        assert isinstance(layer, Block)
+        return layer
 
     def hidden(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Last hidden states after the final norm: ids [B, T] -> [B, T, E] of `dtype`."""

@@ -135,9 +135,10 @@ class RecallTrials:
 
 def transformers_logits(directory: Path, device: str) -> Logits:
     """Logits of a checkpoint as the transformers library computes them, in bfloat16."""
-    from transformers import AutoModelForCausalLM
+    from transformers import LlamaForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(device).eval()
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    model.to(torch.device(device))
 
     @torch.inference_mode()
     def logits(ids: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ def main() -> None:
     corpus = build_corpus(tokenizer, standard_library())
     trials = RecallTrials(corpus, SampleMaker(corpus, tokenizer), args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = trials.measure(transformers_logits(args.model, device), args.trials, tuple(args.distances), args.windows)
+    report = trials.measure(
+        transformers_logits(args.model, device), args.trials, tuple(args.distances), args.windows
+    )
     if args.json:
         print(json.dumps({"loss": report.loss, "single": report.single, "multi": report.multi}))
     else:

@@ -12,10 +12,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .corpus import Corpus
-from .vocabulary import END_OF_TEXT, TURN_END, TURN_START
+from .vocabulary import TURN_END, TURN_START
 
 VALUE_WEIGHT = 3.0
-GOLDEN_RATIO = 0.6180339887498949  # steps of this fraction of the corpus visit it evenly in any number of steps
+GOLDEN_RATIO = (
+    0.6180339887498949  # steps of this fraction of the corpus visit it evenly in any number of steps
+)
 
 
 @dataclass(slots=True)
@@ -38,7 +40,9 @@ class Binding:
     def first(self) -> Piece:
         """The line where it is bound: nothing but the line's form can be known."""
         name = [0.0] * (len(self.head) - 1) + [0.5]
-        return Piece(self.head + self.value + self.end, name + [0.0] * len(self.value) + [0.5] * len(self.end))
+        return Piece(
+            self.head + self.value + self.end, name + [0.0] * len(self.value) + [0.5] * len(self.end)
+        )
 
     def asked(self) -> Piece:
         """The line where it is asked for: the value is what counts, the name's later tokens a little."""
@@ -65,7 +69,7 @@ class SampleMaker:
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.seed = seed
-        self.end = tokenizer.token_to_id(END_OF_TEXT)
+        self.end: int = corpus.end
         self.newline = tokenizer.encode("\n").ids
 
     def row(self, index: int, length: int, mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +81,8 @@ class SampleMaker:
             (mixture.random_copy, self.random_copy_row),
             (mixture.chat, self.chat_row),
         ]
-        draw, maker = rng.random(), self.code_row
+        draw = rng.random()
+        maker: Callable[[np.random.Generator, int, int], Piece] = self.code_row
         for share, candidate in makers:
             if draw < share:
                 maker = candidate
@@ -145,7 +150,9 @@ class SampleMaker:
         names: set[str] = set()
         while len(names) < count:
             names.add(self.name(rng))
-        return [self.binding(name, self.value(rng), indent) for name in sorted(names, key=lambda _: rng.random())]
+        return [
+            self.binding(name, self.value(rng), indent) for name in sorted(names, key=lambda _: rng.random())
+        ]
 
     def line_starts(self, ids: list[int]) -> np.ndarray:
         """Positions in `ids` where a line begins, so that a whole line may be put in."""

@@ -13,9 +13,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
 # Words with one leading mark, single digits, runs of punctuation, line ends, indentation. A digit is a token of its
 # own so that a number is recalled digit by digit; a line never shares a token with the next one's first word.
-PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -65,3 +63,10 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, context: int) -> None:
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer saved in `directory`."""
     return Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Id of the token that separates documents."""
+    found = tokenizer.token_to_id(END_OF_TEXT)
+    assert found is not None, "the tokenizer was made by train_tokenizer"
+    return found

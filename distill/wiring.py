@@ -36,7 +36,9 @@ class Layout:
     constant: float = 2.0
     content_std: float = 0.05
     code_norm: float = 0.5  # norm of each of the two parts of a code
-    sharpness: float = 11.0  # score gap between offset o and its neighbours in layer 0, and own position in layer 1
+    sharpness: float = (
+        11.0  # score gap between offset o and its neighbours in layer 0, and own position in layer 1
+    )
     match_gain: float = 9.0  # score of one fully matching token in layer 1
     match_weights: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)  # present token first
     skip_weights: tuple[float, ...] = (0.0, 1.0, 0.8, 0.7)
@@ -143,10 +145,10 @@ def _position_gain(shape: Shape, layout: Layout) -> float:
 
 def _wire_layer0(model: Decoder, layout: Layout) -> None:
     """Heads that look 1 to `offsets` tokens back and write the match codes they find."""
-    shape, attention = model.shape, model.layers[0].self_attn
+    shape, attention = model.shape, model.block(0).self_attn
     hidden, dim = shape.hidden, shape.head_dim
     rms = nominal_rms(shape, layout, 0)
-    constant = layout.constant / rms * model.layers[0].input_layernorm.weight[0].item()
+    constant = layout.constant / rms * model.block(0).input_layernorm.weight[0].item()
     gain = _position_gain(shape, layout) / constant
     attention.q_proj.weight.zero_()
     attention.k_proj.weight.zero_()
@@ -184,7 +186,7 @@ def _suffix_query(shape: Shape, layout: Layout, weights: tuple[float, ...], gain
 
 def _wire_layer1(model: Decoder, layout: Layout) -> None:
     """Suffix matching (head 0), removal of the present token's code (head 1), weak skip-gram matching (head 2)."""
-    shape, layer = model.shape, model.layers[1]
+    shape, layer = model.shape, model.block(1)
     hidden, dim, attention = shape.hidden, shape.head_dim, layer.self_attn
     rms = nominal_rms(shape, layout, layout.offsets)
     constant = layout.constant / rms * layer.input_layernorm.weight[0].item()
@@ -247,4 +249,3 @@ def _touched(name: str) -> bool:
     if name in ("embed_tokens.weight", "layers.0.mlp.down_proj.weight"):
         return True
     return name.startswith(("layers.0.", "layers.1.")) and ("self_attn" in name or "input_layernorm" in name)
-

@@ -1,5 +1,6 @@
 """`create_app`: the HTTP application over an engine client and a tokenizer."""
 
+import random
 import time
 
 from fastapi import FastAPI
@@ -12,13 +13,12 @@ from .middleware import Gate
 from .settings import ServerSettings, Service
 from .text import Tokenizer
 
-__all__ = ["ServerSettings", "create_app"]
-
 
 def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
     """The application; `app.state.service` is the `Service` that its routes work with."""
     metrics = Metrics(client, settings.served_model_names[0], settings.metrics_prefix)
-    service = Service(client, tokenizer, settings, metrics, created=int(time.time()))
+    seeds = random.Random(settings.seed)
+    service = Service(client, tokenizer, settings, metrics, created=int(time.time()), seeds=seeds)
     app = FastAPI(title="Quire", description="OpenAI-style LLM inference", redirect_slashes=False)
     app.state.service = service
     install_handlers(app, metrics.failed)

@@ -66,8 +66,10 @@ TrustRemoteCode = Annotated[
     ),
 ]
 Seed = Annotated[
-    int,
-    typer.Option(envvar="QUIRE_SEED", help="Base of the seeds of requests that bring none.", rich_help_panel=_MODEL),
+    int | None,
+    typer.Option(
+        envvar="QUIRE_SEED", help="Makes runs repeatable for requests that bring no seed.", rich_help_panel=_MODEL
+    ),
 ]
 MaxNumSeqs = Annotated[
     int, typer.Option(envvar="QUIRE_MAX_NUM_SEQS", help="Most sequences that run at once.", rich_help_panel=_MEMORY)
@@ -130,7 +132,7 @@ def serve(
     runner: Runner = "auto",
     max_model_len: MaxModelLen = None,
     trust_remote_code: TrustRemoteCode = False,
-    seed: Seed = 0,
+    seed: Seed = None,
     max_num_seqs: MaxNumSeqs = _DEFAULTS.max_num_seqs,
     max_batch_tokens: MaxBatchTokens = _DEFAULTS.max_batch_tokens,
     max_waiting: MaxWaiting = _DEFAULTS.max_waiting,
@@ -140,6 +142,7 @@ def serve(
     """Serve MODEL over an OpenAI-style HTTP API."""
     from .serving import ServeOptions, served_name
     from .serving import serve as run
+    from .settings import ServerSettings
 
     model = model or str(embedded_model())
     config = EngineConfig(
@@ -153,11 +156,11 @@ def serve(
         max_waiting=max_waiting,
         kv_memory=parse_size(kv_memory) if kv_memory else None,
         page_size=page_size,
-        seed=seed,
         trust_remote_code=trust_remote_code,
     )
     names = tuple(served_model_name or [served_name(model)])
-    run(ServeOptions(engine=config, host=host, port=port, served_model_names=names, api_key=api_key))
+    settings = ServerSettings(served_model_names=names, api_key=api_key, seed=seed)
+    run(ServeOptions(engine=config, http=settings, host=host, port=port))
 
 
 @app.command()
@@ -172,7 +175,7 @@ def complete(
     dtype: Dtype = "auto",
     runner: Runner = "auto",
     trust_remote_code: TrustRemoteCode = False,
-    seed: Seed = 0,
+    seed: Seed = None,
 ) -> None:
     """Continue PROMPT offline, without a server."""
     from ..core.request import SamplingParams

@@ -57,15 +57,17 @@ class Completion:
 class LLM:
     """A model, loaded once; for one thread."""
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | None = None, *, seed: int | None = None, **settings: Any) -> None:
         """Load a checkpoint folder or hub name, the embedded model by default.
 
+        seed makes the draws of requests without a seed of their own repeatable;
         settings are fields of `core.config.EngineConfig` (device, dtype, kv_memory in bytes, ...). Raises `QuireError`
         where the model or the settings cannot work.
         """
         config = EngineConfig(**{"model": model or str(embedded_model()), "max_waiting": _NO_LIMIT, **settings})
         self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
         self._loop = load_in_process(config, lambda phase, done, total: None)
+        self._seeds = random.Random(seed)
         self._served = 0
 
     @property
@@ -100,9 +102,7 @@ class LLM:
     def _work(self, prompt: str | Sequence[int], params: SamplingParams, stops: tuple[str, ...]) -> "_Work":
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._served += 1
-        seed = random.getrandbits(64) if params.seed is None else params.seed % 2**64
-        request = Request(id=RequestId(str(self._served)), prompt_ids=tuple(ids), params=params, seed=seed)
-        return _Work(request, self.tokenizer, stops)
+        return _Work(Request.create(str(self._served), ids, params, self._seeds), self.tokenizer, stops)
 
     def _run(self, works: "dict[RequestId, _Work]", show: bool) -> None:
         for work in works.values():

@@ -1,10 +1,8 @@
 """From request bodies to engine requests: sampling parameters, tokenized prompts, ids and seeds."""
 
-import random
 from typing import Any
 
 from ..core.errors import ContextLengthError, InvalidRequestError
-from ..core.ids import RequestId
 from ..core.request import Request, SamplingParams
 from .generation import Job
 from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
@@ -96,8 +94,7 @@ def _request(service: Service, request_id: str, ids: list[int], params: Sampling
             f"{limit:,} tokens",
             param=param,
         )
-    seed = random.getrandbits(64) if params.seed is None else params.seed % 2**64
-    return Request(id=RequestId(request_id), prompt_ids=tuple(ids), params=params, seed=seed)
+    return Request.create(request_id, ids, params, service.seeds)
 
 
 def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:

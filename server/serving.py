@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, cast
 
 import uvicorn
 from rich.console import Console
@@ -18,7 +19,8 @@ from ..core.config import EngineConfig
 from ..core.errors import ConfigError
 from ..core.messages import EngineInfo, Progress
 from ..scheduler.client import ProcessClient
-from .app import ServerSettings, create_app
+from .app import create_app
+from .settings import ServerSettings, Service
 from .text import Tokenizer
 
 DRAIN_SECONDS = 300
@@ -30,10 +32,9 @@ class ServeOptions:
     """What `quire serve` was asked for, beside the engine's settings."""
 
     engine: EngineConfig
+    http: ServerSettings
     host: str
     port: int
-    served_model_names: tuple[str, ...]
-    api_key: str | None
 
 
 class _HttpServer(uvicorn.Server):
@@ -42,11 +43,6 @@ class _HttpServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-    def stop(self) -> None:
-        """First call: take no new connections, finish open requests. Second call: end now."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
 
 
 class _StartDisplay:
@@ -106,15 +102,14 @@ async def _serve(options: ServeOptions, listener: socket.socket) -> None:
     try:
         engine = options.engine
         tokenizer = await asyncio.to_thread(Tokenizer.load, engine.model, engine.trust_remote_code)
-        settings = ServerSettings(served_model_names=options.served_model_names, api_key=options.api_key)
-        app = create_app(client, tokenizer, settings)
+        app = create_app(client, tokenizer, options.http)
         server = _HttpServer(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS
             )
         )
         for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, server.stop)
+            asyncio.get_running_loop().add_signal_handler(name, _stop, server, app.state.service)
         announcing = asyncio.create_task(_announce(client, display, listener, options))
         await _until_done(server, client, listener)
         announcing.cancel()
@@ -123,10 +118,17 @@ async def _serve(options: ServeOptions, listener: socket.socket) -> None:
         await client.shutdown()
 
 
+def _stop(server: _HttpServer, service: Service) -> None:
+    """First call: not ready any more, no new connections, open requests end. Second call: all ends now."""
+    service.draining = True
+    server.force_exit = server.should_exit
+    server.should_exit = True
+
+
 async def _until_done(server: _HttpServer, client: ProcessClient, listener: socket.socket) -> None:
     """Run the HTTP server until it is told to stop; raise the reason when the engine is given up."""
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    await asyncio.wait({serving, client.failed}, return_when=asyncio.FIRST_COMPLETED)
+    serving: asyncio.Future[None] = asyncio.ensure_future(server.serve(sockets=[listener]))
+    await asyncio.wait(cast("set[asyncio.Future[Any]]", {serving, client.failed}), return_when=asyncio.FIRST_COMPLETED)
     if client.failed.done():
         server.should_exit = True
         await asyncio.wait({serving}, timeout=5)
@@ -142,7 +144,7 @@ async def _announce(
     assert client.info is not None
     host = f"[{options.host}]" if ":" in options.host else options.host
     url = f"http://{host}:{listener.getsockname()[1]}"
-    print(ready_line(url, options.served_model_names[0], client.info), flush=True)
+    print(ready_line(url, options.http.served_model_names[0], client.info), flush=True)
 
 
 def ready_line(url: str, name: str, info: EngineInfo) -> str:

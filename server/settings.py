@@ -1,5 +1,6 @@
 """What the HTTP layer is built from: the operator's settings and the objects every route works with."""
 
+import random
 from dataclasses import dataclass
 
 from ..core.errors import ModelNotFoundError
@@ -18,6 +19,8 @@ class ServerSettings:
     """Guards every route but /health and /ready."""
     max_body_bytes: int = 8 * 2**20
     """Largest request body."""
+    seed: int | None = None
+    """Makes the seeds repeatable that requests without one are given; None: different in every run."""
     metrics_prefix: str = "vllm:"
     """Of the metrics that vLLM has too, so that its dashboards work."""
     heartbeat_limit: float = 120.0
@@ -34,6 +37,8 @@ class Service:
     metrics: Metrics
     created: int
     """When the server started; Unix time in seconds."""
+    seeds: random.Random
+    """Gives the seeds of requests that bring none."""
     draining: bool = False
     """Set when the server is about to stop: /ready turns 503 while open requests end."""
 

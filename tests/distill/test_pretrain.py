@@ -16,10 +16,10 @@ SHAPE = Shape(layers=2, hidden=192, mlp=64, context=256)
 
 
 def settings(out: Path) -> Settings:
-    """Twenty steps of 256 tokens, evaluated only at the end."""
+    """Twenty steps of 128 tokens, evaluated only at the end."""
     out.mkdir(parents=True, exist_ok=True)
     return Settings(
-        out=out, tokens=20 * 256, micro_tokens=256, batch_tokens=256, eval_tokens=10**9, eval_trials=1,
+        out=out, tokens=20 * 128, micro_tokens=128, batch_tokens=128, eval_tokens=10**9, eval_trials=1,
         compiled=False, mixture=Mixture(recall=0.4, copy=0.2, random_copy=0.1, chat=0.1),
     )  # fmt: skip
 
@@ -39,7 +39,9 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, tokenizer: Tokenizer, corp
     assert second.resume() and second.progress.step == 9
     second.run()
     assert second.progress.step == whole.progress.step == 20
-    for (name, one), (_, other) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
+    for (name, one), (_, other) in zip(
+        whole.model.named_parameters(), second.model.named_parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
     for name, buffer in whole.optimizer.momentum.items():
         assert torch.equal(buffer, second.optimizer.momentum[name]), name
@@ -59,4 +61,4 @@ def test_row_lengths_fit_the_micro_batch(tmp_path: Path) -> None:
     run = replace(settings(tmp_path), micro_tokens=4096)
     lengths = {length_at(run, step, 4096) for step in range(200)}
     assert lengths == {512, 1024, 2048, 4096}
-    assert length_at(replace(run, micro_tokens=256), 0, 4096) == 256
+    assert length_at(replace(run, micro_tokens=128), 0, 4096) == 128

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
-from quire.server.app import ServerSettings, create_app
+from quire.server.app import create_app
+from quire.server.settings import ServerSettings
 from quire.server.text import Tokenizer
 
 from .fake_client import FakeClient

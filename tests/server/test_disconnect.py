@@ -10,7 +10,8 @@ from fastapi import FastAPI
 
 from quire.core.messages import Tokens
 from quire.core.request import Request
-from quire.server.app import ServerSettings, create_app
+from quire.server.app import create_app
+from quire.server.settings import ServerSettings
 from quire.server.text import Tokenizer
 
 from .fake_client import FakeClient, Step
