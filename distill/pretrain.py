@@ -20,6 +20,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .card import model_card
 from .corpus import Corpus, build_corpus, is_held_out, standard_library
 from .export import export
 from .network import Decoder, Shape
@@ -39,6 +40,9 @@ class Settings:
 
     out: Path
     tokens: int  # of training in all
+    minutes: float = float(
+        "inf"
+    )  # the schedule ends by then even with fewer tokens; such a run is not repeatable
     micro_tokens: int = 4096  # tokens in one forward pass
     batch_tokens: int = 8192  # tokens per step from `grow_at` on; one micro-batch before
     grow_at: float = 0.4  # share of the run
@@ -126,10 +130,15 @@ class Trainer:
         weights = torch.from_numpy(np.stack([r[1] for r in rows]))
         return ids.to(self.settings.device), weights.to(self.settings.device)
 
+    def done(self) -> float:
+        """Share of the run that is done, by tokens or by time, whichever is further."""
+        settings, progress = self.settings, self.progress
+        return max(progress.tokens / settings.tokens, progress.seconds / 60 / settings.minutes)
+
     def step(self) -> float:
         """One optimizer step; returns the mean loss of its micro-batches."""
         settings, progress = self.settings, self.progress
-        done = progress.tokens / settings.tokens
+        done = self.done()
         micros = max(1, settings.batch_tokens // settings.micro_tokens) if done >= settings.grow_at else 1
         total = 0.0
         for micro in range(micros):
@@ -152,7 +161,9 @@ class Trainer:
         report = self.trials.measure(logits, self.settings.eval_trials, (256, 1000), windows=32)
         if report.score() > self.progress.best:
             self.progress.best = report.score()
-            export(self.model, self.tokenizer, self.settings.out / "model")
+            count = sum(p.numel() for p in self.model.parameters())
+            card = model_card(self.model.shape, count, self.progress.tokens, report.summary())
+            export(self.model, self.tokenizer, self.settings.out / "model", card)
         return report
 
     def save(self) -> None:
@@ -182,7 +193,7 @@ class Trainer:
         settings, progress = self.settings, self.progress
         begun, saved, steps = time.monotonic() - progress.seconds, time.monotonic(), 0
         smooth: float | None = None
-        while progress.tokens < settings.tokens and steps != max_steps and not self.stopping:
+        while self.done() < 1.0 and steps != max_steps and not self.stopping:
             if progress.tokens >= progress.next_eval:
                 self._log(smooth, self.evaluate())
                 progress.next_eval = progress.tokens + settings.eval_tokens
@@ -195,7 +206,7 @@ class Trainer:
             if time.monotonic() - saved > 60 * settings.save_minutes:
                 self.save()
                 saved = time.monotonic()
-        if progress.tokens >= settings.tokens:
+        if self.done() >= 1.0:
             self._log(smooth, self.evaluate())
         self.save()
 
@@ -207,7 +218,7 @@ class Trainer:
         """One line for people and one for `log.jsonl`."""
         progress = self.progress
         speed = progress.tokens / progress.seconds if progress.seconds else 0.0
-        eta = (self.settings.tokens - progress.tokens) / speed / 60 if speed else 0.0
+        eta = progress.seconds / 60 * (1.0 / self.done() - 1.0) if progress.seconds else 0.0
         line: dict[str, object] = {"step": progress.step, "tokens": progress.tokens, "loss": loss}
         line["tokens_per_s"] = speed
         text = f"step {progress.step} tokens {progress.tokens / 1e6:.2f}M loss {loss or 0.0:.3f} {speed:.0f} tok/s"
@@ -239,6 +250,7 @@ def parse() -> Settings:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--tokens", type=float, default=15e6, help="training tokens in all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule by this time")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--micro-tokens", type=int, default=4096, help="tokens in one forward pass")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per step in the later part")
@@ -254,6 +266,7 @@ def parse() -> Settings:
     return Settings(
         out=args.out,
         tokens=int(args.tokens),
+        minutes=args.minutes,
         micro_tokens=args.micro_tokens,
         batch_tokens=args.batch_tokens,
         rate_scale=args.rate_scale,

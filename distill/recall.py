@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .card import replace_measured
 from .corpus import Corpus, build_corpus, standard_library
 from .samples import Binding, SampleMaker
 from .vocabulary import load_tokenizer
@@ -46,6 +47,11 @@ class Report:
             shown = [f"{100 * c[distance]:.0f}%" if distance in c else "-" for c in cells]
             lines.append(f"| {distance} | " + " | ".join(shown) + " |")
         return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Loss and table, as the model card shows them."""
+        counts = f"{self.trials} trials a cell for recall, a quarter for copying"
+        return f"Held-out loss {self.loss:.3f} nats per token; {counts}.\n\n{self.table()}"
 
     def score(self) -> float:
         """One number to choose a checkpoint by: recall up to what few trials can tell from perfect, then the loss."""
@@ -156,6 +162,7 @@ def main() -> None:
     parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print numbers as JSON instead of a table")
+    parser.add_argument("--card", action="store_true", help="put the result into the model's README.md")
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.model)
     corpus = build_corpus(tokenizer, standard_library())
@@ -167,7 +174,9 @@ def main() -> None:
     if args.json:
         print(json.dumps({"loss": report.loss, "single": report.single, "multi": report.multi}))
     else:
-        print(f"held-out loss {report.loss:.3f} nats/token\n\n{report.table()}")
+        print(report.summary())
+    if args.card:
+        replace_measured(args.model / "README.md", report.summary())
 
 
 if __name__ == "__main__":

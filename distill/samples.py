@@ -15,9 +15,7 @@ from .corpus import Corpus
 from .vocabulary import TURN_END, TURN_START
 
 VALUE_WEIGHT = 3.0
-GOLDEN_RATIO = (
-    0.6180339887498949  # steps of this fraction of the corpus visit it evenly in any number of steps
-)
+GOLDEN_RATIO = 0.6180339887498949  # steps of this share of the corpus visit it evenly, however many
 
 
 @dataclass(slots=True)

@@ -10,6 +10,8 @@ from ..core.request import Request
 from .config import SchedulerConfig
 from .table import NO_WINDOW, PageTable
 
+MAX_SCORED_ROWS = 256
+"""Most prompt tokens scored in one step: 150 MB of float32 logits at a vocabulary of 150,000."""
 _MASK = 2**64 - 1
 
 
@@ -103,11 +105,14 @@ class SequenceState:
         """How many tokens to compute next, at most `budget`.
 
         A recomputed prompt is cut where its log-probabilities were delivered: scores start with a chunk's first row.
+        Scored chunks are short: each of their rows has logits over the whole vocabulary.
         """
         count = min(self.num_pending, budget)
-        if self.num_computed < self.num_scored < self.num_prompt - 1:
-            count = min(count, self.num_scored - self.num_computed)
-        return count
+        if self.request.params.prompt_logprobs is None or self.num_scored >= self.num_prompt - 1:
+            return count
+        if self.num_computed < self.num_scored:
+            return min(count, self.num_scored - self.num_computed)
+        return min(count, MAX_SCORED_ROWS)
 
     def plan(self, count: int) -> SequencePlan:
         """This sequence's part of a batch: its next `count` known tokens."""

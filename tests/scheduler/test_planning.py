@@ -1,7 +1,7 @@
 """Who is in a batch, with how many tokens and which pages."""
 
 from quire.core.plan import BatchPlan
-from quire.scheduler.sequence import choice_seed
+from quire.scheduler.sequence import MAX_SCORED_ROWS, choice_seed
 
 from .fake_engine import expected_output
 from .world import EOS, World, make_config, make_request
@@ -149,3 +149,11 @@ def test_stats_count_rows_and_tokens():
     assert (stats.steps_total, stats.batch_tokens) == (3, 1)
     assert (stats.prompt_tokens_total, stats.generation_tokens_total) == (10, 2)
     assert (stats.running, stats.pages_used) == (0, 0)
+
+
+def test_scored_chunks_are_short():
+    world = World(make_config(max_batch_tokens=1024, max_model_len=1024, num_pages=1024))
+    world.scheduler.add(make_request(prompt=[7] * (MAX_SCORED_ROWS + 9), prompt_logprobs=0))
+    assert shape(world.step()) == [(0, MAX_SCORED_ROWS, False)]
+    assert shape(world.step()) == [(MAX_SCORED_ROWS, 9, True)]
+    assert len(world.prompt_scores["r", 0]) == MAX_SCORED_ROWS + 8
