@@ -44,6 +44,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of the KV pool; None: a share of what the device has free."""
     page_size: int = 16
     """Entries of one KV page."""
+    prefix_cache: bool = True
+    """Keep computed prefixes while there is room, for requests that begin alike."""
     trust_remote_code: bool = False
     """Allow a checkpoint's own Python code to run."""
 

@@ -34,6 +34,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob] | None = None
     """Of consecutive prompt tokens, from the second on; may come in several messages, without tokens."""
+    cached_tokens: int = 0
+    """With the choice's first token: as in `Finished`, which a client that stops early never sees."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -47,6 +49,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     queue_seconds: float = 0.0
     """From arrival in the engine process to the first step that worked on it."""
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that were not computed, because the prefix cache had them when the choice first started."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -67,12 +71,19 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int = 0
     """Sequences not yet started, or preempted."""
     pages_used: int = 0
+    """Pages of running sequences."""
+    pages_cached: int = 0
+    """Pages of prefixes that no running sequence uses; they are given up when others need the room."""
     pages_total: int = 0
     steps_total: int = 0
     preemptions_total: int = 0
     prompt_tokens_total: int = 0
-    """Prompt tokens computed (recomputation after preemption not counted)."""
+    """Prompt tokens computed (recomputation after preemption not counted, nor what the prefix cache had)."""
     generation_tokens_total: int = 0
+    prefix_queries_total: int = 0
+    """Prompt tokens of sequences that started and looked for their prefix in the cache."""
+    prefix_hits_total: int = 0
+    """Those of them that were found there."""
     batch_tokens: int = 0
     """Rows of the last step."""
     step_seconds: float = 0.0

@@ -24,6 +24,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Per layer: sliding window in tokens (an entry is seen while query - entry < window), None for full."""
     eos_token_ids: tuple[int, ...]
     """End tokens of the model's generation configuration."""
+    rope_length: int | None = None
+    """Tokens up to which all sequences rotate their keys alike; beyond, by the most tokens they can reach (dynamic and
+    LongRoPE scaling). None: always alike."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers

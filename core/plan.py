@@ -30,6 +30,8 @@ class SlotAssignment:
     """Tokens generated before a preemption (they count for penalties), else empty."""
     max_length: int
     """Most tokens, prompt included, the sequence can reach: fixes length-dependent RoPE scaling."""
+    cached: int = 0
+    """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +82,15 @@ class SequencePlan:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work. Applied in this order: assignments, drops, grants, then the forward pass."""
+    """One step's work. Applied in this order: assignments, shares, drops, grants, then the forward pass."""
 
     sequences: tuple[SequencePlan, ...]
     assignments: tuple[SlotAssignment, ...] = ()
     drops: tuple[PageDrop, ...] = ()
     grants: PageGrants = field(default_factory=PageGrants.none)
+    """Fresh pages, whose old contents are to be cleared."""
+    shares: PageGrants = field(default_factory=PageGrants.none)
+    """Full pages computed by others, which assigned slots begin with: read by several slots, written by none."""
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
+MAX_CACHE_SALT = 256
 
 
 def _check_range(name: str, value: float | None, low: float, high: float | None, low_open: bool = False) -> None:
@@ -105,9 +106,27 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams = SamplingParams()
     seed: int = 0
     """`params.seed`, or what was drawn in its place; 64 bits unsigned."""
+    cache_salt: str = ""
+    """Only requests of equal salt reuse each other's prefixes, so that nobody can time what others asked."""
+
+    def __post_init__(self) -> None:
+        if len(self.cache_salt) > MAX_CACHE_SALT:
+            raise InvalidRequestError(
+                f"cache_salt has {len(self.cache_salt):,} characters, at most {MAX_CACHE_SALT} are allowed",
+                param="cache_salt",
+            )
 
     @staticmethod
-    def create(request_id: str, prompt_ids: Sequence[int], params: SamplingParams, seeds: random.Random) -> "Request":
+    def create(
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        seeds: random.Random,
+        *,
+        cache_salt: str = "",
+    ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
-        return Request(id=RequestId(request_id), prompt_ids=tuple(prompt_ids), params=params, seed=seed)
+        return Request(
+            id=RequestId(request_id), prompt_ids=tuple(prompt_ids), params=params, seed=seed, cache_salt=cache_salt
+        )

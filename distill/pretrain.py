@@ -44,7 +44,7 @@ class Settings:
         "inf"
     )  # the schedule ends by then even with fewer tokens; such a run is not repeatable
     micro_tokens: int = 4096  # tokens in one forward pass
-    batch_tokens: int = 8192  # tokens per step from `grow_at` on; one micro-batch before
+    batch_tokens: int = 4096  # tokens per step from `grow_at` on; one micro-batch before
     grow_at: float = 0.4  # share of the run
     warmup: float = 0.01  # share of the run
     decay: float = 0.45  # share of the run, at its end, in which the rate falls linearly
@@ -253,7 +253,7 @@ def parse() -> Settings:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="end the schedule by this time")
     parser.add_argument("--rate-scale", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--micro-tokens", type=int, default=4096, help="tokens in one forward pass")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens per step in the later part")
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens per step in the later part")
     parser.add_argument("--eval-tokens", type=float, default=750_000, help="tokens between evaluations")
     parser.add_argument("--save-minutes", type=float, default=5.0, help="minutes between saves")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,6 @@
 """`KVCache`: the tensors of the paged KV cache and of every slot's page table. Which page is whose, others decide."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,12 @@ import torch
 from torch import Tensor
 
 from ..core.ids import SlotId
-from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants
+from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SlotAssignment
 from .sizing import CacheLayout
+
+
+_ALIGNMENT = 64
+"""Bytes: a cache line, and the widest vector of a CPU."""
 
 
 class KVCache:
@@ -22,11 +27,11 @@ class KVCache:
         self.layout = layout
         self.num_pages = num_pages
         self.device = device
-        self.pool = torch.zeros(num_pages, 2, layout.page_size, layout.head_dim, dtype=layout.dtype, device=device)
+        self.pool = _zeros((num_pages, 2, layout.page_size, layout.head_dim), layout.dtype, device)
         """[P, 2, B, D]: keys (0) and values (1)."""
-        self.entry_positions = torch.zeros(num_pages, layout.page_size, dtype=torch.int32, device=device)
+        self.entry_positions = _zeros((num_pages, layout.page_size), torch.int32, device)
         """[P, B]: logical position of each entry."""
-        self.page_table = torch.zeros(*heads, layout.max_pages, dtype=torch.int32, device=device)
+        self.page_table = _zeros((*heads, layout.max_pages), torch.int32, device)
         """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
         self.kept = torch.zeros(heads, dtype=torch.int32, device=device)
         """[N, L, K]: entries of each head."""
@@ -41,19 +46,26 @@ class KVCache:
         return self.num_pages * self.layout.bytes_per_page
 
     def apply(self, plan: BatchPlan) -> None:
-        """Take over the plan's page changes: assignments, then drops, then grants."""
+        """Take over the plan's page changes: assignments, shares, drops, then grants."""
         if plan.assignments:
-            self._forget([assignment.slot for assignment in plan.assignments])
+            self._begin(plan.assignments)
+        if len(plan.shares.pages):
+            self._enter(plan.shares)
         for drop in plan.drops:
             self._drop(drop)
         if len(plan.grants.pages):
-            self._grant(plan.grants)
+            # A fresh page is filled entry by entry; attention multiplies what is not yet filled by zero, which a former
+            # owner's NaN would survive. Clearing writes what filling the page will write once more.
+            self.pool.index_fill_(0, self._enter(plan.grants), 0)
 
-    def _forget(self, slots: Sequence[SlotId]) -> None:
-        """The slots hold no entries any more."""
-        self._kept_host[list(slots)] = 0
-        self._columns[list(slots)] = 0
-        self.kept.index_fill_(0, torch.tensor(slots, device=self.device), 0)
+    def _begin(self, assignments: Sequence[SlotAssignment]) -> None:
+        """The slots forget their entries and hold what their new sequences begin with."""
+        slots = [assignment.slot for assignment in assignments]
+        cached = [assignment.cached for assignment in assignments]
+        self._kept_host[slots] = np.asarray(cached, np.int32)[:, None]
+        self._columns[slots] = 0
+        indices, counts = torch.tensor([slots, cached], device=self.device)
+        self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""
@@ -66,12 +78,8 @@ class KVCache:
         self.kept[drop.slot].view(-1)[rows] -= entries
         kept[drop.rows] -= entries
 
-    def _grant(self, grants: PageGrants) -> None:
-        """Enter new pages, and clear them.
-
-        A fresh page is filled entry by entry; attention multiplies what is not yet filled by zero, which a former
-        owner's NaN would survive. Clearing writes what filling the page will write once more.
-        """
+    def _enter(self, grants: PageGrants) -> Tensor:
+        """Write pages into the tables; returns them, [N] int64."""
         assert grants.columns.max() < self.layout.max_pages, "a page is granted past the end of the table"
         assert grants.pages.min() >= 0 and grants.pages.max() < self.num_pages, "a page is granted that is none"
         np.maximum.at(self._columns, grants.slots, grants.columns + 1)
@@ -79,7 +87,7 @@ class KVCache:
         slots, rows, columns, pages = torch.from_numpy(stacked).to(self.device).long()
         table = self.page_table.view(len(self._kept_host), -1, self.layout.max_pages)
         table[slots, rows, columns] = pages.int()
-        self.pool.index_fill_(0, pages, 0)
+        return pages
 
     def longest(self, slots: Sequence[SlotId], lengths: Sequence[int]) -> int:
         """Entries of the longest head once each of the slots has got `lengths` more."""
@@ -109,3 +117,16 @@ class KVCache:
         self.kept.zero_()
         self._kept_host[:] = 0
         self._columns[:] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on a CPU its memory is taken from the system page by page as it is written.
+
+    `torch.zeros` writes every byte, so a large pool would delay the start and be resident before it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _ALIGNMENT, np.uint8))
+    first = -memory.data_ptr() % _ALIGNMENT
+    return memory[first : first + size].view(dtype).view(shape)

@@ -14,6 +14,7 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec
 from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
 from ..core.request import SamplingParams
+from ..kernels.backend import resolve_backend
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.runner import ModelRunner, ProgressCallback
@@ -37,6 +38,7 @@ class Engine:
         """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
         self._runner = runner
         self._place = place
+        self._backend = resolve_backend(place.device, place.dtype)
         spec = runner.spec
         layout = CacheLayout(
             num_layers=spec.num_layers,
@@ -108,7 +110,7 @@ class Engine:
         if not plan.sequences:
             return StepOutput(())
         started = time.perf_counter()
-        inputs = build_inputs(plan, self.cache, self._max_lengths)
+        inputs = build_inputs(plan, self.cache, self._max_lengths, self._backend)
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
         )

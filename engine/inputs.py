@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan
-from ..kernels.cache import entry_destinations, row_sequences
+from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
 
@@ -65,53 +65,48 @@ def logit_layout(plan: BatchPlan) -> LogitLayout:
     return layout
 
 
-def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray) -> StepInputs:
+def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backend: Backend) -> StepInputs:
     """Tensors of one step; the plan's page changes must have been applied to the cache.
 
-    max_lengths [slots] int64: most tokens each slot's sequence can reach.
+    max_lengths [slots] int64: most tokens each slot's sequence can reach. All numbers are computed on the host and go
+    to the device in one piece.
     """
     slots = [sequence.slot for sequence in plan.sequences]
     counts = tuple(len(sequence.token_ids) for sequence in plan.sequences)
+    layout = logit_layout(plan)
     host_ids = list(chain.from_iterable(sequence.token_ids for sequence in plan.sequences))
-    starts = [sequence.start for sequence in plan.sequences]
-    device, layout = cache.device, logit_layout(plan)
-    numbers = torch.tensor([slots, counts, starts, max_lengths[slots].tolist()], device=device)
-    slot_tensor, count_tensor, start_tensor, length_tensor = numbers
-    query_start = torch.zeros(len(slots) + 1, dtype=torch.int32, device=device)
-    query_start[1:] = count_tensor.cumsum(0)
-    owner = row_sequences(query_start, len(host_ids))
-    positions = torch.arange(len(host_ids), device=device) + (start_tensor - query_start[:-1])[owner]
+    ends = np.cumsum(counts)
+    positions = np.arange(len(host_ids)) + np.repeat([s.start for s in plan.sequences] - (ends - counts), counts)
+    lengths = np.repeat(max_lengths[slots], counts)
+    parts = (host_ids, positions, lengths, slots, counts, layout.rows, [0], ends)
+    # Every part as int64, so that one transfer takes them all.
+    packed = torch.from_numpy(np.concatenate([np.asarray(part, np.int64) for part in parts])).to(cache.device)
+    input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
+        [len(host_ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
+    )
     longest = cache.longest(slots, counts)
-    return StepInputs(
-        input_ids=torch.tensor(host_ids, device=device),
-        positions=positions,
-        lengths=length_tensor[owner],
-        context=_context(cache, slot_tensor, query_start, counts, positions, longest),
-        logit_rows=torch.tensor(layout.rows, dtype=torch.int64, device=device),
-        layout=layout,
-        slots=slot_tensor,
-        new_entries=count_tensor.int(),
-        host_slots=slots,
-        host_lengths=counts,
-    )
-
-
-def _context(
-    cache: KVCache, slots: Tensor, query_start: Tensor, counts: tuple[int, ...], positions: Tensor, longest: int
-) -> AttentionContext:
-    """The attention layers' view of the cache for this step."""
-    page_table, kept = cache.tables(slots, longest)
-    destinations = entry_destinations(
-        page_table, kept, query_start, page_size=cache.layout.page_size, num_tokens=len(positions)
-    )
-    return AttentionContext(
+    page_table, kept = cache.tables(slot_rows, longest)
+    context = AttentionContext(
         pool=cache.pool,
         entry_positions=cache.entry_positions,
         page_table=page_table,
         kept=kept,
-        query_start=query_start,
+        query_start=start.int(),
         query_lengths=counts,
-        positions=positions,
-        destinations=destinations,
+        positions=position_rows,
+        destinations=None,
         max_kept=longest,
+        backend=backend,
+    )
+    return StepInputs(
+        input_ids=input_ids,
+        positions=position_rows,
+        lengths=length_rows,
+        context=context,
+        logit_rows=logit_rows,
+        layout=layout,
+        slots=slot_rows,
+        new_entries=new.int(),
+        host_slots=slots,
+        host_lengths=counts,
     )

@@ -1,12 +1,16 @@
-"""Writing into the paged KV cache: plain torch, the reference that other implementations are tested against.
+"""Writing into the paged KV cache: the contract, and the choice of an implementation.
 
 A page holds B entries (key, value, logical position) of ONE kv head of ONE layer. Letters: T new tokens of the step,
 S sequences, L layers, K kv heads, D head dim, B entries of a page, P pages of the pool, M pages of the longest head.
 The functions are pure but for what their docstring says they mutate; they know no requests and no owners of pages.
+On a CPU the C++ kernels append inside the call that attends, see `kernels.attention_cpu`.
 """
 
 import torch
 from torch import Tensor
+
+from .backend import Backend
+from .cache_reference import append_kv_reference
 
 
 def row_sequences(query_start: Tensor, num_tokens: int) -> Tensor:
@@ -41,7 +45,13 @@ def entry_destinations(
 
 
 def append_kv(
-    pool: Tensor, entry_positions: Tensor, key: Tensor, value: Tensor, destinations: Tensor, positions: Tensor
+    pool: Tensor,
+    entry_positions: Tensor,
+    key: Tensor,
+    value: Tensor,
+    destinations: Tensor,
+    positions: Tensor,
+    backend: Backend = "reference",
 ) -> None:
     """Store one layer's new keys and values, and their logical positions, in place.
 
@@ -49,14 +59,17 @@ def append_kv(
     int32, contiguous, mutated; key [T, K, D] (already rotated), value [T, K, Dv <= D], cast to the pool's dtype
     (columns Dv.. of the stored values are left alone); destinations [T, K] int64, all different; positions [T]
     int64. Writes T * K * (D + Dv) elements; no arithmetic.
+    Raises `ValueError` where shapes disagree.
     """
-    num_pages, _, page_size, width = pool.shape
-    entries = destinations.reshape(-1)
-    # A page's values follow its keys, so entry e = page * B + offset has its key at row e + page * B of the pool.
-    key_rows = entries + entries.div(page_size, rounding_mode="floor") * page_size
-    rows = pool.view(num_pages * 2 * page_size, width)
-    rows.index_copy_(0, key_rows, key.reshape(-1, width).to(pool.dtype))
-    value_dim = value.shape[-1]
-    rows[:, :value_dim].index_copy_(0, key_rows + page_size, value.reshape(-1, value_dim).to(pool.dtype))
-    heads = destinations.shape[1]
-    entry_positions.view(-1).index_copy_(0, entries, positions.to(torch.int32).repeat_interleave(heads))
+    if key.shape[:2] != destinations.shape or key.shape[2:] != pool.shape[3:]:
+        raise ValueError(f"key must be {[*destinations.shape, pool.shape[3]]}, got {list(key.shape)}")
+    if value.shape[:2] != destinations.shape or value.shape[2] > pool.shape[3]:
+        raise ValueError(
+            f"value must be {list(destinations.shape)} and at most {pool.shape[3]}, got {list(value.shape)}"
+        )
+    if backend == "triton":
+        from .cache_triton import append_kv_triton  # triton is installed beside a GPU only
+
+        append_kv_triton(pool, entry_positions, key, value, destinations, positions)
+    else:
+        append_kv_reference(pool, entry_positions, key, value, destinations, positions)

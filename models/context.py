@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..kernels.attention import paged_attention
-from ..kernels.cache import append_kv
+from ..kernels.attention import check_paged, check_query, paged_attention
+from ..kernels.attention_cpu import PagedStep
+from ..kernels.backend import Backend
+from ..kernels.cache import append_kv, entry_destinations
 
 
 @dataclass(slots=True)
@@ -31,12 +33,17 @@ class AttentionContext:
     """The same as host numbers: rows of each sequence."""
     positions: Tensor
     """[T] int64: logical position of each row."""
-    destinations: Tensor
-    """[L, T, K] int64: flat entry index (page * B + offset) at which each row's key and value are stored."""
+    destinations: Tensor | None
+    """[L, T, K] int64: flat entry index (page * B + offset) at which each row's key and value are stored; None: found
+    when a backend asks for it (the C++ kernels do not)."""
     max_kept: int
     """Host upper bound of `kept + query length` over the batch."""
+    backend: Backend = "reference"
+    """Which kernels append and attend."""
     layers_seen: list[int] = field(default_factory=list)
     """Layers that called `attend`: the transformers runner's check that no layer went another way."""
+    _step: PagedStep | None = None
+    """What the C++ kernels need of all this, checked and made ready by the first layer."""
 
     def attend(
         self,
@@ -56,7 +63,19 @@ class AttentionContext:
         attention sinks that take mass without a value (gpt-oss). Returns [T, H, Dv] in query's dtype.
         """
         self.layers_seen.append(layer)
-        append_kv(self.pool, self.entry_positions, key, value, self.destinations[layer], self.positions)
+        # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
+        if self.backend == "cpu" and query.dtype == self.pool.dtype:
+            step = self._step or self._plan()
+            check_query(
+                query, self.pool, self.page_table, self.positions, value_dim=value.shape[2], window=window, sinks=sinks
+            )
+            return step.append_and_attend(
+                layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
+            )
+        if self.destinations is None:
+            self.destinations = self._destinations()
+        destinations = self.destinations[layer]
+        append_kv(self.pool, self.entry_positions, key, value, destinations, self.positions, self.backend)
         return paged_attention(
             query,
             self.pool,
@@ -72,4 +91,20 @@ class AttentionContext:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            backend=self.backend,
+        )
+
+    def _plan(self) -> PagedStep:
+        tensors = (self.page_table, self.kept, self.query_start, self.positions)
+        check_paged(self.pool, self.entry_positions, *tensors)
+        self._step = PagedStep(self.pool, self.entry_positions, *tensors)
+        return self._step
+
+    def _destinations(self) -> Tensor:
+        return entry_destinations(
+            self.page_table,
+            self.kept,
+            self.query_start,
+            page_size=self.pool.shape[2],
+            num_tokens=self.positions.shape[0],
         )

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.backend import Backend
+from ..kernels.linear import gated_linear, linear
+from ..kernels.norm import rms_norm
+from ..kernels.rotary import rotate_heads
 from .context import AttentionContext
-from .rope import rotate
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
@@ -47,10 +50,12 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where and as what parameters are made."""
+    """Where and as what parameters are made, and by what they are computed with."""
 
     device: torch.device
     dtype: torch.dtype
+    backend: Backend = "reference"
+    """Which kernels compute the layers."""
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """An uninitialised frozen parameter; loading fills it."""
@@ -64,29 +69,25 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = place.parameter(outputs, inputs)
         self.bias = place.parameter(outputs) if bias else None
+        self.backend = place.backend
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[T, in] -> [T, out], plus `residual` [T, out]."""
+        return linear(x, self.weight, self.bias, residual=residual, backend=self.backend)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the quotient in float32 (Zhang and Sennrich 2019)."""
+    """See `kernels.norm`."""
 
     def __init__(self, width: int, epsilon: float, place: Placement) -> None:
         super().__init__()
         self.weight = place.parameter(width)
         self.epsilon = epsilon
+        self.backend = place.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same."""
-        return rms_normalise(x, self.epsilon) * self.weight
-
-
-def rms_normalise(x: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean(x^2) + epsilon) over the last axis, computed in float32, in x's dtype."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        """[T, width] -> the same."""
+        return rms_norm(x, self.weight, self.epsilon, self.backend)
 
 
 class Attention(nn.Module):
@@ -114,16 +115,18 @@ class Attention(nn.Module):
             for weights in self.qk_weight.split([self.shape.num_heads, self.shape.num_kv_heads]):
                 weights.copy_(weights[:1].expand_as(weights).clone())
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
-        """[T, E] -> [T, E]; cos and sin [T, 1, R / 2]. Stores the rows' keys and values in the cache."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, residual: Tensor) -> Tensor:
+        """[T, E], plus `residual` -> [T, E]; cos and sin [T, R / 2]. Stores the rows' keys and values in the cache."""
         shape = self.shape
+        num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], -1, shape.head_dim)
-        query_key, value = heads.split([shape.num_heads + shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        if self.qk_weight is not None:
-            query_key = rms_normalise(query_key, shape.norm_epsilon) * self.qk_weight
-        query, key = rotate(query_key, cos, sin).split([shape.num_heads, shape.num_kv_heads], dim=1)
+        query_key, value = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+        rotate_heads(
+            query_key, cos, sin, norm_weight=self.qk_weight, epsilon=shape.norm_epsilon, backend=self.qkv.backend
+        )
+        query, key = query_key.split([num_heads, num_kv_heads], dim=1)
         mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
-        return self.output(mixed.reshape(x.shape[0], -1))
+        return self.output(mixed.view(x.shape[0], -1), residual)
 
 
 class GatedMLP(nn.Module):
@@ -135,10 +138,13 @@ class GatedMLP(nn.Module):
         self.down = Linear(shape.feed_forward, shape.hidden, shape.mlp_bias, place)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, E] -> [T, E]."""
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[T, E], plus `residual` -> [T, E]."""
+        if self.activation is F.silu:
+            both = self.gate_up
+            return self.down(gated_linear(x, both.weight, both.bias, backend=both.backend), residual)
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+        return self.down(self.activation(gate) * up, residual)
 
 
 class DecoderLayer(nn.Module):
@@ -155,8 +161,8 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
         """[T, E] -> [T, E]."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, context)
-        return x + self.mlp(self.mlp_norm(x))
+        x = self.attention(self.attention_norm(x), cos, sin, context, x)
+        return self.mlp(self.mlp_norm(x), x)
 
 
 class Decoder(nn.Module):
@@ -178,6 +184,7 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.head = self.embedding if tied else place.parameter(vocab_size, shape.hidden)
+        self.backend = place.backend
 
     def forward(
         self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor
@@ -186,4 +193,4 @@ class Decoder(nn.Module):
         x = F.embedding(input_ids, self.embedding)
         for layer in self.layers:
             x = layer(x, cos, sin, context)
-        return F.linear(self.norm(x.index_select(0, logit_rows)), self.head).float()
+        return linear(self.norm(x.index_select(0, logit_rows)), self.head, wide=True, backend=self.backend)

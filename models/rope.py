@@ -22,6 +22,8 @@ from ..core.errors import ModelLoadError
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+_LEAST_TABLE, _MOST_TABLE = 1024, 2**17
+"""Positions whose cosines and sines are kept; more would be memory better spent on the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,8 @@ class RotaryEmbedding:
         elif settings.kind == "longrope":
             plain, self._long, self.attention_factor = _longrope(plain, settings)
         self._frequencies = plain
+        self._table: tuple[Tensor, Tensor] | None = None
+        """Cosines and sines of the first positions, [rows, dim / 2] each; grown when a position asks for it."""
 
     def frequencies(self, lengths: Tensor) -> Tensor:
         """Angle per position and pair: [dim / 2] float32, or [T, dim / 2] where the kind depends on `lengths` [T]."""
@@ -123,26 +127,25 @@ class RotaryEmbedding:
         return 1.0 / bases[:, None] ** self._exponents
 
     def __call__(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [T, 1, dim / 2] in `dtype` of `positions` [T]; the angles are computed in float32.
+        """Cosines and sines [T, dim / 2] in `dtype` of `positions` [T]; the angles are computed in float32.
 
         `lengths` [T]: the most tokens each row's sequence can reach.
         """
-        angles = (positions.float()[:, None] * self.frequencies(lengths))[:, None]
-        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-        return cos.to(dtype), sin.to(dtype)
+        # On a CPU a table costs two look-ups a step where computing costs ten operations; a GPU would have to be asked
+        # for the largest position.
+        tabled = positions.device.type == "cpu" and self.settings.kind not in LENGTH_DEPENDENT and len(positions)
+        needed = int(positions.max()) + 1 if tabled else 0
+        if not tabled or needed > _MOST_TABLE:
+            return self._compute(positions, self.frequencies(lengths), dtype)
+        if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) < needed:
+            rows = max(_LEAST_TABLE, 1 << (needed - 1).bit_length())
+            self._table = self._compute(torch.arange(rows), self._frequencies, dtype)
+        cos, sin = self._table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the leading entries of `heads` [T, N, D] by cosines and sines [T, 1, R / 2], R <= D.
-
-    The pairs are (i, i + R / 2), the half-split order of Hugging Face checkpoints. Returns a new tensor.
-    """
-    half = cos.shape[-1]
-    first, second = heads[..., :half], heads[..., half : 2 * half]
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    if 2 * half < heads.shape[-1]:
-        parts.append(heads[..., 2 * half :])
-    return torch.cat(parts, dim=-1)
+    def _compute(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        angles = positions.float()[:, None] * frequencies
+        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
 
 def _llama3(plain: Tensor, settings: RopeSettings) -> Tensor:

@@ -10,6 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, read_json
+from .rope import LENGTH_DEPENDENT
 
 logger = logging.getLogger("quire")
 
@@ -61,6 +62,7 @@ def model_spec(checkpoint: Checkpoint, config: PretrainedConfig) -> ModelSpec:
         max_context=max_context(text),
         windows=attention_windows(checkpoint, text, num_layers),
         eos_token_ids=_eos_token_ids(checkpoint, config),
+        rope_length=rope_length(text),
     )
 
 
@@ -106,6 +108,20 @@ def max_context(config: PretrainedConfig) -> int:
     if rope.get("rope_type") == "yarn":
         return max(longest, int((rope.get("original_max_position_embeddings") or longest) * factor))
     return longest
+
+
+def rope_length(config: PretrainedConfig) -> int | None:
+    """Tokens up to which keys are rotated alike whatever a sequence's length; None where they always are.
+
+    Rounded down where a configuration names several lengths.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    if not any(value.get("rope_type") in LENGTH_DEPENDENT for value in nested):
+        return None
+    keys = ("max_position_embeddings", "original_max_position_embeddings")
+    lengths = [level.get(key) for level in (config.to_dict(), *nested) for key in keys]
+    return min((int(length) for length in lengths if length), default=1)
 
 
 def _known_types() -> set[str]:

@@ -20,10 +20,14 @@ class BatchDraft:
         self._assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
         self._grants: list[PageGrants] = []
+        self._shares: list[PageGrants] = []
 
-    def enter(self, sequence: SequenceState) -> None:
-        """The sequence has just got its slot."""
+    def enter(self, sequence: SequenceState, shared: IntArray) -> None:
+        """The sequence has just got its slot; its table begins with the pages `shared` [R, C]."""
         self._assignments.append(sequence.assignment())
+        if shared.size:
+            rows, columns = np.indices(shared.shape, np.int32).reshape(2, -1)
+            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, shared.ravel()))
 
     def change_pages(self, sequence: SequenceState, drops: list[tuple[IntArray, int]], grants: PageGrants) -> None:
         """The sequence's table loses leading pages `drops` (rows, pages per row), then gets `grants`."""
@@ -41,10 +45,17 @@ class BatchDraft:
 
     def build(self) -> BatchPlan:
         """The finished plan."""
-        return BatchPlan(tuple(self._plans), tuple(self._assignments), tuple(self._drops), self._joined_grants())
+        return BatchPlan(
+            tuple(self._plans),
+            tuple(self._assignments),
+            tuple(self._drops),
+            _joined(self._grants),
+            _joined(self._shares),
+        )
 
-    def _joined_grants(self) -> PageGrants:
-        if len(self._grants) <= 1:
-            return self._grants[0] if self._grants else PageGrants.none()
-        columns = zip(*((g.slots, g.rows, g.columns, g.pages) for g in self._grants), strict=True)
-        return PageGrants(*(np.concatenate(parts) for parts in columns))
+
+def _joined(grants: list[PageGrants]) -> PageGrants:
+    if len(grants) <= 1:
+        return grants[0] if grants else PageGrants.none()
+    columns = zip(*((g.slots, g.rows, g.columns, g.pages) for g in grants), strict=True)
+    return PageGrants(*(np.concatenate(parts) for parts in columns))

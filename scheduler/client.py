@@ -34,8 +34,9 @@ from .engine_process import EngineProcess
 from .loop import EngineLoop
 from .process import load_loop
 
-HEART_STOPPED_SECONDS = 120.0
-"""Without a sign of life for this long the engine counts as hung. A step on a slow CPU may take many seconds."""
+HEART_STOPPED_SECONDS = 240.0
+"""Without a sign of life for this long the engine counts as hung and is restarted; /health complains earlier. A step
+of a large model on a slow CPU may take a minute."""
 MAX_DEATHS = 5
 STABLE_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 30.0

@@ -33,6 +33,12 @@ class SchedulerConfig:
     """Most tokens of a sequence, prompt and output together."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    model: str = ""
+    """Name of the model whose keys and values the pool holds."""
+    rope_length: int | None = None
+    """See `core.model_spec.ModelSpec.rope_length`."""
+    prefix_cache: bool = True
+    """Keep computed prefixes for requests that begin alike."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers
@@ -64,6 +70,11 @@ class SchedulerConfig:
     def _kinds(self) -> dict[int | None, int]:
         """How many layers have each kind of window."""
         return dict(Counter(self.windows))
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether computed prefixes are kept: not with sliding windows, whose pages go one head at a time."""
+        return self.prefix_cache and self.row_windows is None
 
     def pages_needed(self, entries: int) -> int:
         """Most pages a sequence holds at any time until it has computed `entries` tokens.

@@ -73,7 +73,7 @@ class EngineLoop:
 
 
 def scheduler_config(
-    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int
+    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int, prefix_cache: bool = True
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -88,4 +88,7 @@ def scheduler_config(
         max_model_len=info.max_model_len,
         vocab_size=info.model.vocab_size,
         eos_token_ids=info.model.eos_token_ids,
+        model=info.model.name,
+        rope_length=info.model.rope_length,
+        prefix_cache=prefix_cache,
     )

@@ -43,17 +43,20 @@ def _finished(sequence: SequenceState, stop_token: int | None) -> Finished:
         stop_token_id=stop_token,
         queue_seconds=sequence.started_at - sequence.arrived_at,
         preemptions=sequence.preemptions,
+        cached_tokens=sequence.cached_tokens,
     )
 
 
 def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int) -> Tokens:
     wanted = sequence.request.params.logprobs is not None and taken > 0
+    is_first = taken > 0 and sequence.num_generated == taken
     return Tokens(
         request_id=sequence.request.id,
         index=sequence.index,
         token_ids=list(result.token_ids[:taken]),
         logprobs=_wire(result.logprobs[:taken]) if wanted else None,
         prompt_logprobs=_wire(result.prompt_logprobs) if result.prompt_logprobs else None,
+        cached_tokens=sequence.cached_tokens if is_first else 0,
     )
 
 

@@ -48,6 +48,7 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_num_seqs=config.max_num_seqs,
         max_batch_tokens=config.max_batch_tokens,
         max_waiting=config.max_waiting,
+        prefix_cache=config.prefix_cache,
     )
     return EngineLoop(engine, Scheduler(limits))
 

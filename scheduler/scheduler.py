@@ -20,9 +20,10 @@ from ..core.plan import BatchPlan, IntArray, PageGrants, SequenceOutput, Sequenc
 from ..core.request import Request
 from .admission import check_request
 from .batch import BatchDraft
+from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .outcome import accept
-from .pages import PagePool
+from .prefix import Bundle
 from .sequence import SequenceState
 from .waiting import WaitingQueue
 
@@ -37,7 +38,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
-        self._pool = PagePool(config.num_pages)
+        self._cache = CacheManager(config)
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
         self._requests: dict[RequestId, list[SequenceState]] = {}
@@ -127,20 +128,21 @@ class Scheduler:
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            pages_used=self._pool.used,
-            pages_total=self._pool.total,
+            pages_used=self._cache.used,
+            pages_cached=self._cache.cached,
+            pages_total=self.config.num_pages,
             steps_total=self._steps,
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            prefix_queries_total=self._cache.queries,
+            prefix_hits_total=self._cache.hits,
             batch_tokens=self._batch_tokens,
         )
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
-        self._pool.check()
-        tables = [sequence.table.ids() for sequence in self._running]
-        self._pool.check_owned(np.concatenate(tables) if tables else np.empty(0, np.int32))
+        self._cache.check(self._running)
         slots = [sequence.slot for sequence in self._running] + self._free_slots
         assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
         flying = self._in_flight[1] if self._in_flight else []
@@ -151,6 +153,7 @@ class Scheduler:
             assert not sequence.in_flight or sequence in flying
         for sequence in self._waiting:
             assert sequence.slot is None and not sequence.table.num_pages and not sequence.num_computed
+            assert not sequence.blocks
         alive = {sequence.arrival for sequences in self._requests.values() for sequence in sequences}
         held = [sequence.arrival for sequence in [*self._running, *self._waiting] if not sequence.done]
         assert len(held) == len(alive) and set(held) == alive, "requests and queues disagree"
@@ -167,24 +170,24 @@ class Scheduler:
             draft.owed += max(self.config.pages_needed(len(sequence.tokens)) - sequence.table.num_pages, 0)
 
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
-        """Make room for `count` entries: first from its own windows, then from the pool, then by preemption.
+        """Make room for `count` entries: from its own windows, then from what nobody uses, then by preemption.
 
         False if the sequence had to go itself.
         """
         drops: list[tuple[IntArray, int]] = []
         if self.config.row_windows is not None:
             drops, freed = sequence.table.drop_unseen(self.config.row_windows)
-            self._pool.give(freed)
+            self._cache.give(freed)
         lacking = sequence.table.lacking(count)
         needed = int(lacking.sum())
-        while needed > self._pool.free:
+        while needed > self._cache.available:
             # Never one that is in this step already: its tokens and pages are promised.
             victim = next(other for other in reversed(self._running) if not other.in_flight)
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
             self._preempt(victim)
             if victim is sequence:
                 return False
-        ids = self._pool.take(needed)
+        ids = self._cache.take(needed)
         rows, columns = sequence.table.grow(lacking, ids)
         slots = np.full(needed, sequence.slot, np.int32)
         draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
@@ -201,23 +204,36 @@ class Scheduler:
     def _admit(self, draft: BatchDraft) -> None:
         """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.
 
-        The head of the queue is never overtaken: a long prompt gets its turn.
+        The head of the queue is not overtaken: a long prompt gets its turn. Only while another sequence computes the
+        very block that it needs next it is passed over, and looked at first again in the next step.
         """
-        now = self._clock()
-        while draft.budget and self._free_slots and len(self._waiting):
-            needed = self.config.pages_needed(len(self._waiting.first().tokens)) + draft.owed
+        if not (draft.budget and self._free_slots):
+            return
+        for sequence in list(itertools.islice(self._waiting, 2 * self.config.max_num_seqs)):
+            hits = self._cache.find(sequence)
+            if any(self._cache.awaits(sequence, hits, other) for other in self._running):
+                continue
+            needed = self._cache.cost(sequence, hits) + draft.owed
             if self._running:
                 needed += self.config.watermark
-            if needed > self._pool.free:
+            if needed > self._cache.available:
                 return
-            sequence = self._waiting.start_first(now)
-            sequence.slot = self._free_slots.pop()
-            if sequence.started_at is None:
-                sequence.started_at = now
-            self._running.append(sequence)
-            self._running.sort(key=lambda running: running.arrival)
-            draft.enter(sequence)
-            self._continue(sequence, draft)
+            self._start(sequence, hits, draft)
+            if not (draft.budget and self._free_slots):
+                return
+
+    def _start(self, sequence: SequenceState, hits: list[Bundle], draft: BatchDraft) -> None:
+        """Lend a waiting sequence a slot; it begins with what the prefix cache has of it."""
+        now = self._clock()
+        self._waiting.start(sequence, now)
+        sequence.slot = self._free_slots.pop()
+        if sequence.started_at is None:
+            sequence.started_at = now
+        self._running.append(sequence)
+        self._running.sort(key=lambda running: running.arrival)
+        shared = self._cache.enter(sequence, hits)
+        draft.enter(sequence, shared)
+        self._continue(sequence, draft)
 
     # --- results ---
 
@@ -225,12 +241,14 @@ class Scheduler:
         """Apply one sequence's result."""
         request_id = sequence.request.id
         if result.error is not None:
+            self._cache.withdraw(sequence)
             self.abort(request_id)
             return [Failed(request_id, describe(GenerationError(result.error)))]
         assert len(result.token_ids) == part.sample, "the engine sampled where it should not, or did not"
         assert len(result.prompt_logprobs) == len(part.score_ids)
         count = len(part.token_ids)
         self._prompt_tokens += sequence.advance(count)
+        self._cache.publish(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0
@@ -260,7 +278,7 @@ class Scheduler:
     def _leave(self, sequence: SequenceState) -> None:
         """Take back slot and pages."""
         assert sequence.slot is not None
-        self._pool.give(sequence.table.clear())
+        self._cache.leave(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
         sequence.in_flight = 0

@@ -1,6 +1,6 @@
 """`SequenceState`: all that the scheduler knows of one choice of one request."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -8,6 +8,7 @@ from ..core.ids import SlotId
 from ..core.plan import IntArray, SequencePlan, SlotAssignment
 from ..core.request import Request
 from .config import SchedulerConfig
+from .prefix import BlockHashes, Bundle
 from .table import NO_WINDOW, PageTable
 
 MAX_SCORED_ROWS = 256
@@ -51,6 +52,8 @@ class SequenceState:
     table: PageTable
     tokens: list[int]
     """All known tokens: the prompt, then the output."""
+    hashes: BlockHashes
+    """Of the full blocks of `tokens`."""
     num_prompt: int
     num_computed: int = 0
     """Leading tokens whose keys and values were computed since the sequence (re-)entered."""
@@ -65,6 +68,10 @@ class SequenceState:
     started_at: float | None = None
     """Clock time of the first step that worked on it."""
     preemptions: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had at the first start."""
+    blocks: list[Bundle | None] = field(default_factory=list)
+    """Of each full block of the table whether it is in the prefix cache; None: its pages are the sequence's own."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
 
@@ -73,7 +80,10 @@ class SequenceState:
         """Choice `index` of a request that passed the admission checks; `now` in seconds."""
         params = request.params
         ends = () if params.ignore_eos else config.eos_token_ids
-        num_prompt = len(request.prompt_ids)
+        num_prompt, tokens = len(request.prompt_ids), list(request.prompt_ids)
+        max_length = config.max_length if params.max_tokens is None else num_prompt + params.max_tokens
+        # Sequences whose keys are rotated differently must not share them.
+        rotation = max(config.rope_length, max_length) if config.rope_length else None
         return SequenceState(
             request=request,
             index=index,
@@ -81,9 +91,10 @@ class SequenceState:
             arrived_at=now,
             seed=choice_seed(request.seed, index),
             stop_ids=tuple(sorted({*ends, *params.stop_token_ids})),
-            max_length=config.max_length if params.max_tokens is None else num_prompt + params.max_tokens,
+            max_length=max_length,
             table=PageTable(config.num_rows, config.page_size),
-            tokens=list(request.prompt_ids),
+            tokens=tokens,
+            hashes=BlockHashes((config.model, request.cache_salt, rotation), tokens, config.page_size),
             num_prompt=num_prompt,
         )
 
@@ -100,6 +111,24 @@ class SequenceState:
     def kept(self, num_layers: int) -> IntArray:
         """Entries that each head keeps, int32 [L, K]."""
         return self.table.kept.reshape(num_layers, -1)
+
+    def reusable_blocks(self, block_size: int) -> int:
+        """How many leading blocks may come from the prefix cache.
+
+        The last known token is always computed: it gives the next one. So is what gives prompt log-probabilities that
+        are yet to be delivered.
+        """
+        entries = len(self.tokens) - 1
+        if self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1:
+            entries = min(entries, self.num_scored)
+        return entries // block_size
+
+    def begin_with(self, blocks: list[Bundle], pages: IntArray, block_size: int) -> None:
+        """(Re-)enter with the leading `blocks` computed; `pages` [R, len(blocks)] are theirs."""
+        self.table.adopt(pages)
+        self.blocks = [*blocks]
+        self.num_computed = len(blocks) * block_size
+        self.most_computed = max(self.most_computed, self.num_computed)
 
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
@@ -134,6 +163,7 @@ class SequenceState:
             prompt_ids=self.request.prompt_ids,
             output_ids=tuple(self.tokens[self.num_prompt :]),
             max_length=self.max_length,
+            cached=self.num_computed,
         )
 
     def advance(self, count: int) -> int:

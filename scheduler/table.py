@@ -3,6 +3,8 @@
 Rows are heads: row = layer * K + kv head, R = L * K of them. B is the page size.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..core.plan import IntArray
@@ -42,6 +44,21 @@ class PageTable:
     def held(self) -> IntArray:
         """Pages of each head, int32 [R]."""
         return self._held.copy()
+
+    def adopt(self, pages: IntArray) -> None:
+        """Begin with `pages` [R, C], all full; the table is empty."""
+        assert not self.num_pages and not self._kept.any() and not self._appended
+        columns = pages.shape[1]
+        self._reserve(columns)
+        self._pages[:, :columns] = pages
+        self._held[:] = columns
+        self._kept[:] = columns * self._page_size
+        self.num_pages = pages.size
+        self.room = 0
+
+    def column(self, index: int) -> IntArray:
+        """Every head's page number `index`, int32 [R]; all heads have one."""
+        return self._pages[:, index].copy()
 
     def append(self, count: int) -> None:
         """`count` entries were written for every head."""
@@ -88,14 +105,16 @@ class PageTable:
         self.num_pages -= len(ids)
         return groups, ids
 
-    def ids(self) -> IntArray:
-        """All pages of the table, int32 [num_pages]."""
-        return self._pages[np.arange(self._pages.shape[1]) < self._held[:, None]]
+    def ids(self, without: Sequence[int] = ()) -> IntArray:
+        """All pages of the table but those in the columns `without`, int32 [num_pages - len(without) * R]."""
+        taken = np.arange(self._pages.shape[1]) < self._held[:, None]
+        taken[:, list(without)] = False
+        return self._pages[taken]
 
-    def clear(self) -> IntArray:
-        """Forget everything; returns the ids to give back."""
-        ids = self.ids()
-        assert len(ids) == self.num_pages
+    def clear(self, without: Sequence[int] = ()) -> IntArray:
+        """Forget everything; returns the ids of all pages but those in the columns `without`."""
+        ids = self.ids(without)
+        assert len(ids) == self.num_pages - len(without) * len(self._held)
         self._pages = np.empty((len(self._held), 0), np.int32)
         self._held[:] = 0
         self._kept[:] = 0

@@ -1,4 +1,4 @@
-"""`WaitingQueue`: first come, first served; preempted sequences before new ones."""
+"""`WaitingQueue`: in the order of arrival; preempted sequences before new ones."""
 
 import math
 from bisect import insort
@@ -39,16 +39,11 @@ class WaitingQueue:
         """Enqueue a preempted sequence before all new ones."""
         insort(self._preempted, sequence, key=lambda waiting: waiting.arrival)
 
-    def first(self) -> SequenceState:
-        """Who is next; the queue is not empty."""
-        return self._preempted[0] if self._preempted else next(iter(self._new.values()))
-
-    def start_first(self, now: float) -> SequenceState:
-        """Take out who is next, to run from clock time `now` (seconds) on."""
-        if self._preempted:
-            return self._preempted.pop(0)
-        self._starts.append(now)
-        return self._new.popitem(last=False)[1]
+    def start(self, sequence: SequenceState, now: float) -> None:
+        """Take out one that runs from clock time `now` (seconds) on."""
+        if sequence.arrival in self._new:
+            self._starts.append(now)
+        self.remove(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
         """Take out one that will not run any more."""

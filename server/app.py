@@ -19,6 +19,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSetti
     metrics = Metrics(client, settings.served_model_names[0], settings.metrics_prefix)
     seeds = random.Random(settings.seed)
     service = Service(client, tokenizer, settings, metrics, created=int(time.time()), seeds=seeds)
+    metrics.open_requests.set_function(lambda: float(service.open_requests))
     app = FastAPI(title="Quire", description="OpenAI-style LLM inference", redirect_slashes=False)
     app.state.service = service
     install_handlers(app, metrics.failed)

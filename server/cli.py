@@ -101,6 +101,14 @@ KvMemory = Annotated[
 PageSize = Annotated[
     int, typer.Option(envvar="QUIRE_PAGE_SIZE", help="Tokens of one KV page.", rich_help_panel=_MEMORY)
 ]
+PrefixCache = Annotated[
+    bool,
+    typer.Option(
+        envvar="QUIRE_PREFIX_CACHE",
+        help="Keep computed prefixes while there is room, for requests that begin alike.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 _DEFAULTS = EngineConfig(model="")
 
 
@@ -138,6 +146,7 @@ def serve(
     max_waiting: MaxWaiting = _DEFAULTS.max_waiting,
     kv_memory: KvMemory = None,
     page_size: PageSize = _DEFAULTS.page_size,
+    prefix_cache: PrefixCache = _DEFAULTS.prefix_cache,
 ) -> None:
     """Serve MODEL over an OpenAI-style HTTP API."""
     from .serving import ServeOptions, served_name
@@ -156,6 +165,7 @@ def serve(
         max_waiting=max_waiting,
         kv_memory=parse_size(kv_memory) if kv_memory else None,
         page_size=page_size,
+        prefix_cache=prefix_cache,
         trust_remote_code=trust_remote_code,
     )
     names = tuple(served_model_name or [served_name(model)])

@@ -53,6 +53,8 @@ class Delta:
     """Log-probabilities, if asked for; a token may come before its text, which a stop string may withhold."""
     num_tokens: int = 0
     """Generated tokens, for the usage."""
+    cached_tokens: int = 0
+    """With the first choice's first token: prompt tokens that the prefix cache had, for the usage."""
     finish_reason: FinishReason | None = None
 
 
@@ -72,6 +74,8 @@ class _Choice:
     def push(self, event: Tokens) -> Delta:
         """Take new tokens; what follows a stop string is not even counted."""
         delta = Delta(self.index)
+        if self.index == self._job.first_index:  # the prompt counts once, whatever the number of choices
+            delta.cached_tokens = event.cached_tokens
         if self._timer:
             self._timer.on_tokens(len(event.token_ids))
         for number, token_id in enumerate(event.token_ids):
@@ -104,7 +108,7 @@ class _Choice:
         if not self._job.score_only:
             return delta
         reason: FinishReason | None = "length" if delta.finish_reason else None
-        return Delta(self.index, finish_reason=reason)
+        return Delta(self.index, cached_tokens=delta.cached_tokens, finish_reason=reason)
 
 
 class RequestOutput:

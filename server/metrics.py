@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from ..core.errors import QuireError
 from ..core.messages import EngineStats, FinishReason
 from ..scheduler.client import EngineClient
+from .errors import ERROR_TABLE
 
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -38,6 +39,7 @@ class Metrics:
         self._define_scheduler()
         self._define_engine(client)
         self._define_http()
+        self._define_labels()
         ProcessCollector(registry=self.registry)
         client.add_stats_listener(self.on_stats)
 
@@ -96,7 +98,14 @@ class Metrics:
         self._prompt_tokens = self._counter(p + "prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter(p + "generation_tokens", "Tokens generated.")
         self._iteration = self._histogram(p + "iteration_tokens_total", "Tokens of a step.", ITERATION_BUCKETS)
+        self._prefix_queries = self._counter(
+            p + "prefix_cache_queries", "Prompt tokens looked for in the prefix cache when a sequence started."
+        )
+        self._prefix_hits = self._counter(p + "prefix_cache_hits", "Prompt tokens found there, and not computed.")
         self._pages_used = self._gauge("quire:kv_pages_used", "KV pages in use.")
+        self._pages_cached = self._gauge(
+            "quire:kv_pages_cached", "KV pages of prefixes that nobody uses now: room that is given up when needed."
+        )
         self._pages_total = self._gauge("quire:kv_pages_total", "KV pages of the pool.")
         self._steps = self._counter("quire:engine_steps", "Steps computed.")
         self._step_seconds = self._histogram("quire:engine_step_seconds", "Time of a step.", TOKEN_BUCKETS)
@@ -124,6 +133,15 @@ class Metrics:
         )
         self.open_requests = Gauge("quire:http_requests_open", "HTTP requests being worked on.", registry=self.registry)
 
+    def _define_labels(self) -> None:
+        """Begin at 0 what is counted by label: a rate does not see the first event of a series that appears with it."""
+        for reason in ("stop", "length"):
+            self._success.labels(self._model_name, reason)
+        for state in ("waiting", "generating"):
+            self._aborts.labels(self._model_name, state)
+        for kind in ERROR_TABLE:
+            self._failures.labels(self._model_name, kind.__name__)
+
     def render(self) -> bytes:
         """The Prometheus text format."""
         return generate_latest(self.registry)
@@ -134,12 +152,15 @@ class Metrics:
         self._waiting.set(stats.waiting)
         self._usage.set(stats.pages_used / stats.pages_total if stats.pages_total else 0.0)
         self._pages_used.set(stats.pages_used)
+        self._pages_cached.set(stats.pages_cached)
         self._pages_total.set(stats.pages_total)
         # The engine's totals begin again at 0 when it is restarted; a counter must not go back.
         last = self._last if stats.steps_total >= self._last.steps_total else EngineStats()
         self._preemptions.inc(max(0, stats.preemptions_total - last.preemptions_total))
         self._prompt_tokens.inc(max(0, stats.prompt_tokens_total - last.prompt_tokens_total))
         self._generation_tokens.inc(max(0, stats.generation_tokens_total - last.generation_tokens_total))
+        self._prefix_queries.inc(max(0, stats.prefix_queries_total - last.prefix_queries_total))
+        self._prefix_hits.inc(max(0, stats.prefix_hits_total - last.prefix_hits_total))
         if stats.steps_total > last.steps_total:
             self._steps.inc(stats.steps_total - last.steps_total)
             self._iteration.observe(stats.batch_tokens)

@@ -7,12 +7,14 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.errors import AuthenticationError, QuireError, RequestTooLargeError
+from ..core.errors import AuthenticationError, EngineUnavailableError, QuireError, RequestTooLargeError
 from .errors import error_response, unexpected
 from .settings import ServerSettings, Service
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """Probes come without a key."""
+DRAIN_RETRY_SECONDS = 10.0
+"""By then another instance, or the next one, answers."""
 CLIENT_CLOSED_REQUEST = 499
 """Nginx's status for a client that went away; only metrics see it."""
 
@@ -38,10 +40,12 @@ class Gate:
             await send(message)
 
         metrics = self._service.metrics
-        metrics.open_requests.inc()
+        self._service.open_requests += 1
         try:
             headers = Headers(scope=scope)
             _authorize(scope["path"], headers, self._service.settings)
+            if self._service.draining and scope["method"] == "POST":
+                raise EngineUnavailableError("the server is shutting down", retry_after=DRAIN_RETRY_SECONDS)
             await self._app(scope, _limited(headers, receive, self._service.settings.max_body_bytes), noting)
         except ClientDisconnect:
             status = CLIENT_CLOSED_REQUEST
@@ -51,7 +55,7 @@ class Gate:
             if status == 0:  # else the head is out: the server cuts the connection
                 await error_response(failure)(scope, receive, noting)
         finally:
-            metrics.open_requests.dec()
+            self._service.open_requests -= 1
             metrics.answered(_route_of(scope), status or HTTPStatus.INTERNAL_SERVER_ERROR)
 
 

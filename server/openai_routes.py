@@ -132,5 +132,5 @@ async def _whole(answer: _Answer) -> dict[str, Any]:
         async for batch in deltas:
             for delta in batch:
                 choices[delta.index].add(delta)
-                usage.completion_tokens += delta.num_tokens
+                usage.add(delta)
     return answer.style.whole(choices, usage)

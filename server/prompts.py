@@ -45,7 +45,7 @@ async def completion_jobs(service: Service, body: CompletionBody, response_id: s
         else:
             ids = prompt
         shown = (prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)) if echo else None
-        request = _request(service, f"{response_id}-{number}", ids, params, param="prompt")
+        request = _request(service, body, f"{response_id}-{number}", ids, params, param="prompt")
         jobs.append(_job(body, request, first_index=number * params.n, echo=shown, score_only=score_only))
     return jobs
 
@@ -57,7 +57,7 @@ async def chat_jobs(service: Service, body: ChatBody, response_id: str) -> list[
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = _sampling(body, max_tokens=wanted, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     ids = await chat_ids(service.tokenizer, body.messages, body)
-    request = _request(service, response_id, ids, params, param="messages")
+    request = _request(service, body, response_id, ids, params, param="messages")
     return [_job(body, request, first_index=0, echo=None, score_only=False)]
 
 
@@ -84,7 +84,9 @@ def _sampling(body: GenerationBody, **other: Any) -> SamplingParams:
     return SamplingParams(stop_token_ids=tuple(body.stop_token_ids or ()), **fields)
 
 
-def _request(service: Service, request_id: str, ids: list[int], params: SamplingParams, param: str) -> Request:
+def _request(
+    service: Service, body: GenerationBody, request_id: str, ids: list[int], params: SamplingParams, *, param: str
+) -> Request:
     if not ids:
         raise InvalidRequestError("the prompt is empty", param=param)
     limit = service.max_model_len
@@ -94,7 +96,7 @@ def _request(service: Service, request_id: str, ids: list[int], params: Sampling
             f"{limit:,} tokens",
             param=param,
         )
-    return Request.create(request_id, ids, params, service.seeds)
+    return Request.create(request_id, ids, params, service.seeds, cache_salt=body.cache_salt or "")
 
 
 def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:

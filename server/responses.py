@@ -18,13 +18,21 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
 
-    def body(self) -> dict[str, int]:
+    def add(self, delta: Delta) -> None:
+        """Count what a delta brought."""
+        self.completion_tokens += delta.num_tokens
+        self.cached_tokens += delta.cached_tokens
+
+    def body(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 

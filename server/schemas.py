@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from ..core.errors import InvalidRequestError
-from ..core.request import MAX_LOGIT_BIAS
+from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS
 from .errors import invalid_request
 
 MAX_PROMPTS = 1024
@@ -54,6 +54,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Field -> the values beside null with which it asks for nothing."""
 
 Int32 = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
+CacheSalt = Annotated[str, Field(max_length=MAX_CACHE_SALT)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]
 
 
@@ -178,6 +179,8 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool = True
     user: str | None = None
+    cache_salt: CacheSalt | None = None
+    """Only requests of equal salt reuse each other's computed prefixes."""
 
 
 class CompletionBody(GenerationBody):

@@ -40,9 +40,26 @@ class ServeOptions:
 class _HttpServer(uvicorn.Server):
     """Uvicorn without its own signal handling, which would end the process before the engine is stopped."""
 
+    _draining: asyncio.Task[None] | None = None
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def stop(self, service: Service) -> None:
+        """First call: not ready any more, no new work, open requests end. Second call: all ends now."""
+        if service.draining:
+            self.force_exit = self.should_exit = True
+            return
+        service.draining = True
+        self._draining = asyncio.create_task(self._drain(service))
+
+    async def _drain(self, service: Service) -> None:
+        """Probes are answered until the last open request has ended."""
+        deadline = asyncio.get_running_loop().time() + DRAIN_SECONDS
+        while service.open_requests and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        self.should_exit = True
 
 
 class _StartDisplay:
@@ -104,25 +121,16 @@ async def _serve(options: ServeOptions, listener: socket.socket) -> None:
         tokenizer = await asyncio.to_thread(Tokenizer.load, engine.model, engine.trust_remote_code)
         app = create_app(client, tokenizer, options.http)
         server = _HttpServer(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=DRAIN_SECONDS
-            )
+            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
         )
         for name in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(name, _stop, server, app.state.service)
+            asyncio.get_running_loop().add_signal_handler(name, server.stop, app.state.service)
         announcing = asyncio.create_task(_announce(client, display, listener, options))
         await _until_done(server, client, listener)
         announcing.cancel()
     finally:
         display.close()
         await client.shutdown()
-
-
-def _stop(server: _HttpServer, service: Service) -> None:
-    """First call: not ready any more, no new connections, open requests end. Second call: all ends now."""
-    service.draining = True
-    server.force_exit = server.should_exit
-    server.should_exit = True
 
 
 async def _until_done(server: _HttpServer, client: ProcessClient, listener: socket.socket) -> None:

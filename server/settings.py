@@ -40,7 +40,9 @@ class Service:
     seeds: random.Random
     """Gives the seeds of requests that bring none."""
     draining: bool = False
-    """Set when the server is about to stop: /ready turns 503 while open requests end."""
+    """Set when the server is about to stop: /ready turns 503 and new work is refused while open requests end."""
+    open_requests: int = 0
+    """HTTP requests being worked on."""
 
     @property
     def max_model_len(self) -> int | None:

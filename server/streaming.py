@@ -75,7 +75,7 @@ async def event_stream(
             async for batch in deltas:
                 events = [] if begun else opening
                 for delta in batch:
-                    usage.completion_tokens += delta.num_tokens
+                    usage.add(delta)
                     events += [server_sent_event(body | extra) for body in style.chunks(delta)]
                 if events or not begun:
                     begun = True

@@ -17,7 +17,7 @@ from quire.core.errors import (
 )
 from quire.core.ids import RequestId
 from quire.core.messages import ClientMessage, Submit
-from quire.core.request import Request, SamplingParams
+from quire.core.request import MAX_CACHE_SALT, Request, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,16 @@ def test_min_tokens_above_max_tokens_is_refused() -> None:
 
 def test_request_survives_the_wire() -> None:
     params = SamplingParams(temperature=0.5, logit_bias={7: -1.0}, stop_token_ids=(1, 2), seed=2**64 - 1)
-    request = Request(id=RequestId("r"), prompt_ids=(1, 2, 3), params=params, seed=2**64 - 1)
+    request = Request(id=RequestId("r"), prompt_ids=(1, 2, 3), params=params, seed=2**64 - 1, cache_salt="ü")
     data = msgspec.msgpack.encode(Submit(request))
     assert msgspec.msgpack.decode(data, type=ClientMessage) == Submit(request)
+
+
+def test_a_salt_has_a_limit() -> None:
+    assert Request(id=RequestId("r"), prompt_ids=(1,), cache_salt="x" * MAX_CACHE_SALT).cache_salt
+    with pytest.raises(InvalidRequestError) as caught:
+        Request(id=RequestId("r"), prompt_ids=(1,), cache_salt="x" * (MAX_CACHE_SALT + 1))
+    assert caught.value.param == "cache_salt"
 
 
 @pytest.mark.parametrize(

@@ -165,3 +165,22 @@ def test_offline_completion() -> None:
     result = _quire("complete", "def main(", "--max-tokens", "8")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
+
+
+async def test_sigterm_refuses_new_work_and_finishes_open_requests() -> None:
+    server = await asyncio.to_thread(start_server, "--max-num-seqs", "4")
+    async with server.async_client() as client, httpx.AsyncClient(base_url=server.url) as probe:
+        stream = await client.completions.create(
+            model=MODEL_NAME, prompt="x = ", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = aiter(stream)
+        await anext(chunks)
+        assert (await probe.get("/ready")).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert (await probe.get("/ready")).json() == {"status": "draining"}
+        refused = await probe.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503 and "Retry-After" in refused.headers
+        last = [chunk async for chunk in chunks][-1]
+        assert last.choices[0].finish_reason == "length"
+    assert await asyncio.to_thread(server.process.wait, 30) == 0

@@ -5,7 +5,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quire.core.errors import ModelLoadError
 from quire.models.checkpoint import Checkpoint
-from quire.models.spec import attention_windows, max_context, model_spec
+from quire.models.spec import attention_windows, max_context, model_spec, rope_length
 
 
 def _config(model_type, **settings):
@@ -29,6 +29,28 @@ def _windows(tmp_path, config):
 )
 def test_max_context(rope, expected):
     assert max_context(_config("llama", rope_parameters=rope | {"rope_theta": 1e4})) == expected
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 50}, None),
+        ({"rope_type": "dynamic", "factor": 4.0}, 100),
+        (
+            {
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "original_max_position_embeddings": 25,
+                "short_factor": [1.0] * 64,
+                "long_factor": [2.0] * 64,
+            },
+            25,
+        ),
+    ],
+)
+def test_from_which_length_on_keys_are_rotated_otherwise(rope, expected):
+    assert rope_length(_config("llama", rope_parameters=rope | {"rope_theta": 1e4})) == expected
 
 
 def test_windows(tmp_path):

@@ -3,13 +3,24 @@
 Its next token is a hash of the seed, the position and, per head, all (position, token) entries that the head sees.
 So a page that is written by two sequences, dropped too early, hung in at the wrong place or not recomputed after a
 preemption changes the text; `expected_output` says without any pages what the text must be.
+
+It is told which pages are published, that is, may be read by sequences to come: none of them may ever change, nor be
+lent as a fresh one, and a sequence may only begin with those that hold its own tokens.
 """
 
 import zlib
 
 import numpy as np
 
-from quire.core.plan import BatchPlan, SequenceOutput, SequencePlan, SlotAssignment, StepOutput, TokenLogprob
+from quire.core.plan import (
+    BatchPlan,
+    PageGrants,
+    SequenceOutput,
+    SequencePlan,
+    SlotAssignment,
+    StepOutput,
+    TokenLogprob,
+)
 from quire.core.request import Request
 from quire.scheduler.scheduler import SchedulerConfig
 from quire.scheduler.sequence import choice_seed
@@ -56,9 +67,9 @@ class _Slot:
     def __init__(self, assignment: SlotAssignment, num_rows: int) -> None:
         self.assignment = assignment
         self.known = [*assignment.prompt_ids, *assignment.output_ids]
-        self.computed = 0
+        self.computed = assignment.cached
         self.pages: list[list[int]] = [[] for _ in range(num_rows)]
-        self.kept = [0] * num_rows
+        self.kept = [assignment.cached] * num_rows
 
 
 class FakeEngine:
@@ -72,6 +83,16 @@ class FakeEngine:
         """Sequences with these seeds fail when they sample."""
         self.scored: list[int] = []
         """Prompt tokens scored so far, of all sequences."""
+        self.published: dict[int, bytes] = {}
+        """Pages that must not change, with their contents."""
+
+    def protect(self, pages: set[int]) -> None:
+        """Say which pages are published now; those that were before must still be what they were."""
+        for page, contents in self.published.items():
+            assert self.entries[page].tobytes() == contents, "a published page was written"
+        for page in pages - self.published.keys():
+            assert (self.entries[page] >= 0).all(), "a page was published that is not full"
+        self.published = {page: self.entries[page].tobytes() for page in pages}
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
@@ -80,6 +101,8 @@ class FakeEngine:
         for assignment in plan.assignments:
             assert 0 <= assignment.slot < self.config.max_num_seqs
             self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
+        self._hang_in(plan.shares)
+        self._check_shares(plan)
         self._apply_page_changes(plan)
         self._check_owners(plan)
         for part in plan.sequences:
@@ -93,17 +116,33 @@ class FakeEngine:
                 assert 0 < drop.pages * self.config.page_size <= slot.kept[row]
                 del slot.pages[row][: drop.pages]
                 slot.kept[row] -= drop.pages * self.config.page_size
-        grants = plan.grants
+        assert not self.published.keys() & set(plan.grants.pages.tolist()), "a published page was lent as a fresh one"
+        self._hang_in(plan.grants)
+
+    def _hang_in(self, grants: PageGrants) -> None:
         assert all(array.dtype == np.int32 for array in (grants.slots, grants.rows, grants.columns, grants.pages))
         for number, row, column, page in zip(grants.slots, grants.rows, grants.columns, grants.pages, strict=True):
             pages = self.slots[int(number)].pages[int(row)]
             assert column == len(pages), "a page was hung in with a gap or over another"
             pages.append(int(page))
 
+    def _check_shares(self, plan: BatchPlan) -> None:
+        """Assigned slots begin with published pages that hold exactly their own first tokens, at every head."""
+        assert set(plan.shares.slots.tolist()) <= {assignment.slot for assignment in plan.assignments}
+        for slot in (self.slots[assignment.slot] for assignment in plan.assignments):
+            cached = slot.assignment.cached
+            assert cached % self.config.page_size == 0 and cached < len(slot.known)
+            wanted = np.stack([np.arange(cached), slot.known[:cached]], axis=1)
+            for pages in slot.pages:
+                assert len(pages) * self.config.page_size == cached and self.published.keys() >= set(pages)
+                assert np.array_equal(self.entries[pages].reshape(-1, 2), wanted), "a prefix of other tokens"
+
     def _check_owners(self, plan: BatchPlan) -> None:
-        """Slots of the batch share no page (idle slots are checked when they are next in a batch)."""
-        pages = [page for part in plan.sequences for row in self.slots[part.slot].pages for page in row]
-        assert len(pages) == len(set(pages)), "a page has two owners"
+        """Slots of the batch share only published pages (idle slots are checked when they are next in a batch)."""
+        tables = [[page for row in self.slots[part.slot].pages for page in row] for part in plan.sequences]
+        assert all(len(pages) == len(set(pages)) for pages in tables), "a page is twice in a table"
+        own = [page for pages in tables for page in pages if page not in self.published]
+        assert len(own) == len(set(own)), "a page has two owners"
 
     def _write(self, part: SequencePlan) -> None:
         slot, count = self.slots[part.slot], len(part.token_ids)
@@ -120,7 +159,9 @@ class FakeEngine:
             where = np.arange(slot.kept[row], slot.kept[row] + count)
             pages = np.array(slot.pages[row], np.int64)
             assert where[-1] < len(pages) * size, "no page for a new entry"
-            self.entries[pages[where // size], where % size] = new
+            written = pages[where // size]
+            assert not self.published.keys() & set(written.tolist()), "a write into a published page"
+            self.entries[written, where % size] = new
             slot.kept[row] += count
         slot.computed += count
 

@@ -75,7 +75,7 @@ def test_the_head_of_the_queue_is_not_overtaken():
     world = World(make_config(num_pages=24))
     world.scheduler.add(make_request("a", prompt=range(1, 13), max_tokens=8))
     world.step()
-    world.scheduler.add(make_request("long", prompt=range(1, 41), max_tokens=1))
+    world.scheduler.add(make_request("long", prompt=range(5, 45), max_tokens=1))
     world.scheduler.add(make_request("short", prompt=(1,), max_tokens=1))
     plan = world.step()
     assert plan is not None and not plan.assignments
@@ -88,7 +88,7 @@ def test_admission_leaves_a_page_per_head_for_runners():
     world.scheduler.add(make_request("a", prompt=range(1, 9), max_tokens=2))
     world.step()
     # 4 pages are taken. 5 to 8 tokens take 4 more and would leave 2: the watermark. 9 tokens take 6.
-    world.scheduler.add(make_request("b", prompt=range(1, 10), max_tokens=2))
+    world.scheduler.add(make_request("b", prompt=range(11, 20), max_tokens=2))
     plan = world.step()
     assert plan is not None and not plan.assignments
     world.run()

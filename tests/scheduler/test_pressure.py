@@ -17,7 +17,7 @@ def crowd(world: World, count: int, **params) -> list:
 
 
 def test_preemption_changes_no_token_and_emits_nothing_twice():
-    world = World(make_config(num_pages=24))
+    world = World(make_config(num_pages=24, prefix_cache=False))
     requests = crowd(world, 4, max_tokens=25, logprobs=0)
     world.run()
     assert world.scheduler.stats().preemptions_total > 0
@@ -75,7 +75,7 @@ def test_prompt_scores_survive_preemption_in_the_middle_of_a_prompt():
 
 
 def test_a_recomputed_prompt_is_cut_where_its_scores_ended():
-    world = World(make_config(max_batch_tokens=8))
+    world = World(make_config(max_batch_tokens=8, prefix_cache=False))
     world.scheduler.add(make_request(prompt=range(1, 21), prompt_logprobs=0, max_tokens=2))
     world.step()
     (sequence,) = world.scheduler._running
@@ -171,9 +171,9 @@ def test_pages_behind_the_window_go_in_the_step_after_a_chunk():
 
 def begun_prompt_with_scores(num_pages: int) -> World:
     """`old` waits as if preempted after 7 scored tokens: it enters with a chunk of 7 of a step's 8 tokens."""
-    world = World(make_config(page_size=1, num_pages=num_pages, max_batch_tokens=8))
+    world = World(make_config(page_size=1, num_pages=num_pages, max_batch_tokens=8, prefix_cache=False))
     world.scheduler.add(make_request("old", prompt=range(50), prompt_logprobs=0, max_tokens=1))
-    world.scheduler._waiting.first().num_scored = 7
+    next(iter(world.scheduler._waiting)).num_scored = 7
     return world
 
 

@@ -25,39 +25,51 @@ def random_config(rng: random.Random) -> SchedulerConfig:
     """Small pools, all kinds of windows, any number of tokens a step."""
     layers, heads = rng.randint(1, 3), rng.randint(1, 2)
     size, rows = rng.choice([1, 2, 4, 8]), layers * heads
+    windows = [None] if rng.random() < 0.5 else [None, None, 1, 3, 7, 20]
     return make_config(
         num_layers=layers,
         num_kv_heads=heads,
         page_size=size,
         num_pages=rows * rng.randint(1, 40 // size + 2),
-        windows=tuple(rng.choice([None, None, 1, 3, 7, 20]) for _ in range(layers)),
+        windows=tuple(rng.choice(windows) for _ in range(layers)),
         max_num_seqs=rng.randint(1, 9),
         max_batch_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_waiting=rng.randint(1, 12),
         max_model_len=rng.randint(2, 48),
         vocab_size=VOCAB,
         eos_token_ids=rng.choice([(), (0,), (0, 1)]),
+        prefix_cache=rng.random() < 0.9,
+        rope_length=rng.choice([None, None, None, 20]),
     )
 
 
-def random_request(rng: random.Random, name: str, config: SchedulerConfig) -> Request:
-    """Mostly one that fits."""
+def random_prompt(rng: random.Random, config: SchedulerConfig, known: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Any tokens, or part of a `known` text with something after it: shared openings, resent and continued dialogues."""
     length = rng.randint(1, rng.choice([4, 4, config.max_length]))
+    opening = rng.choice(known) if known and rng.random() < 0.7 else ()
+    opening = opening[: rng.choice([len(opening), rng.randint(0, len(opening))])]
+    more = length if not opening else rng.choice([0, 0, 1, rng.randint(1, 6)])
+    return opening[: config.max_length] + tuple(rng.randrange(VOCAB) for _ in range(more))
+
+
+def random_request(rng: random.Random, name: str, config: SchedulerConfig, known: list[tuple[int, ...]]) -> Request:
+    """Mostly one that fits."""
     max_tokens = rng.choice([None, None, 1, rng.randint(2, 40)])
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "min_tokens": rng.choice([0, 0, min(5, max_tokens or 5)]),
         "ignore_eos": rng.random() < 0.3,
         "stop_token_ids": tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 0, 1, 3]))),
-        "prompt_logprobs": rng.choice([None, None, 0]),
+        "prompt_logprobs": rng.choice([None, None, None, 0]),
         "n": rng.choice([1, 1, 1, 2, 3]) if config.max_waiting >= 3 else 1,
     }
-    prompt = tuple(rng.randrange(VOCAB) for _ in range(length))
+    prompt = random_prompt(rng, config, known)
     return Request(
         id=RequestId(name),
         prompt_ids=prompt,
         params=SamplingParams(**params),
         seed=rng.choice([7, rng.getrandbits(64)]),
+        cache_salt=rng.choice(["", "", "", "a"]),
     )
 
 
@@ -73,7 +85,7 @@ class Traffic:
     def arrive(self) -> None:
         """One request more; refusals are fine, but each accepted one must end."""
         name = f"r{len(self.accepted)}"
-        request = random_request(self.rng, name, self.world.config)
+        request = random_request(self.rng, name, self.world.config, self.known_texts())
         try:
             self.world.scheduler.add(request)
         except (ContextLengthError, OverloadedError):
@@ -81,6 +93,11 @@ class Traffic:
         self.accepted[name] = request
         if self.rng.random() < 0.05:
             self.world.engine.failing_seeds.add(choice_seed(request.seed, self.rng.randrange(request.params.n)))
+
+    def known_texts(self) -> list[tuple[int, ...]]:
+        """Recent prompts with what was said to them so far."""
+        recent = [self.accepted[name] for name in list(self.accepted)[-8:]]
+        return [request.prompt_ids + tuple(self.world.tokens[request.id, 0]) for request in recent]
 
     def cancel(self) -> None:
         """Abort a recent request, whatever became of it."""
@@ -102,6 +119,8 @@ class Traffic:
     def finish(self) -> None:
         """Drain, then hold every accepted request against what it gives alone."""
         self.world.run()
+        self.world.scheduler._cache.reclaim_all()
+        assert self.world.scheduler._cache._pool.free == self.world.config.num_pages
         for name, request in self.accepted.items():
             self._check(name, request)
 
@@ -118,6 +137,7 @@ class Traffic:
                 ended += 1
                 assert (tokens, end.reason, scores) == (expected, reason, list(wanted))
                 assert end.stop_token_id == (expected[-1] if reason == "stop" else None)
+                assert 0 <= end.cached_tokens < len(request.prompt_ids)
         assert (ended == request.params.n) != (name in world.failed or name in self.aborted), "not exactly one end"
         assert not (name in world.failed and name in self.aborted)
 
@@ -150,8 +170,15 @@ def test_a_long_run_in_a_small_pool():
     config = make_config(num_pages=70, windows=(None, 9), max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB)
     traffic = soak(1, config, arrivals=1500)
     stats = traffic.world.scheduler.stats()
-    assert stats.preemptions_total > 100, "the pool was too large to test preemption"
+    assert stats.preemptions_total > 50, "the pool was too large to test preemption"
     assert len(traffic.aborted) > 50 and len(traffic.world.failed) > 10
+
+
+def test_a_long_run_of_shared_prefixes_in_a_small_pool():
+    traffic = soak(2, make_config(num_pages=70, max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB), arrivals=700)
+    stats = traffic.world.scheduler.stats()
+    assert stats.preemptions_total > 50, "the pool was too large to test preemption"
+    assert stats.prefix_hits_total > stats.prefix_queries_total // 5, "too few hits to test sharing"
 
 
 def test_many_short_runs_in_many_configurations():

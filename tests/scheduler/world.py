@@ -69,21 +69,35 @@ class World:
         if plan is None:
             return None
         self.scheduler.check_integrity()
+        self.engine.protect(self.published_pages())
         output = self.engine.step(plan)
         between()
         self.scheduler.check_integrity()
         for event in self.scheduler.commit(plan, output):
             self._collect(event)
         self.scheduler.check_integrity()
+        self.engine.protect(self.published_pages())
         return plan
+
+    def published_pages(self) -> set[int]:
+        """Pages that sequences to come may begin with, or that a running one shares."""
+        shared = [bundle for sequence in self.scheduler._running for bundle in sequence.blocks if bundle is not None]
+        return {page for bundle in {*shared, *self.scheduler._cache._index} for page in bundle.pages.tolist()}
 
     def run(self, max_steps: int = 10_000) -> int:
         """Step until there is no work; returns the number of steps."""
         for count in range(max_steps):
             if self.step() is None:
-                assert self.scheduler.stats().pages_used == self.scheduler.stats().running == 0
+                self.check_idle()
                 return count
         raise AssertionError(f"still work after {max_steps} steps")
+
+    def check_idle(self) -> None:
+        """Every page is free or kept for its prefix, and all can be free."""
+        stats, cache = self.scheduler.stats(), self.scheduler._cache
+        assert stats.pages_used == stats.running == stats.waiting == 0
+        assert stats.pages_cached == len(self.published_pages()) == self.config.num_pages - cache._pool.free
+        assert cache.available == self.config.num_pages
 
     def _collect(self, event: Event) -> None:
         assert event.request_id not in self.failed, "an event after the request failed"

@@ -45,6 +45,7 @@ async def test_whole_response(http: httpx.AsyncClient, client: FakeClient, token
         "prompt_tokens": prompt,
         "completion_tokens": len(output) + 1,
         "total_tokens": prompt + len(output) + 1,
+        "prompt_tokens_details": {"cached_tokens": 0},
     }
     assert client.requests[0].prompt_ids == tuple(tokenizer.encode("hello"))
     assert client.requests[0].params.max_tokens == 16

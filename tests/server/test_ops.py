@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.errors import OverloadedError
@@ -63,7 +64,8 @@ async def test_a_draining_server_is_not_ready(http: httpx.AsyncClient) -> None:
     response = await http.get("/ready")
     assert (response.status_code, response.json()) == (503, {"status": "draining"})
     assert (await http.get("/health")).status_code == 200
-    assert (await http.post("/v1/completions", json={"prompt": "open requests go on"})).status_code == 200
+    refused = await http.post("/v1/completions", json={"prompt": "new work"})
+    assert refused.status_code == 503 and int(refused.headers["Retry-After"]) > 0
 
 
 async def test_models(http: httpx.AsyncClient, client: FakeClient) -> None:
@@ -161,10 +163,12 @@ async def test_engine_metrics(make_http: HttpFactory, client: FakeClient) -> Non
     http = make_http(metrics_prefix="quire:")
     [listener] = client.listeners
     first = EngineStats(running=3, waiting=2, pages_used=25, pages_total=100, steps_total=1, prompt_tokens_total=40)
+    first = replace(first, prefix_queries_total=60, prefix_hits_total=20, pages_cached=9)
     listener(first)
     listener(first)  # a heartbeat says nothing new
     listener(EngineStats(steps_total=2, prompt_tokens_total=50, generation_tokens_total=4, batch_tokens=7))
-    listener(EngineStats(steps_total=1, prompt_tokens_total=5, preemptions_total=1, pages_total=100, pages_used=25))
+    restarted = EngineStats(steps_total=1, prompt_tokens_total=5, preemptions_total=1, pages_total=100, pages_used=25)
+    listener(replace(restarted, prefix_queries_total=5, prefix_hits_total=1, pages_cached=8))
     client.restarts = 1
     found = await samples(http)
     assert found["quire:num_requests_running", ()] == 0
@@ -172,6 +176,9 @@ async def test_engine_metrics(make_http: HttpFactory, client: FakeClient) -> Non
     assert found["quire:prompt_tokens_total", ()] == 55
     assert found["quire:generation_tokens_total", ()] == 4
     assert found["quire:num_preemptions_total", ()] == 1
+    assert found["quire:prefix_cache_queries_total", ()] == 65
+    assert found["quire:prefix_cache_hits_total", ()] == 21
+    assert found["quire:kv_pages_cached", ()] == 8
     assert found["quire:engine_steps_total", ()] == 3
     assert found["quire:iteration_tokens_total_sum", ()] == 7
     assert found["quire:kv_pages_total", ()] == 100

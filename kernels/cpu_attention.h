@@ -1,0 +1,290 @@
+// One tile of query heads against the entries of their kv head, see cpu_attention.cpp for how tiles are made.
+#pragma once
+#include "cpu.h"
+
+#include <math.h>
+
+namespace quire {
+
+constexpr int kRows = 32;    // queries of a tile: enough to hide reading a block behind arithmetic
+constexpr int kBlock = 64;   // entries whose scores wait in L1: kRows * kBlock * 4 = 8 KiB
+constexpr long kPart = 256;  // entries of a part: one read of 64 KiB at head dim 128 in bfloat16
+
+struct Args {
+  const void *query, *key, *value;  // [T, H, D], [T, K, D], [T, K, Dv]; heads contiguous, rows a stride apart
+  void* pool;                       // [P, 2, B, D]
+  int32_t* entry_positions;         // [P, B]
+  const int32_t *page_table, *kept, *query_start;
+  const int64_t* positions;
+  const float* sinks;  // [H] or null
+  void* output;        // [T, H, Dv] contiguous
+  long query_stride, key_stride, value_stride;
+  long table_sequence, table_head, kept_sequence;  // strides; a head's kept lengths are adjacent
+  long sequences, heads, kv_heads, width, value_width, page_size;
+  float scale, softcap;  // softcap 0: none
+  int32_t window;  // 0: none
+};
+
+// Running softmax of a tile: per row the largest score, the sum of weights and the weighted sum of values.
+struct State {
+  float* top;
+  float* mass;
+  float* sum;  // [rows][padded]
+};
+
+// Floats per row of sums: whole groups of the four vectors that are held in registers.
+inline long padded_width(const Args& a) { return (a.value_width + 4 * kLanes - 1) / (4 * kLanes) * (4 * kLanes); }
+
+// A tile: rows item .. item + rows - 1 of the (token, group member) pairs of one sequence and kv head.
+template <class T>
+struct Tile {
+  const T* query[kRows];
+  int32_t position[kRows];
+  int head[kRows];  // query head
+  long token[kRows];
+  int rows;
+  int32_t first, last;  // least and largest position
+};
+
+template <class T>
+inline void fill_tile(const Args& a, long s, long k, long item, long end, Tile<T>& tile) {
+  const long group = a.heads / a.kv_heads;
+  tile.rows = end - item < kRows ? end - item : kRows;
+  for (int r = 0; r < tile.rows; r++) {
+    const long token = a.query_start[s] + (item + r) / group, head = k * group + (item + r) % group;
+    const int32_t position = a.positions[token];
+    tile.token[r] = token;
+    tile.head[r] = head;
+    tile.query[r] = (const T*)a.query + token * a.query_stride + head * a.width;
+    tile.position[r] = position;
+    tile.first = r == 0 || position < tile.first ? position : tile.first;
+    tile.last = r == 0 || position > tile.last ? position : tile.last;
+  }
+}
+
+// Keys and positions of up to kBlock entries of one head; a value lies page_size * width behind its key.
+template <class T>
+struct Block {
+  const T* key[kBlock];
+  int32_t position[kBlock];
+  int count;
+  int32_t first, last;
+};
+
+template <class T>
+inline void fill_block(const Args& a, const int32_t* pages, long begin, long end, Block<T>& block) {
+  block.count = 0;
+  for (long entry = begin; entry < end;) {
+    const long page = pages[entry / a.page_size], offset = entry % a.page_size;
+    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
+    const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
+    const int32_t* positions = a.entry_positions + page * a.page_size + offset;
+    for (long i = 0; i < here; i++) {
+      block.key[block.count] = keys + i * a.width;
+      block.position[block.count++] = positions[i];
+    }
+    entry += here;
+  }
+  block.first = block.last = block.position[0];
+  for (int i = 1; i < block.count; i++) {
+    block.first = block.position[i] < block.first ? block.position[i] : block.first;
+    block.last = block.position[i] > block.last ? block.position[i] : block.last;
+  }
+  for (int i = block.count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
+    block.key[i] = block.key[block.count - 1];
+    block.position[i] = INT32_MAX;
+  }
+}
+
+// Ask for the keys (values) of entries begin .. end - 1 before they are needed: pages lie anywhere, so the hardware
+// cannot guess where the next one starts.
+template <class T>
+inline void prefetch_entries(const Args& a, const int32_t* pages, long begin, long end, bool values) {
+  for (long entry = begin; entry < end;) {
+    const long page = pages[entry / a.page_size], offset = entry % a.page_size;
+    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
+    prefetch((const T*)a.pool + ((page * 2 + values) * a.page_size + offset) * a.width, here * a.width * sizeof(T));
+    entry += here;
+  }
+}
+
+// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block.
+template <class T, int ROWS>
+inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, long width, float (*scores)[kBlock]) {
+  constexpr int COLUMNS = kLanes / ROWS;
+  const T* queries[ROWS];
+  const int count = tile.rows - row < ROWS ? tile.rows - row : ROWS;
+  for (int r = 0; r < ROWS; r++) queries[r] = tile.query[row + (r < count ? r : count - 1)];
+  for (int e = 0; e < block.count; e += COLUMNS) {
+    float lanes[kLanes];
+    store(lanes, dot_tile<T, ROWS>(queries, block.key + e, width));
+    for (int r = 0; r < count; r++) memcpy(scores[row + r] + e, lanes + r * COLUMNS, COLUMNS * sizeof(float));
+  }
+}
+
+template <class T>
+inline void score_block(const Tile<T>& tile, const Block<T>& block, long width, float (*scores)[kBlock]) {
+  int row = 0;
+  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, width, scores);
+  if (tile.rows - row == 1)
+    score_rows<T, 1>(tile, row, block, width, scores);
+  else if (tile.rows - row == 2)
+    score_rows<T, 2>(tile, row, block, width, scores);
+  else if (tile.rows > row)
+    score_rows<T, kTileRows>(tile, row, block, width, scores);
+}
+
+// Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
+// Returns the factor by which the row's earlier sums shrink.
+template <class T>
+inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, bool masked, float* scores, float& top,
+                       float& mass) {
+  const Vec nothing = broadcast(-INFINITY);
+  const IntVec latest = broadcast_int(position);
+  const IntVec earliest = broadcast_int(a.window ? position - a.window : INT32_MIN);
+  const int lanes = (block.count + kLanes - 1) / kLanes * kLanes;
+  Vec best = nothing;
+  for (int e = 0; e < lanes; e += kLanes) {
+    Vec s = load(scores + e) * a.scale;
+    if (a.softcap != 0) s = a.softcap * tanh(s / a.softcap);
+    if (masked || e + kLanes > block.count) {
+      const IntVec at = read<IntVec>(block.position + e);
+      s = ((at <= latest) & (at > earliest)) ? s : nothing;
+    }
+    store(scores + e, s);
+    best = s > best ? s : best;
+    best = s != s ? s : best;  // a NaN must not vanish in the maximum
+  }
+  float high = max_lanes(best);
+  for (int i = 0; i < kLanes; i++) high = best[i] != best[i] ? best[i] : high;
+  high = high < top ? top : high;
+  if (high == -INFINITY) {
+    for (int e = 0; e < lanes; e += kLanes) store(scores + e, Vec{});
+    return 1.0f;
+  }
+  Vec total = {};
+  for (int e = 0; e < lanes; e += kLanes) {
+    const Vec weight = exp(load(scores + e) - high);
+    store(scores + e, weight);
+    total += weight;
+  }
+  const float shrink = exp(broadcast(top - high))[0];
+  mass = mass * shrink + sum_lanes(total);
+  top = high;
+  return shrink;
+}
+
+// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile.
+template <class T, int ROWS, int VECTORS>
+inline void accumulate(const Block<T>& block, long value_offset, float (*scores)[kBlock], float* sum, long padded) {
+  Vec acc[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sum + r * padded + v * kLanes);
+  for (int e = 0; e < block.count; e++) {
+    const T* value = block.key[e] + value_offset;
+    Vec values[VECTORS];
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; v++) values[v] = load(value + v * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; v++) acc[r][v] += scores[r][e] * values[v];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+    for (int v = 0; v < VECTORS; v++) store(sum + r * padded + v * kLanes, acc[r][v]);
+}
+
+template <class T, int ROWS>
+inline void accumulate_rows(const Args& a, const Block<T>& block, float (*scores)[kBlock], float* sum, long padded) {
+  // As many sums as half of the registers hold: with few rows there must be more columns, or additions wait for each
+  // other.
+  constexpr int WIDE = kLanes / (ROWS < 2 ? 2 : ROWS), NARROW = kLanes / 4;
+  const long offset = a.page_size * a.width, stop = padded < a.width ? padded : a.width;
+  long column = 0;
+  for (; column + WIDE * kLanes <= stop; column += WIDE * kLanes)
+    accumulate<T, ROWS, WIDE>(block, offset + column, scores, sum + column, padded);
+  for (; column + NARROW * kLanes <= stop; column += NARROW * kLanes)
+    accumulate<T, ROWS, NARROW>(block, offset + column, scores, sum + column, padded);
+  for (; column + kLanes <= stop && column < a.value_width; column += kLanes)
+    accumulate<T, ROWS, 1>(block, offset + column, scores, sum + column, padded);
+  if (column < a.value_width) {  // a head dim that is no multiple of the vector
+    for (int e = 0; e < block.count; e++) {
+      const Vec value = load_some(block.key[e] + offset + column, a.width - column);
+      for (int r = 0; r < ROWS; r++) {
+        float* at = sum + r * padded + column;
+        store(at, load(at) + scores[r][e] * value);
+      }
+    }
+  }
+}
+
+// Entries begin .. end - 1 of one head into a fresh state.
+template <class T>
+inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages, long begin, long end, State state) {
+  const long padded = padded_width(a);
+  memset(state.sum, 0, tile.rows * padded * sizeof(float));
+  for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
+  alignas(64) float scores[kRows][kBlock];
+  for (long start = begin; start < end; start += kBlock) {
+    Block<T> block;
+    const long stop = start + kBlock < end ? start + kBlock : end;
+    fill_block(a, pages, start, stop, block);
+    if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
+    const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
+    prefetch_entries<T>(a, pages, start, stop, true);
+    score_block(tile, block, a.width, scores);
+    prefetch_entries<T>(a, pages, stop, stop + kBlock < end ? stop + kBlock : end, false);
+    for (int r = 0; r < tile.rows; r++) {
+      const float shrink =
+          weigh_row(a, block, tile.position[r], masked, scores[r], state.top[r], state.mass[r]);
+      if (shrink == 1.0f) continue;
+      float* sum = state.sum + r * padded;
+      for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
+    }
+    int row = 0;
+    for (; row + 4 <= tile.rows; row += 4)
+      accumulate_rows<T, 4>(a, block, scores + row, state.sum + row * padded, padded);
+    for (; row + 2 <= tile.rows; row += 2)
+      accumulate_rows<T, 2>(a, block, scores + row, state.sum + row * padded, padded);
+    if (row < tile.rows) accumulate_rows<T, 1>(a, block, scores + row, state.sum + row * padded, padded);
+  }
+}
+
+// whole = whole and part together; a part without visible entries changes nothing.
+inline void merge(State whole, State part, int rows, long padded) {
+  for (int r = 0; r < rows; r++) {
+    const float other = part.top[r];
+    if (other == -INFINITY) continue;
+    const float high = other < whole.top[r] ? whole.top[r] : other;
+    const Vec scales = exp(broadcast(whole.top[r] - high)), gains = exp(broadcast(other - high));
+    float *sum = whole.sum + r * padded, *more = part.sum + r * padded;
+    for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * scales + load(more + i) * gains);
+    whole.mass[r] = whole.mass[r] * scales[0] + part.mass[r] * gains[0];
+    whole.top[r] = high;
+  }
+}
+
+// Divide by the mass, sinks included, and write the tile's rows.
+template <class T>
+inline void write_tile(const Args& a, const Tile<T>& tile, State state, long padded) {
+  for (int r = 0; r < tile.rows; r++) {
+    float scale = 1.0f, mass = state.mass[r];
+    if (a.sinks) {
+      const float sink = a.sinks[tile.head[r]], high = sink > state.top[r] ? sink : state.top[r];
+      scale = exp(broadcast(state.top[r] - high))[0];
+      mass = mass * scale + exp(broadcast(sink - high))[0];
+    }
+    const Vec factor = broadcast(mass == 0 ? 0 : scale / mass);
+    T* out = (T*)a.output + (tile.token[r] * a.heads + tile.head[r]) * a.value_width;
+    for (long i = 0; i < a.value_width; i += kLanes) {
+      const long count = a.value_width - i < kLanes ? a.value_width - i : kLanes;
+      store_some(out + i, load(state.sum + r * padded + i) * factor, count);
+    }
+  }
+}
+
+}  // namespace quire

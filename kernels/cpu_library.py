@@ -1,0 +1,78 @@
+"""The compiled C++ kernels as Python functions: signatures, and the one handle to the loaded library."""
+
+import ctypes
+import functools
+import logging
+from pathlib import Path
+
+import torch  # torch brings libgomp; loaded first, its copy is the one that our kernels' threads come from
+
+from .compiler import CompileError, cache_folder, compile_library
+
+log = logging.getLogger("quire")
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What the C++ kernels compute; other types go to the reference."""
+
+_FOLDER = Path(__file__).parent
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+
+
+class AttentionArgs(ctypes.Structure):
+    """`quire::Args` of cpu_attention.h: pointers, strides in elements, sizes."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("query", "key", "value", "pool", "entry_positions", "page_table", "kept")),
+        *((name, _POINTER) for name in ("query_start", "positions", "sinks", "output")),
+        *((name, _LONG) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, _LONG) for name in ("table_sequence", "table_head", "kept_sequence")),
+        *((name, _LONG) for name in ("sequences", "heads", "kv_heads", "width", "value_width", "page_size")),
+        ("scale", _FLOAT),
+        ("softcap", _FLOAT),
+        ("window", ctypes.c_int32),
+    )
+
+
+class CpuLibrary:
+    """The functions of the library; arguments as in the C++ sources."""
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.linear = library.quire_linear
+        self.linear.argtypes = [_POINTER] * 5 + [_LONG] * 6 + [_INT] * 4
+        self.rms_norm = library.quire_rms_norm
+        self.rms_norm.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_FLOAT, _INT, _INT]
+        self.rotate = library.quire_rotate
+        self.rotate.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_FLOAT, _INT, _INT]
+        self.attention = library.quire_attention
+        self.attention.argtypes = [ctypes.POINTER(AttentionArgs), _INT, _INT, _INT, _INT]
+        for function in (self.linear, self.rms_norm, self.rotate, self.attention):
+            function.restype = None
+
+
+def load_library(folder: Path) -> CpuLibrary:
+    """Compile into `folder` if need be, and load; raises `CompileError`."""
+    sources, headers = sorted(_FOLDER.glob("cpu_*.cpp")), sorted(_FOLDER.glob("cpu*.h"))
+    if not sources:
+        raise CompileError("their sources are not installed")
+    try:
+        return CpuLibrary(compile_library(sources, headers, folder))
+    except (OSError, AttributeError) as error:
+        raise CompileError(f"the compiled library cannot be loaded: {error}") from error
+
+
+@functools.cache
+def cpu_library() -> CpuLibrary | None:
+    """The library, compiled at first use; None, with one warning, where that fails."""
+    try:
+        return load_library(cache_folder())
+    except CompileError as error:
+        log.warning("CPU kernels are not available, plain torch is used and is several times slower: %s", error)
+        return None
+
+
+def loaded_library() -> CpuLibrary:
+    """The library for a caller that was handed the backend "cpu"."""
+    library = cpu_library()
+    assert library is not None, "the backend is cpu, but resolve_backend did not say so"
+    return library

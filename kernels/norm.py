@@ -1,0 +1,40 @@
+"""RMSNorm: the contract, and the choice of an implementation.
+
+y = T(x / sqrt(mean(x^2) + epsilon)) * weight over the last axis (Zhang and Sennrich 2019): the quotient in float32,
+rounded to x's dtype T before the weight, as the library's modelling code does. Reads and writes x once.
+"""
+
+import torch
+from torch import Tensor
+
+from .backend import Backend
+from .cpu_library import loaded_library
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, backend: Backend = "reference") -> Tensor:
+    """x [T, E], weight [E] of x's dtype -> [T, E], contiguous. Mutates nothing; `ValueError` where shapes disagree."""
+    if x.dim() != 2 or weight.shape != x.shape[1:]:
+        raise ValueError(f"x must be [T, E] and weight [E], got {list(x.shape)} and {list(weight.shape)}")
+    if backend != "cpu":
+        return rms_norm_reference(x, weight, epsilon)
+    rows, width = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty((rows, width), dtype=x.dtype)
+    loaded_library().rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        y.data_ptr(),
+        x.stride(0),
+        rows,
+        width,
+        epsilon,
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """See `rms_norm`; any number of leading axes, the weight may have some of them too."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype) * weight

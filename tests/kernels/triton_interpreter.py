@@ -1,0 +1,94 @@
+"""Import this before anything of Triton: without a GPU it switches Triton's interpreter on while kernels are defined.
+
+Triton decides when a kernel is defined, that is, when its module is imported, whether it will be compiled or
+interpreted. So `TRITON_INTERPRET` is set for the imports here alone and does not reach other tests or processes.
+"""
+
+import importlib
+import os
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from .oracle import PagedCase
+
+ON_GPU = torch.cuda.is_available()
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else [pytest.param("cpu")]
+"""Where the tests of this folder run their kernels: on the GPU, or interpreted on the CPU."""
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+"""The interpreter multiplies bfloat16 matrices wrongly, and cuts numbers off where it should round them to it."""
+
+with mock.patch.dict(os.environ, {} if ON_GPU else {"TRITON_INTERPRET": "1"}):
+    importlib.import_module("triton.experimental.gluon")  # else done at the first launch, without the variable
+    from triton.runtime import interpreter
+
+    from quire.kernels import (
+        attention_mass_triton,
+        attention_triton,
+        cache_triton,
+        compaction_triton,
+        layers_triton,
+        page_bounds_triton,
+    )
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "ON_GPU",
+    "attention_arguments",
+    "attention_mass_triton",
+    "attention_triton",
+    "cache_triton",
+    "compaction_triton",
+    "layers_triton",
+    "page_bounds_triton",
+    "to_device",
+    "tolerance",
+    "widened",
+]
+
+
+def _allow_new_numpy() -> None:
+    """Triton 3.6 keeps scalars as arrays of one element, which NumPy 2.4 no longer takes for numbers."""
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+if not ON_GPU:
+    _allow_new_numpy()
+
+
+def to_device(case: PagedCase, device: str) -> PagedCase:
+    """The case with all its tensors there."""
+    fields = {name: value.to(device) for name, value in vars(case).items() if isinstance(value, Tensor)}
+    return replace(case, **fields)
+
+
+def widened(case: PagedCase) -> PagedCase:
+    """The case in float32: what an exact result is computed from."""
+    return replace(case, pool=case.pool.float(), query=case.query.float(), key=case.key.float())
+
+
+def attention_arguments(case: PagedCase) -> tuple[Any, ...]:
+    """The positional arguments of `paged_attention`."""
+    start = case.query_start.to(case.pool.device)
+    return (
+        case.query, case.pool, case.entry_positions, case.page_table, case.kept, start, case.query_lengths,
+        case.positions,
+    )  # fmt: skip
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    """Of results of size 1: float32 sums differ in order; 16-bit types round weights and output (2**-11 or 2**-8)."""
+    if dtype == torch.float32:
+        return {"rtol": 1e-4, "atol": 2e-5}
+    return {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 2e-2, "atol": 1e-2}
