@@ -14,6 +14,9 @@ from collections.abc import Callable
 from itertools import count
 
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+
 from quire.core.config import EngineConfig, embedded_model
 from quire.core.ids import RequestId
 from quire.core.messages import Tokens
@@ -24,8 +27,6 @@ from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.prefix import BlockHashes, PrefixIndex
 from quire.scheduler.scheduler import Scheduler
-from rich.console import Console
-from rich.table import Table
 
 PAGE = 16
 _names = count()
@@ -46,7 +47,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def first_tokens(loop: EngineLoop, requests: list[Request]) -> list[float]:
     """Milliseconds from submission to the first token of each of the requests, submitted together."""
-    started, times = time.perf_counter(), {}
+    started = time.perf_counter()
+    times: dict[RequestId, float] = {}
     for one in requests:
         loop.submit(one)
     while loop.has_work:

@@ -167,6 +167,13 @@ class Decoder(nn.Module):
         """Logits [B, T, V] of `dtype` for ids [B, T]."""
         return F.linear(self.hidden(ids, dtype), self.embed_tokens.weight.to(dtype))
 
+    @torch.inference_mode()
+    def last_logits(self, ids: Tensor, last: int) -> Tensor:
+        """Logits [B, last, V] of the last positions in bfloat16 compute, for evaluation; ids [B, T]."""
+        weight = self.embed_tokens.weight
+        states = self.hidden(ids.to(weight.device), torch.bfloat16)[:, -last:]
+        return F.linear(states, weight.to(states.dtype))
+
     def loss(self, ids: Tensor, weights: Tensor) -> Tensor:
         """Weighted mean next-token loss in bfloat16 compute.
 

@@ -44,9 +44,7 @@ class MaskedMuon:
     def __init__(self, model: nn.Module, masks: dict[str, Tensor], rates: Rates) -> None:
         self.rates = rates
         self.masks = masks
-        self.parameters = {
-            n: p for n, p in model.named_parameters() if n not in masks or bool(masks[n].any())
-        }
+        self.parameters = {n: p for n, p in model.named_parameters() if n not in masks or bool(masks[n].any())}
         self.matrices = [n for n, p in self.parameters.items() if p.ndim == 2 and n != "embed_tokens.weight"]
         self.others = [n for n in self.parameters if n not in self.matrices]
         self.step_count = 0

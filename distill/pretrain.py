@@ -40,9 +40,7 @@ class Settings:
 
     out: Path
     tokens: int  # of training in all
-    minutes: float = float(
-        "inf"
-    )  # the schedule ends by then even with fewer tokens; such a run is not repeatable
+    minutes: float = float("inf")  # the schedule ends by then even with fewer tokens; such a run is not repeatable
     micro_tokens: int = 4096  # tokens in one forward pass
     batch_tokens: int = 4096  # tokens per step from `grow_at` on; one micro-batch before
     grow_at: float = 0.4  # share of the run
@@ -154,11 +152,7 @@ class Trainer:
     def evaluate(self) -> Report:
         """A small report; the model so far is exported if it is the best by recall, then loss."""
 
-        @torch.inference_mode()
-        def logits(ids: Tensor) -> Tensor:
-            return self.model(ids.to(self.settings.device), torch.bfloat16)
-
-        report = self.trials.measure(logits, self.settings.eval_trials, (256, 1000), windows=32)
+        report = self.trials.measure(self.model.last_logits, self.settings.eval_trials, (256, 1000), windows=32)
         if report.score() > self.progress.best:
             self.progress.best = report.score()
             count = sum(p.numel() for p in self.model.parameters())

@@ -19,7 +19,7 @@ from .corpus import Corpus, build_corpus, standard_library
 from .samples import Binding, SampleMaker
 from .vocabulary import load_tokenizer
 
-Logits = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
+Logits = Callable[[Tensor, int], Tensor]  # ids [B, T], n -> logits of the last n positions [B, n, V]
 
 DISTANCES = (16, 64, 256, 1000, 2000, 3500)
 KEYS = 8  # bindings in a multi-key trial
@@ -105,7 +105,7 @@ class RecallTrials:
         right: list[float] = []
         for ids, count in trials:
             tokens = torch.tensor([ids])
-            best = logits(tokens[:, :-1])[0, -count:].argmax(-1).cpu()
+            best = logits(tokens[:, :-1], count)[0].argmax(-1).cpu()
             hits = (best == tokens[0, -count:]).float()
             right.append(float(hits.all()) if whole else float(hits.mean()))
         return sum(right) / len(right)
@@ -134,7 +134,7 @@ class RecallTrials:
         total = 0.0
         for start in np.linspace(0, len(source) - length - 1, windows).astype(int):
             ids = torch.from_numpy(source[start : start + length + 1].astype(np.int64))[None]
-            out = logits(ids[:, :-1])[0].float().cpu()
+            out = logits(ids[:, :-1], length)[0].float().cpu()
             total += torch.nn.functional.cross_entropy(out, ids[0, 1:]).item()
         return total / windows
 
@@ -147,8 +147,8 @@ def transformers_logits(directory: Path, device: str) -> Logits:
     model.to(torch.device(device))
 
     @torch.inference_mode()
-    def logits(ids: Tensor) -> Tensor:
-        return model(input_ids=ids.to(device), use_cache=False).logits
+    def logits(ids: Tensor, last: int) -> Tensor:
+        return model(input_ids=ids.to(device), use_cache=False, logits_to_keep=last).logits
 
     return logits
 
@@ -168,9 +168,7 @@ def main() -> None:
     corpus = build_corpus(tokenizer, standard_library())
     trials = RecallTrials(corpus, SampleMaker(corpus, tokenizer), args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    report = trials.measure(
-        transformers_logits(args.model, device), args.trials, tuple(args.distances), args.windows
-    )
+    report = trials.measure(transformers_logits(args.model, device), args.trials, tuple(args.distances), args.windows)
     if args.json:
         print(json.dumps({"loss": report.loss, "single": report.single, "multi": report.multi}))
     else:

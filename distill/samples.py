@@ -38,9 +38,7 @@ class Binding:
     def first(self) -> Piece:
         """The line where it is bound: nothing but the line's form can be known."""
         name = [0.0] * (len(self.head) - 1) + [0.5]
-        return Piece(
-            self.head + self.value + self.end, name + [0.0] * len(self.value) + [0.5] * len(self.end)
-        )
+        return Piece(self.head + self.value + self.end, name + [0.0] * len(self.value) + [0.5] * len(self.end))
 
     def asked(self) -> Piece:
         """The line where it is asked for: the value is what counts, the name's later tokens a little."""
@@ -148,9 +146,7 @@ class SampleMaker:
         names: set[str] = set()
         while len(names) < count:
             names.add(self.name(rng))
-        return [
-            self.binding(name, self.value(rng), indent) for name in sorted(names, key=lambda _: rng.random())
-        ]
+        return [self.binding(name, self.value(rng), indent) for name in sorted(names, key=lambda _: rng.random())]
 
     def line_starts(self, ids: list[int]) -> np.ndarray:
         """Positions in `ids` where a line begins, so that a whole line may be put in."""

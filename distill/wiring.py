@@ -36,9 +36,7 @@ class Layout:
     constant: float = 2.0
     content_std: float = 0.05
     code_norm: float = 0.5  # norm of each of the two parts of a code
-    sharpness: float = (
-        11.0  # score gap between offset o and its neighbours in layer 0, and own position in layer 1
-    )
+    sharpness: float = 11.0  # score gap between offset o and its neighbours in layer 0, and own position in layer 1
     match_gain: float = 9.0  # score of one fully matching token in layer 1
     match_weights: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7)  # present token first
     skip_weights: tuple[float, ...] = (0.0, 1.0, 0.8, 0.7)

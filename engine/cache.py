@@ -11,7 +11,6 @@ from ..core.ids import SlotId
 from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SlotAssignment
 from .sizing import CacheLayout
 
-
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
 

@@ -11,6 +11,8 @@ softcap * tanh(s / softcap) if given; a sink is one more logit of its query head
 Softmax and accumulation are in float32. Per sequence and entry held: 4 * n * H * D FLOPs, 2 * K * D * itemsize bytes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,16 +50,28 @@ def paged_attention(
     """
     check_paged(pool, entry_positions, page_table, kept, query_start, positions)
     check_query(query, pool, page_table, positions, value_dim=value_dim, window=window, sinks=sinks)
-    tensors = (query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions)
-    options = {"max_kept": max_kept, "value_dim": value_dim, "scale": scale}
+    compute: Callable[..., Tensor] = paged_attention_reference
     if backend == "triton":
-        from .attention_triton import paged_attention_triton  # triton is installed beside a GPU only
-
-        return paged_attention_triton(*tensors, **options, window=window, softcap=softcap, sinks=sinks)
+        from .attention_triton import paged_attention_triton as compute  # triton is installed beside a GPU only
     # The C++ kernels read the pool as it is; a model that asks in another type than it stores is the reference's.
-    if backend == "cpu" and query.dtype == pool.dtype and pool.dtype in DTYPES:
-        return paged_attention_cpu(*tensors, **options, window=window, softcap=softcap, sinks=sinks)
-    return paged_attention_reference(*tensors, **options, window=window, softcap=softcap, sinks=sinks)
+    elif backend == "cpu" and query.dtype == pool.dtype and pool.dtype in DTYPES:
+        compute = paged_attention_cpu
+    return compute(
+        query,
+        pool,
+        entry_positions,
+        page_table,
+        kept,
+        query_start,
+        query_lengths,
+        positions,
+        max_kept=max_kept,
+        value_dim=value_dim,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
 
 
 def check_paged(

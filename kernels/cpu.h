@@ -109,12 +109,12 @@ inline float max_lanes(Vec v) {
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x to about 1e-7 relative; 0 below -87.3 (also for -inf), no overflow up to 88.3, NaN stays NaN.
+// e^x to about 1e-7 relative; 0 below -87.3 (also for -inf), infinity above 88.3, NaN stays NaN.
 inline Vec exp(Vec x) {
   const float low = -87.33f, high = 88.37f;
-  IntVec vanishes = x < low;
+  IntVec vanishes = x < low, overflows = x > high;
   x = vanishes ? broadcast(low) : x;
-  x = x > high ? broadcast(high) : x;
+  x = overflows ? broadcast(high) : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   Vec shifted = x * 1.44269504088896341f + magic;
   Vec n = shifted - magic;
@@ -128,7 +128,8 @@ inline Vec exp(Vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   Vec power = (Vec)(((IntVec)shifted - 0x4b400000 + 127) << 23);
-  return vanishes ? Vec{} : p * power;
+  p = overflows ? broadcast(__builtin_inff()) : p * power;
+  return vanishes ? Vec{} : p;
 }
 
 inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }

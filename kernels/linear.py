@@ -75,18 +75,21 @@ def _linear_cpu(
 ) -> Tensor:
     """cpu_linear.cpp over the plain weights."""
     rows, inputs = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
-    if residual is not None and residual.stride(1) != 1:
-        residual = residual.contiguous()
+    x_stride, residual_stride, residual_pointer = x.stride(0), 0, None
+    if x.stride(1) != 1:
+        x, x_stride = x.contiguous(), inputs
+    if residual is not None:
+        residual = residual if residual.stride(1) == 1 else residual.contiguous()
+        residual_stride, residual_pointer = residual.stride(0), residual.data_ptr()
     y = torch.empty((rows, outputs), dtype=torch.float32 if wide else x.dtype)
     loaded_library().linear(
         x.data_ptr(),
         weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
+        residual_pointer,
         y.data_ptr(),
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
+        x_stride,
+        residual_stride,
         outputs,
         rows,
         inputs,

@@ -78,8 +78,7 @@ class NativeRunner:
     ) -> Tensor:
         """See `ModelRunner.forward`."""
         cos, sin = self.rotary(positions, lengths, self.decoder.embedding.dtype)
-        logits: Tensor = self.decoder(input_ids, cos, sin, context, logit_rows)
-        return logits
+        return self.decoder(input_ids, cos, sin, context, logit_rows)
 
 
 def load_native(
@@ -109,9 +108,8 @@ def load_native(
     decoder = Decoder(spec.vocab_size, shape, ACTIVATIONS[activation], spec.windows, tied, place)
     _fill(checkpoint, dict(_destinations(decoder, shape, tied)), on_progress)
     for layer in decoder.layers:
-        assert isinstance(layer, DecoderLayer)
         layer.attention.share_norm_weights()
-    return NativeRunner(spec, decoder.eval(), RotaryEmbedding(settings, place.device))
+    return NativeRunner(spec, decoder, RotaryEmbedding(settings, place.device))
 
 
 def _layer_shape(config: PretrainedConfig, spec: ModelSpec, family: Family) -> LayerShape:
@@ -136,7 +134,6 @@ def _destinations(decoder: Decoder, shape: LayerShape, tied: bool) -> Iterator[t
     if not tied:
         yield "lm_head.weight", decoder.head
     for index, layer in enumerate(decoder.layers):
-        assert isinstance(layer, DecoderLayer)
         for name, view in _layer_destinations(layer, shape):
             yield f"model.layers.{index}.{name}", view
 

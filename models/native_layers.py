@@ -2,16 +2,17 @@
 
 Letters: T rows of the step, E hidden size, H query heads, K kv heads, D head dim, F feed-forward size. Rounding
 follows the library's own modelling code (norms in float32 and cast before the weight, rotation in the model's type),
-so that greedy text in 16-bit types parts from it as rarely as possible.
+so that greedy text in 16-bit types parts from it as rarely as possible. The layers are plain callables: a decode step
+makes about forty calls, and those of `nn.Module` would cost as much as the arithmetic of a small model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.backend import Backend
 from ..kernels.linear import gated_linear, linear
@@ -57,40 +58,38 @@ class Placement:
     backend: Backend = "reference"
     """Which kernels compute the layers."""
 
-    def parameter(self, *shape: int) -> nn.Parameter:
-        """An uninitialised frozen parameter; loading fills it."""
-        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype), requires_grad=False)
+    def parameter(self, *shape: int) -> Tensor:
+        """An uninitialised parameter; loading fills it."""
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
-class Linear(nn.Module):
+class Linear:
     """y = x W^T (+ b); weight [out, in]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, place: Placement) -> None:
-        super().__init__()
         self.weight = place.parameter(outputs, inputs)
         self.bias = place.parameter(outputs) if bias else None
         self.backend = place.backend
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[T, in] -> [T, out], plus `residual` [T, out]."""
         return linear(x, self.weight, self.bias, residual=residual, backend=self.backend)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm:
     """See `kernels.norm`."""
 
     def __init__(self, width: int, epsilon: float, place: Placement) -> None:
-        super().__init__()
         self.weight = place.parameter(width)
         self.epsilon = epsilon
         self.backend = place.backend
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[T, width] -> the same."""
         return rms_norm(x, self.weight, self.epsilon, self.backend)
 
 
-class Attention(nn.Module):
+class Attention:
     """Self-attention over the paged cache, with one fused projection for queries, keys and values.
 
     `qkv.weight` holds H query heads, then K key heads, then K value heads, each of D rows. `qk_weight` [H + K, D]
@@ -98,7 +97,6 @@ class Attention(nn.Module):
     """
 
     def __init__(self, layer: int, shape: LayerShape, window: int | None, place: Placement) -> None:
-        super().__init__()
         self.layer = layer
         self.shape = shape
         self.window = window
@@ -115,7 +113,7 @@ class Attention(nn.Module):
             for weights in self.qk_weight.split([self.shape.num_heads, self.shape.num_kv_heads]):
                 weights.copy_(weights[:1].expand_as(weights).clone())
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, residual: Tensor) -> Tensor:
         """[T, E], plus `residual` -> [T, E]; cos and sin [T, R / 2]. Stores the rows' keys and values in the cache."""
         shape = self.shape
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
@@ -129,16 +127,15 @@ class Attention(nn.Module):
         return self.output(mixed.view(x.shape[0], -1), residual)
 
 
-class GatedMLP(nn.Module):
+class GatedMLP:
     """down(act(gate(x)) * up(x)); `gate_up.weight` holds F gate rows, then F up rows (Shazeer 2020)."""
 
     def __init__(self, shape: LayerShape, activation: Activation, place: Placement) -> None:
-        super().__init__()
         self.gate_up = Linear(shape.hidden, 2 * shape.feed_forward, shape.mlp_bias, place)
         self.down = Linear(shape.feed_forward, shape.hidden, shape.mlp_bias, place)
         self.activation = activation
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """[T, E], plus `residual` -> [T, E]."""
         if self.activation is F.silu:
             both = self.gate_up
@@ -147,25 +144,24 @@ class GatedMLP(nn.Module):
         return self.down(self.activation(gate) * up, residual)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer:
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(
         self, layer: int, shape: LayerShape, activation: Activation, window: int | None, place: Placement
     ) -> None:
-        super().__init__()
         self.attention_norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.attention = Attention(layer, shape, window, place)
         self.mlp_norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.mlp = GatedMLP(shape, activation, place)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
         """[T, E] -> [T, E]."""
         x = self.attention(self.attention_norm(x), cos, sin, context, x)
         return self.mlp(self.mlp_norm(x), x)
 
 
-class Decoder(nn.Module):
+class Decoder:
     """Embedding, layers, final norm and output head (the embedding itself where they are tied)."""
 
     def __init__(
@@ -177,16 +173,13 @@ class Decoder(nn.Module):
         tied: bool,
         place: Placement,
     ) -> None:
-        super().__init__()
         self.embedding = place.parameter(vocab_size, shape.hidden)
-        self.layers = nn.ModuleList(
-            DecoderLayer(index, shape, activation, window, place) for index, window in enumerate(windows)
-        )
+        self.layers = [DecoderLayer(index, shape, activation, window, place) for index, window in enumerate(windows)]
         self.norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.head = self.embedding if tied else place.parameter(vocab_size, shape.hidden)
         self.backend = place.backend
 
-    def forward(
+    def __call__(
         self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor
     ) -> Tensor:
         """input_ids [T] -> logits [R, V] float32 of the rows `logit_rows` [R]."""
@@ -194,3 +187,15 @@ class Decoder(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin, context)
         return linear(self.norm(x.index_select(0, logit_rows)), self.head, wide=True, backend=self.backend)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Every weight once."""
+        yield self.embedding
+        if self.head is not self.embedding:
+            yield self.head
+        for layer in self.layers:
+            linears = (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down)
+            norms = (layer.attention_norm.weight, layer.mlp_norm.weight, layer.attention.qk_weight)
+            biases = (linear.bias for linear in linears)
+            yield from (w for w in (*(linear.weight for linear in linears), *biases, *norms) if w is not None)
+        yield self.norm.weight

@@ -62,10 +62,10 @@ class CacheManager:
     def awaits(self, sequence: SequenceState, hits: list[Bundle], other: SequenceState) -> bool:
         """Whether the block that a waiting sequence needs after its `hits` is about to be computed by `other`.
 
-        That is so only while `other` runs its prompt (or recomputes): its own output may take a different way.
+        Only known tokens count: what `other` will say may be something else.
         """
         size, block = self._config.page_size, len(hits)
-        if not self._config.shares_prefixes or block >= sequence.reusable_blocks(size) or other.num_pending <= 1:
+        if not self._config.shares_prefixes or block >= sequence.reusable_blocks(size):
             return False
         if not other.num_computed < (block + 1) * size <= len(other.tokens):
             return False

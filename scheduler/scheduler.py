@@ -209,9 +209,14 @@ class Scheduler:
         """
         if not (draft.budget and self._free_slots):
             return
+        prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
+        passed: set[RequestId] = set()
         for sequence in list(itertools.islice(self._waiting, 2 * self.config.max_num_seqs)):
+            if sequence.request.id in passed:  # choices of one request wait for the same
+                continue
             hits = self._cache.find(sequence)
-            if any(self._cache.awaits(sequence, hits, other) for other in self._running):
+            if any(self._cache.awaits(sequence, hits, other) for other in prompts):
+                passed.add(sequence.request.id)
                 continue
             needed = self._cache.cost(sequence, hits) + draft.owed
             if self._running:
@@ -219,6 +224,7 @@ class Scheduler:
             if needed > self._cache.available:
                 return
             self._start(sequence, hits, draft)
+            prompts.append(sequence)
             if not (draft.budget and self._free_slots):
                 return
 

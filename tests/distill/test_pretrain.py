@@ -39,9 +39,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, tokenizer: Tokenizer, corp
     assert second.resume() and second.progress.step == 9
     second.run()
     assert second.progress.step == whole.progress.step == 20
-    for (name, one), (_, other) in zip(
-        whole.model.named_parameters(), second.model.named_parameters(), strict=True
-    ):
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), second.model.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     for name, buffer in whole.optimizer.momentum.items():
         assert torch.equal(buffer, second.optimizer.momentum[name]), name

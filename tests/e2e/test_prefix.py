@@ -20,6 +20,8 @@ from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
 
+from .conftest import MODEL_NAME, RunningServer
+
 PAGE = 4
 OUTPUT = 10
 VOCAB = 97
@@ -139,16 +141,15 @@ def test_shared_prefixes_on_and_off_block_borders(model: Path, chunk: int) -> No
 
 def test_turns_of_a_dialogue_reuse_prompts_and_answers(model: Path) -> None:
     client, plain = Client(load(model)), load(model, prefix_cache=False)
-    dialogue = tokens(9, seed=2)
+    dialogue, known = tokens(9, seed=2), 1
     for turn in range(5):
         request = client.submit(str(turn), dialogue)
         client.drain()
         answer = client.tokens[str(turn), 0]
         assert answer == alone(plain, request)
-        if turn:
-            # All of the turn before but its last token, which was never computed, and what fills no page.
-            assert client.cached(str(turn)) == (before - 1) // PAGE * PAGE
-        before = len(dialogue) + len(answer)
+        # All of the turn before but its last token, which was never computed, and what fills no page.
+        assert client.cached(str(turn)) == (known - 1) // PAGE * PAGE
+        known = len(dialogue) + len(answer)
         dialogue += answer + tokens(turn, seed=turn)
 
 
@@ -241,3 +242,20 @@ def test_models_with_windows_publish_nothing(tmp_path: Path) -> None:
     prompt = tokens(30, seed=10)
     assert client.ask("a", prompt) == client.ask("b", prompt)
     assert client.cached("b") == client.loop.stats().pages_cached == client.loop.stats().prefix_queries_total == 0
+
+
+def test_a_server_tells_what_it_did_not_compute(server: RunningServer) -> None:
+    def cached(salt: str) -> tuple[int, str]:
+        completion = server.client().completions.create(
+            model=MODEL_NAME, prompt=tokens(50, seed=13), max_tokens=4, temperature=0, extra_body={"cache_salt": salt}
+        )
+        usage = completion.usage
+        assert usage is not None and usage.prompt_tokens == 50 and usage.prompt_tokens_details is not None
+        return usage.prompt_tokens_details.cached_tokens or 0, completion.choices[0].text
+
+    counts, texts = zip(*(cached(salt) for salt in ("a", "a", "b")), strict=True)
+    assert counts == (0, 48, 0)
+    assert len(set(texts)) == 1
+    assert server.metric("vllm:prefix_cache_queries_total") == 150
+    assert server.metric("vllm:prefix_cache_hits_total") == 48
+    assert server.metric("quire:kv_pages_used") == 0 < server.metric("quire:kv_pages_cached")

@@ -9,7 +9,15 @@ from torch import Tensor
 from quire.kernels.attention_mass_reference import attention_log_sums, attention_mass
 
 from .oracle import PagedCase, make_case, naive_append, naive_attention
-from .triton_interpreter import DEVICES, DTYPES, attention_arguments, attention_mass_triton, to_device, tolerance
+from .triton_interpreter import (
+    DEVICES,
+    DTYPES,
+    attention_arguments,
+    attention_mass_triton,
+    log_sum_arguments,
+    to_device,
+    tolerance,
+)
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 SCALE = 0.3
@@ -17,8 +25,7 @@ SCALE = 0.3
 
 def reference_sums(case: PagedCase, **options: Any) -> Tensor:
     """Log-sum-exps of the case's rows."""
-    arguments = attention_arguments(case)
-    return attention_log_sums(*arguments[:5], *arguments[6:], scale=SCALE, **options)
+    return attention_log_sums(**log_sum_arguments(case), scale=SCALE, **options)
 
 
 def check(case: PagedCase, device: str, observe: int | None = None, **options: Any) -> None:
@@ -27,8 +34,10 @@ def check(case: PagedCase, device: str, observe: int | None = None, **options: A
     sinks = options.pop("sinks", None)
     sums, there = reference_sums(case, sinks=sinks, **options), to_device(case, device)
     shared: dict[str, Any] = {"max_kept": case.max_kept, "scale": SCALE, "observe": observe} | options
-    expected = attention_mass(*attention_arguments(case), sums, **shared)
-    result = attention_mass_triton.attention_mass_triton(*attention_arguments(there), sums.to(device), **shared)
+    expected = attention_mass(**attention_arguments(case), log_sums=sums, **shared)
+    result = attention_mass_triton.attention_mass_triton(
+        **attention_arguments(there), log_sums=sums.to(device), **shared
+    )
     torch.testing.assert_close(result.cpu(), expected, **tolerance(case.query.dtype))
 
 
@@ -53,7 +62,7 @@ def test_mass_weighs_the_values_to_the_attention_output(device: str) -> None:
     there = to_device(case, device)
     sums = reference_sums(case, sinks=sinks)
     mass = attention_mass_triton.attention_mass_triton(
-        *attention_arguments(there), sums.to(device), max_kept=31, scale=SCALE
+        **attention_arguments(there), log_sums=sums.to(device), max_kept=31, scale=SCALE
     ).cpu()
     assert mass[0, 1, 6:].eq(0).all() and (mass.sum(-1) < 1).all()
     index = torch.arange(31)
@@ -68,5 +77,5 @@ def test_refuses_sums_of_another_shape(device: str) -> None:
     case = to_device(make_case([[3, 5]], [2]), device)
     with pytest.raises(ValueError, match="log_sums must have shape"):
         attention_mass_triton.attention_mass_triton(
-            *attention_arguments(case), torch.zeros(2, 3, device=device), max_kept=7, scale=1.0
+            **attention_arguments(case), log_sums=torch.zeros(2, 3, device=device), max_kept=7, scale=1.0
         )

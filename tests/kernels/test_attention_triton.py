@@ -11,7 +11,16 @@ from quire.kernels.attention_mass_reference import attention_log_sums
 from quire.kernels.attention_reference import paged_attention_reference
 
 from .oracle import PagedCase, make_case, naive_append, naive_attention
-from .triton_interpreter import DEVICES, DTYPES, attention_arguments, attention_triton, to_device, tolerance, widened
+from .triton_interpreter import (
+    DEVICES,
+    DTYPES,
+    attention_arguments,
+    attention_triton,
+    log_sum_arguments,
+    to_device,
+    tolerance,
+    widened,
+)
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 SCALE = 0.3
@@ -24,7 +33,7 @@ def attend(case: PagedCase, device: str, **options: Any) -> Tensor:
     case = to_device(case, device)
     options = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     result: Tensor = attention_triton.paged_attention_triton(
-        *attention_arguments(case), max_kept=case.max_kept, value_dim=case.value.shape[-1], scale=SCALE, **options
+        **attention_arguments(case), max_kept=case.max_kept, value_dim=case.value.shape[-1], scale=SCALE, **options
     )
     assert result.dtype == case.query.dtype
     return result.cpu()
@@ -35,7 +44,7 @@ def check(case: PagedCase, device: str, **options: Any) -> None:
     naive_append(case)
     result, wide = attend(case, device, **options), widened(case)
     expected = paged_attention_reference(
-        *attention_arguments(wide), max_kept=case.max_kept, value_dim=case.value.shape[-1], scale=SCALE, **options
+        **attention_arguments(wide), max_kept=case.max_kept, value_dim=case.value.shape[-1], scale=SCALE, **options
     )
     torch.testing.assert_close(result.float(), expected, **tolerance(case.query.dtype))
 
@@ -130,12 +139,11 @@ def test_log_sums(device: str, options: dict[str, Any], lengths: list[int]) -> N
     case = make_case([[9, 200], [12, 3]], lengths)
     naive_append(case)
     there = to_device(case, device)
-    moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
     output, sums = attention_triton.paged_attention_with_lse_triton(
-        *attention_arguments(there), max_kept=case.max_kept, value_dim=16, scale=SCALE, **moved
+        **attention_arguments(there), max_kept=case.max_kept, value_dim=16, scale=SCALE, **moved
     )
-    arguments = attention_arguments(case)
-    expected = attention_log_sums(*arguments[:5], *arguments[6:], scale=SCALE, **options)
+    expected = attention_log_sums(**log_sum_arguments(case), scale=SCALE, **options)
     torch.testing.assert_close(sums.cpu(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(output.cpu(), attend(case, device, **options))
 
@@ -145,37 +153,33 @@ def test_empty_batch(device: str) -> None:
     case.query, case.positions, case.query_lengths = case.query[:0], case.positions[:0], ()
     case.page_table, case.kept = case.page_table[:0], case.kept[:0]
     there = to_device(case, device)
-    start = torch.zeros(1, dtype=torch.int32, device=device)
-    arguments = list(attention_arguments(there))
-    arguments[5] = start
-    result = attention_triton.paged_attention_triton(*arguments, max_kept=0, value_dim=16, scale=1.0)
+    result = attention_triton.paged_attention_triton(**attention_arguments(there), max_kept=0, value_dim=16, scale=1.0)
     assert result.shape == (0, 4, 16)
 
 
 @pytest.mark.parametrize(
-    ("position", "change", "error", "message"),
+    ("change", "error", "message"),
     [
-        (0, lambda x: x.int(), TypeError, "query must be floating point"),
-        (0, lambda x: x[..., :8], ValueError, "query must have shape"),
-        (0, lambda x: x[:, :3], ValueError, "query has 3 heads"),
-        (1, lambda x: x.transpose(2, 3), ValueError, "pool must be contiguous"),
-        (2, lambda x: x.long(), TypeError, "entry_positions must be int32"),
-        (3, lambda x: x.long(), TypeError, "page_table must be int32"),
-        (3, lambda x: x[..., :1], ValueError, "page_table's 1 pages"),
-        (4, lambda x: x[:, :1], ValueError, "kept must have shape"),
-        (5, lambda x: x.float(), TypeError, "query_start must be int32 or int64"),
-        (6, lambda x: (3,), ValueError, "query_lengths must add up"),
-        (7, lambda x: x[:1], ValueError, "positions must have shape"),
+        (lambda x: x.int(), TypeError, "query must be floating point"),
+        (lambda x: x[..., :8], ValueError, "query must have shape"),
+        (lambda x: x[:, :3], ValueError, "query has 3 heads"),
+        (lambda x: x.transpose(2, 3), ValueError, "pool must be contiguous"),
+        (lambda x: x.long(), TypeError, "entry_positions must be int32"),
+        (lambda x: x.long(), TypeError, "page_table must be int32"),
+        (lambda x: x[..., :1], ValueError, "page_table's 1 pages"),
+        (lambda x: x[:, :1], ValueError, "kept must have shape"),
+        (lambda x: x.float(), TypeError, "query_start must be int32 or int64"),
+        (lambda x: (3,), ValueError, "query_lengths must add up"),
+        (lambda x: x[:1], ValueError, "positions must have shape"),
     ],
 )
-def test_refusals_name_the_tensor(
-    device: str, position: int, change: Any, error: type[Exception], message: str
-) -> None:
+def test_refusals_name_the_tensor(device: str, change: Any, error: type[Exception], message: str) -> None:
     case = to_device(make_case([[9, 4]], [2]), device)
-    arguments = list(attention_arguments(case))
-    arguments[position] = change(arguments[position])
+    arguments = attention_arguments(case)
+    name = message.split()[0].removesuffix("'s")
+    arguments[name] = change(arguments[name])
     with pytest.raises(error, match=message):
-        attention_triton.paged_attention_triton(*arguments, max_kept=11, value_dim=16, scale=1.0)
+        attention_triton.paged_attention_triton(**arguments, max_kept=11, value_dim=16, scale=1.0)
 
 
 _SWEEP = list(itertools.product([64, 80, 128, 256], [1, 4, 7, 8], [8, 16, 64], [None, 33]))

@@ -1,5 +1,7 @@
 """The Triton layer operations against their references, which round where the library's modelling code rounds."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,10 +13,10 @@ from .triton_interpreter import DEVICES, DTYPES, layers_triton
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    """One step of the type: a sum that rounds the other way moves a result to its neighbour."""
+def tolerance(dtype: torch.dtype, largest: float = 1.0) -> dict[str, Any]:
+    """Steps of the type: a sum that rounds the other way moves an intermediate of up to `largest` to its neighbour."""
     step = float(torch.finfo(dtype).eps)
-    return {"rtol": 2 * step, "atol": 2 * step} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
+    return {"rtol": 2 * step, "atol": 2 * step * largest} if dtype != torch.float32 else {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +47,7 @@ def test_rotate_heads(device: str, width: int, rotated: int, normed: bool, dtype
     moved = None if weight is None else weight.to(device)
     layers_triton.rotate_heads_triton(there[:, :7], cos.to(device), sin.to(device), norm_weight=moved, epsilon=1e-6)
     rotate_heads(fused[:, :7], cos, sin, norm_weight=weight, epsilon=1e-6, backend="reference")
-    torch.testing.assert_close(there.cpu(), fused, **tolerance(dtype))
+    torch.testing.assert_close(there.cpu(), fused, **tolerance(dtype, largest=8.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

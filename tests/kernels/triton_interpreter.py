@@ -45,6 +45,7 @@ __all__ = [
     "cache_triton",
     "compaction_triton",
     "layers_triton",
+    "log_sum_arguments",
     "page_bounds_triton",
     "to_device",
     "tolerance",
@@ -69,7 +70,7 @@ if not ON_GPU:
 
 def to_device(case: PagedCase, device: str) -> PagedCase:
     """The case with all its tensors there."""
-    fields = {name: value.to(device) for name, value in vars(case).items() if isinstance(value, Tensor)}
+    fields: dict[str, Any] = {name: value.to(device) for name, value in vars(case).items() if isinstance(value, Tensor)}
     return replace(case, **fields)
 
 
@@ -78,16 +79,18 @@ def widened(case: PagedCase) -> PagedCase:
     return replace(case, pool=case.pool.float(), query=case.query.float(), key=case.key.float())
 
 
-def attention_arguments(case: PagedCase) -> tuple[Any, ...]:
-    """The positional arguments of `paged_attention`."""
-    start = case.query_start.to(case.pool.device)
-    return (
-        case.query, case.pool, case.entry_positions, case.page_table, case.kept, start, case.query_lengths,
-        case.positions,
-    )  # fmt: skip
+def attention_arguments(case: PagedCase) -> dict[str, Any]:
+    """The arguments of `paged_attention` that tell the batch and the cache."""
+    names = ("query", "pool", "entry_positions", "page_table", "kept", "query_lengths", "positions")
+    return {name: getattr(case, name) for name in names} | {"query_start": case.query_start.to(case.pool.device)}
 
 
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
+def log_sum_arguments(case: PagedCase) -> dict[str, Any]:
+    """The same for `attention_log_sums`."""
+    return {name: value for name, value in attention_arguments(case).items() if name != "query_start"}
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, Any]:
     """Of results of size 1: float32 sums differ in order; 16-bit types round weights and output (2**-11 or 2**-8)."""
     if dtype == torch.float32:
         return {"rtol": 1e-4, "atol": 2e-5}

@@ -1,6 +1,7 @@
 """Who begins with whose blocks, who waits for them, and what becomes of them when pages run short."""
 
 from quire.core.ids import RequestId
+from quire.core.messages import Tokens
 from quire.core.plan import BatchPlan
 from quire.core.request import Request
 
@@ -282,5 +283,5 @@ def test_cached_tokens_come_with_the_first_token():
     counts = []
     while (plan := world.scheduler.plan()) is not None:
         events = world.scheduler.commit(plan, world.engine.step(plan))
-        counts.append(events[0].cached_tokens if hasattr(events[0], "token_ids") else None)
+        counts += [event.cached_tokens for event in events if isinstance(event, Tokens)]
     assert counts == [16, 0, 0]

@@ -44,7 +44,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
 
 
 def random_prompt(rng: random.Random, config: SchedulerConfig, known: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """Any tokens, or part of a `known` text with something after it: shared openings, resent and continued dialogues."""
+    """Any tokens, or (part of) a `known` text with something after it: shared openings, continued dialogues."""
     length = rng.randint(1, rng.choice([4, 4, config.max_length]))
     opening = rng.choice(known) if known and rng.random() < 0.7 else ()
     opening = opening[: rng.choice([len(opening), rng.randint(0, len(opening))])]

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from quire.core.messages import Finished, Tokens
 from quire.core.request import MAX_CACHE_SALT, Request
 from quire.server.cli import app
+from quire.server.serving import ServeOptions
 from quire.server.text import Tokenizer
 
 from .conftest import events_of
@@ -81,7 +82,7 @@ async def test_a_salt_is_a_short_string(http: httpx.AsyncClient, client: FakeCli
 def test_the_cache_is_on_unless_switched_off(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], kept: bool
 ) -> None:
-    started = []
+    started: list[ServeOptions] = []
     monkeypatch.setattr("quire.server.serving.serve", started.append)
     result = CliRunner().invoke(app, ["serve", *arguments], env=environment)
     assert result.exit_code == 0, result.output
