@@ -17,7 +17,8 @@ tags: [demonstration, python]
 
 The demonstration model that ships with Quire: small enough to serve on a laptop, and made so that what Quire does
 can be seen on it. It really looks back, so pruning its KV cache or speculating with it has effects that can be
-measured. It writes text that looks like Python; it knows nothing and must not be relied on for anything.
+measured. It writes text that looks like Python; it knows nothing, left to
+itself it soon repeats itself, and it must not be relied on for anything.
 
 * **Form**: `LlamaForCausalLM`, {parameters:.1f}M parameters: {layers} layers, hidden {hidden}, {heads} query and
   {kv_heads} key/value heads of {head_dim}, feed-forward {mlp}, tied embeddings, context {context}, bfloat16.
@@ -46,7 +47,8 @@ code. Repeat with `python -m quire.distill.recall models/quire-mini`.
 
     python -m quire.distill.pretrain --out DIR --tokens {tokens:.2f}e6
 
-It uses a GPU if there is one, goes on where it stopped, and leaves the checkpoint in `DIR/model`.
+It uses a GPU if there is one, goes on where it stopped, and leaves the checkpoint in `DIR/model`. The weights come
+out alike, not identical: the sources differ between Python releases and float sums between machines.
 """
 
 
