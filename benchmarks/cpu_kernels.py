@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -60,8 +61,8 @@ def linear_table(dtype: torch.dtype, seconds: float, bandwidth: float) -> Table:
         weight = torch.randn(outputs, inputs).to(dtype)
         for rows in (1, 32, 512):
             x = torch.randn(rows, inputs).to(dtype)
-            own = fastest(lambda x=x, w=weight: linear(x, w, backend="cpu"), seconds)
-            other = fastest(lambda x=x, w=weight: F.linear(x, w), seconds)
+            own = fastest(partial(linear, x, weight, backend="cpu"), seconds)
+            other = fastest(partial(F.linear, x, weight), seconds)
             rate = weight.nbytes / own
             flops = 2 * rows * weight.numel() / own
             share = f"{rate / bandwidth:.0%}" if rows == 1 else ""

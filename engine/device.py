@@ -1,50 +1,36 @@
-"""Where the engine computes and in which floating-point type, from the operator's settings.
+"""Where the engine computes, in which floating-point type and by which kernels, from the operator's settings.
 
 On a CPU, torch's own default number of threads is used (one per physical core, or `OMP_NUM_THREADS`).
 """
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError
+from ..kernels.backend import resolve_backend
 from ..models.loading import checkpoint_dtype
+from ..models.placement import Placement
 
 log = logging.getLogger("quire")
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Device and floating-point type of weights and cache."""
-
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def device_name(self) -> str:
-        """For people, e.g. `cpu (2 threads)` or `cuda (NVIDIA H200)`."""
-        if self.device.type == "cuda":
-            return f"cuda ({torch.cuda.get_device_name(self.device)})"
-        return f"cpu ({torch.get_num_threads()} threads)"
-
-    @property
-    def dtype_name(self) -> str:
-        """E.g. `bfloat16`."""
-        return str(self.dtype).removeprefix("torch.")
 
 
 def choose_placement(config: EngineConfig) -> Placement:
     """What the settings say; auto: a GPU if there is one, and the checkpoint's type where the device computes it.
 
-    Raises `ConfigError` if the device is not there, `ModelLoadError` if there is no checkpoint to ask for its type.
+    Raises `ConfigError` if the device is not there or the kernels asked for cannot compute on it, `ModelLoadError` if
+    there is no checkpoint to ask for its type.
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise ConfigError("device is cuda, but torch finds no CUDA device", param="device")
     device = torch.device("cuda" if config.device != "cpu" and available else "cpu")
-    return Placement(device, _dtype(config, device))
+    dtype = _dtype(config, device)
+    try:
+        return Placement(device, dtype, resolve_backend(device, dtype, config.attention_backend))
+    except ValueError as error:
+        raise ConfigError(str(error), param="attention_backend") from error
 
 
 def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:

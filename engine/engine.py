@@ -14,12 +14,12 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec
 from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
 from ..core.request import SamplingParams
-from ..kernels.backend import resolve_backend
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
+from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
 from .cache import KVCache
-from .device import Placement, choose_placement
+from .device import choose_placement
 from .inputs import build_inputs
 from .sampler import Sampler
 from .sizing import CacheLayout, num_pages, pages_per_sequence
@@ -38,7 +38,6 @@ class Engine:
         """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
         self._runner = runner
         self._place = place
-        self._backend = resolve_backend(place.device, place.dtype)
         spec = runner.spec
         layout = CacheLayout(
             num_layers=spec.num_layers,
@@ -82,8 +81,7 @@ class Engine:
         place = choose_placement(config)
         runner = load_runner(
             config.model,
-            device=place.device,
-            dtype=place.dtype,
+            place=place,
             runner=config.runner,
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
@@ -110,7 +108,7 @@ class Engine:
         if not plan.sequences:
             return StepOutput(())
         started = time.perf_counter()
-        inputs = build_inputs(plan, self.cache, self._max_lengths, self._backend)
+        inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
         )

@@ -124,10 +124,7 @@ def attention_mass_triton(
     """
     check_pool(pool, entry_positions)
     _check(query, pool, page_table, kept, query_start, query_lengths, positions, log_sums)
-    check_device(
-        query.device, pool=pool, entry_positions=entry_positions, page_table=page_table, kept=kept,
-        query_start=query_start, positions=positions, log_sums=log_sums,
-    )  # fmt: skip
+    check_device(query.device, pool=pool, entry_positions=entry_positions)
     if observe is not None and observe < 1:
         raise ValueError(f"observe must be at least 1 row, got {observe}")
     sequences, kv_heads, _ = page_table.shape
@@ -183,6 +180,9 @@ def _check(
         check_dtype(name, tensor, *INDEX_TYPES)
         check_contiguous(name, tensor)
     check_contiguous("log_sums", log_sums)
+    check_device(
+        query.device, page_table=page_table, kept=kept, query_start=query_start, positions=positions, log_sums=log_sums
+    )
     if query.shape[1] % page_table.shape[1]:
         raise ValueError(f"query has {query.shape[1]} heads, no multiple of page_table's {page_table.shape[1]}")
     if sum(query_lengths) != query.shape[0]:

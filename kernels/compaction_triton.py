@@ -61,7 +61,8 @@ def _compact_kernel(
         tl.debug_barrier()
         tl.store(pool + write[:, None] + columns[None, :], moved, mask=cells)
         # One program per tile moves the positions; the others' reads go unused.
-        tl.store(entry_positions + target * PAGE + place % PAGE, position, mask=inside & (tl.program_id(1) == 0))
+        if tl.program_id(1) == 0:
+            tl.store(entry_positions + target * PAGE + place % PAGE, position, mask=inside)
         tl.debug_barrier()
 
 

@@ -97,7 +97,7 @@ class HeadShape:
 def shared_bytes(tile: Tile, shape: HeadShape, limits: DeviceLimits) -> int:
     """Estimate of an attention program's shared memory: entries in flight, queries, and Triton's own scratch.
 
-    Checked against what the compiler reports for the tiles above (`tests/kernels/test_triton_compiles.py`).
+    Read off what the compiler reports; `tests/kernels/test_triton_compiles.py` holds launches against the limits.
     """
     keys, values = padded(shape.key_dim), padded(shape.value_dim)
     itemsize = shape.itemsize

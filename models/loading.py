@@ -9,7 +9,7 @@ from ..core.errors import ConfigError, ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, open_checkpoint
 from .native import load_native, native_obstacle
-from .native_layers import Placement
+from .placement import Placement
 from .runner import ModelRunner, ProgressCallback
 from .spec import load_config, model_spec
 
@@ -22,13 +22,12 @@ def checkpoint_dtype(model: str) -> torch.dtype:
 def load_runner(
     model: str,
     *,
-    device: torch.device,
-    dtype: torch.dtype | None,
+    place: Placement,
     runner: Literal["auto", "native", "transformers"],
     trust_remote_code: bool,
     on_progress: ProgressCallback,
 ) -> ModelRunner:
-    """Load `model`, a checkpoint folder or hub name, onto `device` in `dtype` (None: the checkpoint's own).
+    """Load `model`, a checkpoint folder or hub name.
 
     auto takes the native runner where it knows the architecture, else transformers. Raises `ModelLoadError` where the
     checkpoint is broken or cannot be served, `ConfigError` where the native runner was asked for and does not fit.
@@ -39,7 +38,6 @@ def load_runner(
         raise ConfigError(f"the native runner does not serve {model}: {obstacle}", param="runner")
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     spec = _read_spec(checkpoint, config)
-    place = Placement(device, dtype or checkpoint.dtype)
     if runner != "transformers" and obstacle is None:
         return load_native(checkpoint, config, spec, place, on_progress)
     from .transformers_runner import load_transformers  # the library's modelling code takes two seconds to import

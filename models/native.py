@@ -5,17 +5,17 @@ memory never holds more than the model and one tensor.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
-from ..kernels.backend import resolve_backend
 from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
-from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear, Placement
+from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear
+from .placement import Placement
 from .rope import RotaryEmbedding, rope_settings
 from .runner import ProgressCallback
 
@@ -104,7 +104,6 @@ def load_native(
         )
     tied = bool(config.tie_word_embeddings)
     shape = _layer_shape(config, spec, family)
-    place = replace(place, backend=resolve_backend(place.device, place.dtype))
     decoder = Decoder(spec.vocab_size, shape, ACTIVATIONS[activation], spec.windows, tied, place)
     _fill(checkpoint, dict(_destinations(decoder, shape, tied)), on_progress)
     for layer in decoder.layers:

@@ -10,15 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.backend import Backend
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate_heads
 from .context import AttentionContext
+from .placement import Placement
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
@@ -47,20 +46,6 @@ class LayerShape:
     mlp_bias: bool
     qk_norm: bool
     """RMSNorm over each query and key head before rotation (Qwen3)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where and as what parameters are made, and by what they are computed with."""
-
-    device: torch.device
-    dtype: torch.dtype
-    backend: Backend = "reference"
-    """Which kernels compute the layers."""
-
-    def parameter(self, *shape: int) -> Tensor:
-        """An uninitialised parameter; loading fills it."""
-        return torch.empty(shape, device=self.device, dtype=self.dtype)
 
 
 class Linear:

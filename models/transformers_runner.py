@@ -21,7 +21,7 @@ from ..core.model_spec import ModelSpec
 from . import length_rope
 from .checkpoint import Checkpoint
 from .context import AttentionContext
-from .native_layers import Placement
+from .placement import Placement
 from .probe import AttentionCall, DenseContext, logits_agree
 from .runner import ProgressCallback
 

@@ -48,6 +48,14 @@ Runner = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+AttentionBackend = Annotated[
+    Literal["auto", "reference", "cpu", "triton"],
+    typer.Option(
+        envvar="QUIRE_ATTENTION_BACKEND",
+        help="Whose kernels compute: reference is plain torch, cpu compiled C++; auto: cpu, or reference on a GPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
@@ -138,6 +146,7 @@ def serve(
     device: Device = "auto",
     dtype: Dtype = "auto",
     runner: Runner = "auto",
+    attention_backend: AttentionBackend = "auto",
     max_model_len: MaxModelLen = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -159,6 +168,7 @@ def serve(
         device=device,
         dtype=dtype,
         runner=runner,
+        attention_backend=attention_backend,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
@@ -184,6 +194,7 @@ def complete(
     device: Device = "auto",
     dtype: Dtype = "auto",
     runner: Runner = "auto",
+    attention_backend: AttentionBackend = "auto",
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
 ) -> None:
@@ -193,7 +204,15 @@ def complete(
 
     text = sys.stdin.read() if prompt == "-" else prompt
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    llm = LLM(model, device=device, dtype=dtype, runner=runner, trust_remote_code=trust_remote_code, max_num_seqs=1)
+    llm = LLM(
+        model,
+        device=device,
+        dtype=dtype,
+        runner=runner,
+        attention_backend=attention_backend,
+        trust_remote_code=trust_remote_code,
+        max_num_seqs=1,
+    )
     print(llm.generate([text], params, progress=False)[0].choices[0].text)
 
 

@@ -5,7 +5,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,12 @@ from quire.core.config import EngineConfig
 from quire.core.messages import Failed, Tokens
 from quire.core.model_spec import ModelSpec
 from quire.core.request import Request, SamplingParams
-from quire.engine.device import Placement
 from quire.engine.engine import Engine
 from quire.kernels.backend import Backend
 from quire.models import native_layers
 from quire.models.native import NativeRunner
 from quire.models.native_layers import LayerShape
+from quire.models.placement import Placement
 from quire.models.rope import RotaryEmbedding, rope_settings
 from quire.scheduler.loop import EngineLoop, scheduler_config
 from quire.scheduler.scheduler import Scheduler
@@ -71,7 +70,7 @@ def random_engine(network: Network, device: torch.device, dtype: torch.dtype, ba
         num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, vocab_size=network.vocabulary, max_context=length,
         windows=(None,) * network.layers, eos_token_ids=(),
     )  # fmt: skip
-    place = native_layers.Placement(device, dtype, backend)
+    place = Placement(device, dtype, backend)
     decoder = native_layers.Decoder(network.vocabulary, shape, F.silu, spec.windows, network.tied, place)
     for weight in decoder.parameters():
         weight.normal_(0.0, 0.02) if weight.dim() > 1 else weight.fill_(1.0)
@@ -81,8 +80,7 @@ def random_engine(network: Network, device: torch.device, dtype: torch.dtype, ba
         model=network.name, max_num_seqs=load.requests, max_batch_tokens=max(2048, load.requests),
         prefix_cache=False, max_model_len=length,
     )  # fmt: skip
-    with mock.patch("quire.engine.engine.resolve_backend", lambda *args, **kwargs: backend):
-        return Engine(runner, config, "native", Placement(device, dtype))
+    return Engine(runner, config, "native", place)
 
 
 def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:

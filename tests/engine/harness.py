@@ -11,8 +11,9 @@ from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
 from quire.core.plan import BatchPlan, PageDrop, PageGrants, SequenceOutput, SequencePlan, SlotAssignment
 from quire.core.request import SamplingParams
-from quire.engine.device import Placement
 from quire.engine.engine import Engine
+from quire.kernels.backend import resolve_backend
+from quire.models.placement import Placement
 
 from .fake_model import FakeRunner
 
@@ -21,7 +22,9 @@ def make_engine(runner: FakeRunner, **settings: int | None) -> Engine:
     """An engine on the CPU in float32 with small pages."""
     options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 6, "max_batch_tokens": 64} | settings
     config = EngineConfig(model="fake", **options)
-    return Engine(runner, config, "native", Placement(torch.device("cpu"), torch.float32))
+    device = torch.device("cpu")
+    place = Placement(device, torch.float32, resolve_backend(device, torch.float32))
+    return Engine(runner, config, "native", place)
 
 
 @dataclass

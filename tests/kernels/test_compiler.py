@@ -27,33 +27,33 @@ def sources(tmp_path: Path) -> tuple[list[Path], list[Path]]:
 
 def test_compiles_once_and_again_when_a_header_changes(sources, tmp_path, caplog) -> None:
     caplog.set_level(logging.INFO, "quire")
-    first = compile_library(*sources, tmp_path / "cache")
-    assert compile_library(*sources, tmp_path / "cache") == first
+    first = compile_library(sources[0], sources[1], tmp_path / "cache")
+    assert compile_library(sources[0], sources[1], tmp_path / "cache") == first
     assert [r.message for r in caplog.records if r.message.startswith("compiling CPU kernels (once per machine)")] == [
         caplog.records[0].message
     ]
     sources[1][0].write_text("#define ANSWER 43\n")
-    assert compile_library(*sources, tmp_path / "cache") != first
+    assert compile_library(sources[0], sources[1], tmp_path / "cache") != first
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".so", ".so"]
 
 
 def test_what_the_compiler_says_is_passed_on(sources, tmp_path) -> None:
     sources[0][0].write_text("int broken( {\n")
     with pytest.raises(CompileError, match=r"failed: .*error: .*"):
-        compile_library(*sources, tmp_path / "cache")
+        compile_library(sources[0], sources[1], tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(sources, tmp_path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     with pytest.raises(CompileError, match="cache cannot be written"):
-        compile_library(*sources, tmp_path / "cache")
+        compile_library(sources[0], sources[1], tmp_path / "cache")
 
 
 def test_the_chosen_compiler_is_used(sources, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -x")
     with pytest.raises(CompileError, match=r"no C\+\+ compiler found \(tried no-such-compiler -x\)"):
-        compile_library(*sources, tmp_path / "cache")
+        compile_library(sources[0], sources[1], tmp_path / "cache")
 
 
 def test_the_cache_follows_the_environment(monkeypatch) -> None:
@@ -94,9 +94,9 @@ def test_backends_that_cannot_compute_are_refused() -> None:
     assert resolve_backend(cpu, torch.bfloat16) == "cpu"
     assert resolve_backend(cuda, torch.float16) == "reference"
     assert resolve_backend(cuda, torch.float16, "triton") == "triton"
-    for device, dtype, requested in ((cpu, torch.float16, "cpu"), (cuda, torch.float32, "cpu")):
+    for device, dtype in ((cpu, torch.float16), (cuda, torch.float32)):
         with pytest.raises(ValueError, match="the backend cpu"):
-            resolve_backend(device, dtype, requested)
+            resolve_backend(device, dtype, "cpu")
     with pytest.raises(ValueError, match="triton needs a GPU"):
         resolve_backend(cpu, torch.float32, "triton")
 

@@ -89,9 +89,10 @@ def test_rotate_heads(dtype: torch.dtype, normed: bool, width: int, rotated: int
     buffer = normal(5, 7, width, seed=1, dtype=dtype)
     expected, before = buffer.clone(), buffer.clone()
     angles = normal(5, rotated // 2, seed=2, dtype=torch.float32)
-    options = {"norm_weight": normal(4, width, seed=3, dtype=dtype), "epsilon": 1e-6} if normed else {}
+    options: dict[str, Any] = {"norm_weight": normal(4, width, seed=3, dtype=dtype), "epsilon": 1e-6} if normed else {}
     for target, backend in ((buffer, "cpu"), (expected, "reference")):
-        rotate_heads(target[:, :4], angles.cos().to(dtype), angles.sin().to(dtype), **options, backend=backend)
+        options["backend"] = backend
+        rotate_heads(target[:, :4], angles.cos().to(dtype), angles.sin().to(dtype), **options)
     torch.testing.assert_close(buffer, expected, **TOLERANCE[dtype])
     assert torch.equal(buffer[:, 4:], before[:, 4:])
     if dtype == torch.bfloat16 and not normed:

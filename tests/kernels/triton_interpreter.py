@@ -1,18 +1,26 @@
 """Import this before anything of Triton: without a GPU it switches Triton's interpreter on while kernels are defined.
 
 Triton decides when a kernel is defined, that is, when its module is imported, whether it will be compiled or
-interpreted. So `TRITON_INTERPRET` is set for the imports here alone and does not reach other tests or processes.
+interpreted, its own library included. pytest sets `TRITON_INTERPRET` before anything else (`tests/conftest.py`); other
+programs that import this get it for the imports here.
 """
 
-import importlib
-import os
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
+
+from quire.kernels import (
+    attention_mass_triton,
+    attention_triton,
+    cache_triton,
+    compaction_triton,
+    layers_triton,
+    page_bounds_triton,
+)
 
 from .oracle import PagedCase
 
@@ -21,19 +29,6 @@ DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else [pytest.p
 """Where the tests of this folder run their kernels: on the GPU, or interpreted on the CPU."""
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
 """The interpreter multiplies bfloat16 matrices wrongly, and cuts numbers off where it should round them to it."""
-
-with mock.patch.dict(os.environ, {} if ON_GPU else {"TRITON_INTERPRET": "1"}):
-    importlib.import_module("triton.experimental.gluon")  # else done at the first launch, without the variable
-    from triton.runtime import interpreter
-
-    from quire.kernels import (
-        attention_mass_triton,
-        attention_triton,
-        cache_triton,
-        compaction_triton,
-        layers_triton,
-        page_bounds_triton,
-    )
 
 __all__ = [
     "DEVICES",

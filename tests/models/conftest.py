@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from quire.kernels.backend import resolve_backend
 from quire.models.loading import load_runner
+from quire.models.placement import Placement
 from quire.models.runner import ModelRunner
 
 VOCAB = 96
@@ -26,6 +28,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+CPU = Placement(torch.device("cpu"), torch.float32, resolve_backend(torch.device("cpu"), torch.float32))
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Tiny:
 
 def load(folder: Path | str, runner: str = "auto", **options: Any) -> ModelRunner:
     """`load_runner` with the tests' defaults."""
-    defaults: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": False}
+    defaults: dict[str, Any] = {"place": CPU, "trust_remote_code": False}
     progress = options.pop("on_progress", lambda phase, done, total: None)
     return load_runner(str(folder), on_progress=progress, **defaults | {"runner": runner} | options)
 

@@ -1,5 +1,6 @@
 """The native runner against the library's own eager model: same logits, same greedy choice, in any batch mix."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from quire.core.errors import ConfigError
 from quire.models.native import NativeRunner
 
-from .conftest import VOCAB
+from .conftest import CPU, VOCAB
 from .dense_context import Chunk, DenseCache, DenseContext, check_parity, run_step
 
 LONG = 512
@@ -118,7 +119,7 @@ def test_only_wanted_rows_get_logits(tiny):
 
 def test_half_precision_stays_close_and_returns_float32(tiny):
     made = tiny("llama", num_key_value_heads=2)
-    runner = made.load(dtype=torch.bfloat16)
+    runner = made.load(place=replace(CPU, dtype=torch.bfloat16))
     ids = torch.arange(5, 25)
     got = run_step(runner, DenseCache(), [Chunk(0, ids, 0, 20)])[0]
     with torch.inference_mode():
