@@ -87,13 +87,14 @@ def test_stop_string_is_cut(server: RunningServer) -> None:
 
 
 def test_multibyte_characters_are_never_split(server: RunningServer) -> None:
-    """Pushed towards parts of characters, the model writes whole and broken ones: the stream is their decoding."""
+    """Drawing evenly from parts of characters gives whole and broken ones: the stream is their decoding."""
     tokenized = httpx.post(f"{server.url}/tokenize", json={"model": MODEL_NAME, "prompt": "éßñ"}).json()
     chunks = server.client().chat.completions.create(
         model=MODEL_NAME,
         messages=[{"role": "user", "content": "日本語"}],
         max_tokens=150,
         seed=1,
+        temperature=8,
         stream=True,
         logprobs=True,
         logit_bias={str(token): 60 for token in tokenized["tokens"]},
