@@ -1,5 +1,8 @@
 """What the scheduler, the engine and the server need to know of a model, without its tensors."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import msgspec
 
 
@@ -30,3 +33,18 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers
+
+
+def pages_needed(
+    windows: Sequence[int | None], num_kv_heads: int, entries: int, *, page_size: int, max_batch_tokens: int
+) -> int:
+    """Most pages a sequence holds at any time until it has computed `entries` tokens; `windows` per layer.
+
+    A windowed layer stops growing: before a chunk is added, all but the window and a begun page are dropped.
+    """
+    full = -(-entries // page_size)
+    pages = 0
+    for window, layers in Counter(windows).items():
+        bound = full if window is None else -(-(window + max_batch_tokens) // page_size) + 1
+        pages += layers * min(full, bound)
+    return pages * num_kv_heads

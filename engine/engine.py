@@ -11,7 +11,7 @@ from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
-from ..core.model_spec import ModelSpec
+from ..core.model_spec import ModelSpec, pages_needed
 from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
 from ..core.request import SamplingParams
 from ..models.loading import load_runner
@@ -22,7 +22,7 @@ from .cache import KVCache
 from .device import choose_placement
 from .inputs import build_inputs
 from .sampler import Sampler
-from .sizing import CacheLayout, num_pages, pages_per_sequence
+from .sizing import CacheLayout, num_pages
 
 log = logging.getLogger("quire")
 
@@ -48,7 +48,13 @@ class Engine:
             max_model_len=_max_model_len(config, spec),
             dtype=place.dtype,
         )
-        per_sequence = pages_per_sequence(spec, layout, config.max_batch_tokens)
+        per_sequence = pages_needed(
+            spec.windows,
+            spec.num_kv_heads,
+            layout.max_model_len,
+            page_size=layout.page_size,
+            max_batch_tokens=config.max_batch_tokens,
+        )
         enough = config.max_num_seqs * per_sequence
         pages = num_pages(layout, budget=config.kv_memory, device=place.device, enough=enough)
         try:

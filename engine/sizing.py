@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ..core.errors import ConfigError
-from ..core.model_spec import ModelSpec
 
 CPU_SHARE = 0.25
 """Of the available memory: the pool is one guest of a machine among others, and weights are page-cached."""
@@ -49,17 +48,6 @@ class CacheLayout:
     def table_bytes(self) -> int:
         """The page table of all slots."""
         return self.num_slots * self.num_layers * self.num_kv_heads * self.max_pages * torch.int32.itemsize
-
-
-def pages_per_sequence(spec: ModelSpec, layout: CacheLayout, max_batch_tokens: int) -> int:
-    """Most pages that a sequence of `max_model_len` tokens holds at once.
-
-    A windowed layer holds its window, the chunk that is being computed and a page; the rest was dropped.
-    """
-    size = layout.page_size
-    full = -(-layout.max_model_len // size)
-    windowed = (full if w is None else min(full, -(-(w + max_batch_tokens) // size) + 1) for w in spec.windows)
-    return spec.num_kv_heads * sum(windowed)
 
 
 def num_pages(layout: CacheLayout, *, budget: int | None, device: torch.device, enough: int) -> int:

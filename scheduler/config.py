@@ -1,12 +1,12 @@
 """What the scheduler must know of model and pool, and how many pages a sequence needs."""
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from ..core.errors import ConfigError
+from ..core.model_spec import pages_needed
 from ..core.plan import IntArray
 from .table import NO_WINDOW
 
@@ -67,26 +67,19 @@ class SchedulerConfig:
         return np.repeat(np.asarray(per_layer, np.int32), self.num_kv_heads)
 
     @cached_property
-    def _kinds(self) -> dict[int | None, int]:
-        """How many layers have each kind of window."""
-        return dict(Counter(self.windows))
-
-    @cached_property
     def shares_prefixes(self) -> bool:
         """Whether computed prefixes are kept: not with sliding windows, whose pages go one head at a time."""
         return self.prefix_cache and self.row_windows is None
 
     def pages_needed(self, entries: int) -> int:
-        """Most pages a sequence holds at any time until it has computed `entries` tokens.
-
-        A windowed layer stops growing: before a chunk is added, all but the window and a begun page are dropped.
-        """
-        full = -(-entries // self.page_size)
-        pages = 0
-        for window, layers in self._kinds.items():
-            bound = full if window is None else -(-(window + self.max_batch_tokens) // self.page_size) + 1
-            pages += layers * min(full, bound)
-        return pages * self.num_kv_heads
+        """Most pages a sequence holds at any time until it has computed `entries` tokens."""
+        return pages_needed(
+            self.windows,
+            self.num_kv_heads,
+            entries,
+            page_size=self.page_size,
+            max_batch_tokens=self.max_batch_tokens,
+        )
 
     @cached_property
     def max_length(self) -> int:
