@@ -1,4 +1,4 @@
-"""The protocol that both runners (native and transformers) fulfil, and how one is chosen and loaded."""
+"""The protocol that both runners (native and transformers) fulfil; `models.loading` chooses and loads one."""
 
 from collections.abc import Callable
 from typing import Protocol
