@@ -9,6 +9,7 @@ import msgspec
 
 from .errors import InvalidRequestError
 from .ids import RequestId
+from .pruning import PruneParams
 
 MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
@@ -108,6 +109,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """`params.seed`, or what was drawn in its place; 64 bits unsigned."""
     cache_salt: str = ""
     """Only requests of equal salt reuse each other's prefixes, so that nobody can time what others asked."""
+    prune: PruneParams | None = None
+    """How its sequences may forget; None: not at all."""
 
     def __post_init__(self) -> None:
         if len(self.cache_salt) > MAX_CACHE_SALT:
@@ -124,9 +127,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         seeds: random.Random,
         *,
         cache_salt: str = "",
+        prune: PruneParams | None = None,
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
         return Request(
-            id=RequestId(request_id), prompt_ids=tuple(prompt_ids), params=params, seed=seed, cache_salt=cache_salt
+            id=RequestId(request_id),
+            prompt_ids=tuple(prompt_ids),
+            params=params,
+            seed=seed,
+            cache_salt=cache_salt,
+            prune=prune,
         )

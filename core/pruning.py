@@ -1,0 +1,74 @@
+"""What a request or the operator asks of pruning: `PruneParams`; and what the engine offers: `PolicyInfo`."""
+
+import math
+from typing import Literal
+
+import msgspec
+
+from .errors import InvalidRequestError
+
+Budget = Literal["uniform", "pyramid", "prefix", "ada", "threshold"]
+Refinement = Literal["value-norm", "chunk"]
+MAX_WINDOW = 4096
+
+
+class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a sequence forgets. Entries are counted per head; raises `InvalidRequestError` for what is out of range.
+
+    Whether the policy exists is the engine's to say (`EngineInfo.policies`).
+    """
+
+    policy: str
+    """A name in the engine's table of policies."""
+    keep: float = 0.5
+    """Share of the entries that stays, (0, 1]; 1 prunes nothing."""
+    floor: int = 256
+    """No head is pruned below this many entries on average."""
+    window: int = 64
+    """The newest entries, always kept; also how many queries a policy that looks at queries observes."""
+    sinks: int = 4
+    """The first entries, always kept (StreamingLLM, Xiao et al. 2023)."""
+    budget: Budget = "uniform"
+    """How the total is divided among layers and heads."""
+    threshold: float | None = None
+    """With budget `threshold`: what scores below it is dropped, whatever the share."""
+    refine: tuple[Refinement, ...] = ()
+    """Wrappers of the scores: by the norm of the projected values (CriticalKV), by whole chunks (ChunkKV)."""
+    chunked: bool = True
+    """Also after each chunk of the prompt, so that the peak falls; else only from the end of the prompt on."""
+    every: int = 64
+    """Generated tokens after which to prune again; 0: never while decoding."""
+    when: Literal["always", "pressure"] = "always"
+    """pressure: only where otherwise somebody would be preempted."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("floor", 1, None), ("window", 1, MAX_WINDOW), ("sinks", 0, MAX_WINDOW)):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                span = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise InvalidRequestError(f"prune.{name} must be {span}, got {value}", param=f"prune.{name}")
+        if not (math.isfinite(self.keep) and 0 < self.keep <= 1):
+            raise InvalidRequestError(f"prune.keep must be > 0 and <= 1, got {self.keep}", param="prune.keep")
+        if self.every < 0:
+            raise InvalidRequestError(f"prune.every must be at least 0, got {self.every}", param="prune.every")
+        if (self.budget == "threshold") != (self.threshold is not None):
+            raise InvalidRequestError(
+                "prune.threshold goes with the budget 'threshold', and only with it", param="prune.threshold"
+            )
+
+    def target(self, entries: int) -> int:
+        """Entries per head, on average, that stay of `entries`: the one definition of the count kept.
+
+        Never fewer than sinks and window together, which are always kept.
+        """
+        wanted = max(self.floor, math.floor(self.keep * entries), self.sinks + self.window)
+        return min(entries, wanted)
+
+
+class PolicyInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What scheduler and server must know of a policy."""
+
+    selects: bool = False
+    """It forgets nothing: each step reads only the pages that it selects."""
+    repeats: bool = False
+    """It scores entries by a second pass in which the model repeats its context (KVzip)."""

@@ -1,0 +1,86 @@
+"""What a pruning policy is: it names what it must observe, and scores cache entries from it. Nothing about pages.
+
+Letters: K kv heads, H query heads, G = H / K, D head dim, E entries of the longest head (shorter heads are padded),
+W observed queries, n tokens of the sequence so far.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions [N] int64 -> cosines and sines [N, R / 2] float32 of the model's rotary embedding (half-split layout)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the engine must gather for a policy while it serves; the default, keys and values alone, costs nothing."""
+
+    queries: bool = False
+    """The newest queries, `PruneParams.window` of them."""
+    mass: bool = False
+    """The attention that each entry got from all queries so far: the dearest observation."""
+    moments: bool = False
+    """Mean and covariance of the queries, before rotation."""
+    repeat: bool = False
+    """The greatest attention that each entry got while the model repeated its context."""
+    output_weight: bool = False
+    """The attention's output projection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerView:
+    """One layer of one sequence, as a policy sees it. Read only; what lies past a head's length is arbitrary."""
+
+    layer: int
+    keys: Tensor
+    """[K, E, D] in the cache's type, rotated at the entries' own positions."""
+    values: Tensor
+    """[K, E, D]."""
+    positions: Tensor
+    """[K, E] int32: logical positions, ascending within a head."""
+    lengths: Tensor
+    """[K] int64: entries of each head."""
+    valid: Tensor
+    """[K, E] bool: index below the head's length."""
+    num_tokens: int
+    """n, the position of the next token."""
+    scale: float
+    """Of the scores: q.k * scale."""
+    softcap: float | None = None
+    queries: Tensor | None = None
+    """[W, H, D] rotated, oldest first; fewer than asked for while the sequence is short."""
+    query_positions: Tensor | None = None
+    """[W] int64."""
+    mass: Tensor | None = None
+    """[K, E] float32: probability summed over the group's heads and all queries."""
+    seen: Tensor | None = None
+    """[K, E] float32: by how many queries, for `mass`."""
+    repeated: Tensor | None = None
+    """[K, E] float32: greatest probability in the repetition."""
+    query_mean: Tensor | None = None
+    """[H, D] float32, before rotation, the sinks' queries left out."""
+    query_covariance: Tensor | None = None
+    """[H, D, D] float32."""
+    rotation: Rotation | None = None
+    """None where the model has no rotary embedding that we know."""
+    output_weight: Tensor | None = None
+    """[hidden, H * D]."""
+
+
+class Policy(Protocol):
+    """Scores entries; one instance per sequence, so it may remember what it likes."""
+
+    @property
+    def needs(self) -> Needs:
+        """What must be observed."""
+        ...
+
+    def scores(self, view: LayerView, window: int) -> Tensor:
+        """[K, E] float32: the higher, the sooner an entry stays; `window` newest entries stay whatever is said.
+
+        Arbitrary past a head's length. Only the order within a layer matters to most budgets; some compare layers.
+        """
+        ...
