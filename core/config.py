@@ -48,6 +48,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Entries of one KV page."""
     prefix_cache: bool = True
     """Keep computed prefixes while there is room, for requests that begin alike."""
+    pressure: Literal["preempt", "prune"] = "preempt"
+    """prune: before a sequence is preempted, those that allow it are pruned down to what they must keep."""
     trust_remote_code: bool = False
     """Allow a checkpoint's own Python code to run."""
 

@@ -11,6 +11,7 @@ import msgspec
 from .errors import ErrorInfo
 from .ids import RequestId
 from .model_spec import ModelSpec
+from .pruning import CacheUse, PolicyInfo, PruneCounts
 from .request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -36,6 +37,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Of consecutive prompt tokens, from the second on; may come in several messages, without tokens."""
     cached_tokens: int = 0
     """With the choice's first token: as in `Finished`, which a client that stops early never sees."""
+    cache: CacheUse | None = None
+    """Of a sequence that prunes, after these tokens."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -89,6 +92,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float = 0.0
     """The last step: planning, forward pass, sampling, commit."""
     forward_seconds: float = 0.0
+    prunes: dict[str, PruneCounts] = {}
+    """Totals by policy."""
+    lossy_preemptions_total: int = 0
+    """Preempted sequences that were pruned before: recomputed, they forget something else."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -113,6 +120,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     max_concurrency: float
     """How many requests of `max_model_len` tokens the pool holds at once."""
+    policies: dict[str, PolicyInfo] = {}
+    """Pruning policies by name."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

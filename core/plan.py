@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .ids import SlotId
+from .pruning import PruneParams
 from .request import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
@@ -32,6 +33,8 @@ class SlotAssignment:
     """Most tokens, prompt included, the sequence can reach: fixes length-dependent RoPE scaling."""
     cached: int = 0
     """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
+    prune: PruneParams | None = None
+    """How the sequence forgets: what must be observed of it; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,30 @@ class PageDrop:
 
 
 @dataclass(frozen=True, slots=True)
+class PruneOrder:
+    """After the forward pass, choose what a slot keeps; nothing moves until a `Compaction` says so.
+
+    The choice is forgotten unless the very next plan compacts the slot. The slot need not be in the batch.
+    """
+
+    slot: SlotId
+    target: int
+    """Entries per head, on average over the layers without a window, that stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """Gather what the last step's `PruneOrder` chose to keep; the slot has computed nothing since."""
+
+    slot: SlotId
+    counts: IntArray
+    """Entries that each head keeps, int32 [R], R = L * K; as the engine said."""
+    pages: IntArray | None
+    """Fresh pages for them, int32, ceil(count / B) per head, head after head; the old ones are left as they are. None:
+    every head keeps its own leading pages, of which nobody else reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class SequencePlan:
     """One sequence's part of the batch."""
 
@@ -78,19 +105,27 @@ class SequencePlan:
     """Whether these are all known tokens, so that the last row's logits give the next one."""
     score_ids: tuple[int, ...] = ()
     """Prompt log-probabilities wanted: row t scores `score_ids[t]`, the token that follows it; at most n."""
+    scratch: bool = False
+    """Only to be observed: the entries are not kept, and the next step's come to lie where they were."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work. Applied in this order: assignments, shares, drops, grants, then the forward pass."""
+    """One step's work, in this order: compactions, assignments, shares, drops, grants, the forward pass, prunes.
+
+    A page that a compaction leaves may be granted in the same plan.
+    """
 
     sequences: tuple[SequencePlan, ...]
+    """Possibly none, if there are prunes or compactions."""
     assignments: tuple[SlotAssignment, ...] = ()
     drops: tuple[PageDrop, ...] = ()
     grants: PageGrants = field(default_factory=PageGrants.none)
     """Fresh pages, whose old contents are to be cleared."""
     shares: PageGrants = field(default_factory=PageGrants.none)
     """Full pages computed by others, which assigned slots begin with: read by several slots, written by none."""
+    compactions: tuple[Compaction, ...] = ()
+    prunes: tuple[PruneOrder, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -128,7 +163,11 @@ class StepOutput:
     """Results of one step."""
 
     sequences: tuple[SequenceOutput, ...]
+    kept: tuple[IntArray, ...] = ()
+    """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     forward_seconds: float = 0.0
     """Time in the model's forward pass."""
     sample_seconds: float = 0.0
     """Time in logits processing and sampling."""
+    prune_seconds: tuple[float, ...] = ()
+    """Per `BatchPlan.prunes`, time to choose."""

@@ -111,6 +111,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Only requests of equal salt reuse each other's prefixes, so that nobody can time what others asked."""
     prune: PruneParams | None = None
     """How its sequences may forget; None: not at all."""
+    repeat_ids: tuple[int, ...] = ()
+    """Tokens that ask the model to repeat what came before, for a policy that scores by that (KVzip)."""
 
     def __post_init__(self) -> None:
         if len(self.cache_salt) > MAX_CACHE_SALT:
@@ -128,6 +130,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         *,
         cache_salt: str = "",
         prune: PruneParams | None = None,
+        repeat_ids: Sequence[int] = (),
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
@@ -138,4 +141,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             seed=seed,
             cache_salt=cache_salt,
             prune=prune,
+            repeat_ids=tuple(repeat_ids),
         )

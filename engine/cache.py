@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ..core.ids import SlotId
-from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SlotAssignment
+from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
+from ..kernels.backend import Backend
+from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
 
 _ALIGNMENT = 64
@@ -38,6 +40,8 @@ class KVCache:
         """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
         self._columns = np.zeros(heads[0], np.int64)
         """[N]: columns of the slot's table that its sequence may have used."""
+        self.computed = np.zeros(heads[0], np.int64)
+        """[N]: tokens computed, the position of the slot's next one."""
 
     @property
     def num_bytes(self) -> int:
@@ -63,6 +67,7 @@ class KVCache:
         cached = [assignment.cached for assignment in assignments]
         self._kept_host[slots] = np.asarray(cached, np.int32)[:, None]
         self._columns[slots] = 0
+        self.computed[slots] = cached
         indices, counts = torch.tensor([slots, cached], device=self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
 
@@ -88,6 +93,41 @@ class KVCache:
         table[slots, rows, columns] = pages.int()
         return pages
 
+    def counts(self, slot: SlotId) -> IntArray:
+        """Entries of each head of the slot, int32 [R]."""
+        return self._kept_host[slot].copy()
+
+    def compact(self, compaction: Compaction, layers: Sequence[int], keep: Tensor, backend: Backend) -> None:
+        """The slot's heads in `layers` keep the entries `keep` [len(layers), K, E] int32; other layers keep all.
+
+        Only where all layers are compacted may they move to fresh pages.
+        """
+        slot, heads, size = compaction.slot, self.layout.num_kv_heads, self.layout.page_size
+        before, old = self._kept_host[slot].reshape(-1, heads), self.page_table[slot]
+        if compaction.pages is not None:
+            assert len(layers) == self.layout.num_layers
+            old = old.clone()
+            self._hang(slot, -(-compaction.counts // size), compaction.pages)
+        move = compact_kv
+        if backend == "triton":
+            from ..kernels.compaction_triton import compact_kv_triton as move  # triton is there beside a GPU only
+        counts = torch.from_numpy(compaction.counts).to(self.device).view(-1, heads)
+        for index, layer in enumerate(layers):
+            columns = -(-int(before[layer].max()) // size)
+            source, target = (table[layer, :, :columns] for table in (old, self.page_table[slot]))
+            in_place = compaction.pages is None
+            move(self.pool, self.entry_positions, source, target, keep[index], counts[layer], in_place=in_place)
+        self.kept[slot] = counts
+        self._kept_host[slot] = compaction.counts
+
+    def _hang(self, slot: SlotId, held: IntArray, pages: IntArray) -> None:
+        """Put fresh pages in the slot's table, `held` [R] per head; what strangers left there is cleared."""
+        rows = np.repeat(np.arange(len(held)), held)
+        columns = np.arange(len(pages)) - np.repeat(np.cumsum(held) - held, held)
+        ids, where = (torch.from_numpy(part).to(self.device) for part in (pages, np.stack([rows, columns])))
+        self.pool.index_fill_(0, ids.long(), 0)
+        self.page_table[slot].view(len(held), -1)[where[0], where[1]] = ids
+
     def longest(self, slots: Sequence[SlotId], lengths: Sequence[int]) -> int:
         """Entries of the longest head once each of the slots has got `lengths` more."""
         return int((self._kept_host[list(slots)].max(axis=1) + np.asarray(lengths)).max())
@@ -107,6 +147,7 @@ class KVCache:
         """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""
         self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
         self._kept_host[list(host_slots)] += np.asarray(host_lengths, np.int32)[:, None]
+        self.computed[list(host_slots)] += np.asarray(host_lengths)
 
     def clear(self, pages: Tensor) -> None:
         """Empty all slots and the given pages [N] int64: the state before any step that used only these."""
@@ -116,6 +157,17 @@ class KVCache:
         self.kept.zero_()
         self._kept_host[:] = 0
         self._columns[:] = 0
+        self.computed[:] = 0
+
+
+def read_heads(pool: Tensor, table: Tensor, entries: int) -> Tensor:
+    """Keys (or, with the pool's other half, values) of heads side by side: [K, entries, D].
+
+    pool [P, B, D], one half of the pool; table [K, M] int32. What lies past a head's own length is arbitrary.
+    """
+    columns = -(-entries // pool.shape[1])
+    read = pool[table[:, :columns].long()]
+    return read.flatten(1, 2)[:, :entries]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ from ..models.runner import ModelRunner, ProgressCallback
 from .cache import KVCache
 from .device import choose_placement
 from .inputs import build_inputs
+from .pruning import Pruner, offered_policies
 from .sampler import Sampler
 from .sizing import CacheLayout, num_pages
 
@@ -64,6 +66,7 @@ class Engine:
                 f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
             ) from error
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
+        self._pruner = Pruner(self.cache, runner, place.backend)
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=spec,
@@ -75,6 +78,7 @@ class Engine:
             num_pages=pages,
             kv_bytes=self.cache.num_bytes,
             max_concurrency=pages / per_sequence,
+            policies=offered_policies(runner),
         )
 
     @staticmethod
@@ -106,18 +110,28 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, plan: BatchPlan) -> StepOutput:
-        """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with `plan.sequences`."""
+        """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
+        self._pruner.compact(plan.compactions)
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
+            self._pruner.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.cache.apply(plan)
-        if not plan.sequences:
-            return StepOutput(())
+        output = self._compute(plan) if plan.sequences else StepOutput(())
+        if not plan.prunes:
+            return output
+        kept, seconds = self._pruner.choose(plan.prunes)
+        return replace(output, kept=kept, prune_seconds=seconds)
+
+    def _compute(self, plan: BatchPlan) -> StepOutput:
+        """Forward pass and sampling."""
         started = time.perf_counter()
         inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
+        inputs.context.observer = self._pruner.observer(plan)
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
         )
+        self._pruner.note(inputs.context.scorings)
         self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
         if self._place.device.type == "cuda":
             torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
@@ -151,6 +165,7 @@ class Engine:
             )
         self.cache.clear(torch.arange(pages, device=self._place.device))
         self.sampler.table.clear()
+        self._pruner.clear()
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -43,7 +43,7 @@ class StepInputs:
     slots: Tensor
     """[S] int64."""
     new_entries: Tensor
-    """[S] int32: tokens of each sequence."""
+    """[S] int32: entries that each sequence gets and keeps."""
     host_slots: list[SlotId]
     host_lengths: tuple[int, ...]
 
@@ -73,12 +73,13 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     """
     slots = [sequence.slot for sequence in plan.sequences]
     counts = tuple(len(sequence.token_ids) for sequence in plan.sequences)
+    stored = tuple(0 if sequence.scratch else len(sequence.token_ids) for sequence in plan.sequences)
     layout = logit_layout(plan)
     host_ids = list(chain.from_iterable(sequence.token_ids for sequence in plan.sequences))
     ends = np.cumsum(counts)
     positions = np.arange(len(host_ids)) + np.repeat([s.start for s in plan.sequences] - (ends - counts), counts)
     lengths = np.repeat(max_lengths[slots], counts)
-    parts = (host_ids, positions, lengths, slots, counts, layout.rows, [0], ends)
+    parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
     packed = torch.from_numpy(np.concatenate([np.asarray(part, np.int64) for part in parts])).to(cache.device)
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
@@ -108,5 +109,5 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
         slots=slot_rows,
         new_entries=new.int(),
         host_slots=slots,
-        host_lengths=counts,
+        host_lengths=stored,
     )

@@ -6,6 +6,7 @@ M pages of the longest head in this step.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,6 +14,24 @@ from ..kernels.attention import check_paged, check_query, paged_attention
 from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import Backend
 from ..kernels.cache import append_kv, entry_destinations
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer's queries and keys become logits."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[H]"""
+
+
+class AttentionObserver(Protocol):
+    """Looks on while a step attends; pruning policies live on what it sees."""
+
+    def observe(self, context: "AttentionContext", layer: int, query: Tensor, scoring: Scoring) -> None:
+        """The layer has stored its new entries and attended with query [T, H, D] (rotated)."""
+        ...
 
 
 @dataclass(slots=True)
@@ -40,6 +59,10 @@ class AttentionContext:
     """Host upper bound of `kept + query length` over the batch."""
     backend: Backend = "reference"
     """Which kernels append and attend."""
+    observer: AttentionObserver | None = None
+    """Whoever looks on; nobody, as a rule."""
+    scorings: dict[int, Scoring] = field(default_factory=dict)
+    """Of the layers that attended."""
     layers_seen: list[int] = field(default_factory=list)
     """Layers that called `attend`: the transformers runner's check that no layer went another way."""
     _step: PagedStep | None = None
@@ -63,6 +86,16 @@ class AttentionContext:
         attention sinks that take mass without a value (gpt-oss). Returns [T, H, Dv] in query's dtype.
         """
         self.layers_seen.append(layer)
+        scoring = self.scorings[layer] = Scoring(scale, softcap, sinks)
+        mixed = self._attend(layer, query, key, value, scoring, window)
+        if self.observer is not None:
+            self.observer.observe(self, layer, query, scoring)
+        return mixed
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, window: int | None
+    ) -> Tensor:
+        scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
         # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
         if self.backend == "cpu" and query.dtype == self.pool.dtype:
             step = self._step or self._plan()

@@ -19,7 +19,25 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
         raise InvalidRequestError(
             f"n is {params.n:,} but at most {config.max_waiting:,} sequences can wait here", param="n"
         )
+    _check_pruning(request, config)
     _check_length(request, config)
+
+
+def _check_pruning(request: Request, config: SchedulerConfig) -> None:
+    if request.prune is None:
+        return
+    policy = config.policies.get(request.prune.policy)
+    if policy is None:
+        known = ", ".join(sorted(config.policies)) or "none"
+        raise InvalidRequestError(
+            f"there is no pruning policy {request.prune.policy[:50]!r}; known: {known}", param="prune.policy"
+        )
+    if policy.obstacle:
+        raise InvalidRequestError(
+            f"the policy {request.prune.policy!r} cannot prune this model: {policy.obstacle}", param="prune.policy"
+        )
+    if policy.repeats:
+        _check_ids("the repeat instruction", request.repeat_ids, config.vocab_size, "prune.policy")
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> None:

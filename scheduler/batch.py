@@ -2,7 +2,16 @@
 
 import numpy as np
 
-from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SequencePlan, SlotAssignment
+from ..core.plan import (
+    BatchPlan,
+    Compaction,
+    IntArray,
+    PageDrop,
+    PageGrants,
+    PruneOrder,
+    SequencePlan,
+    SlotAssignment,
+)
 from .sequence import SequenceState
 
 
@@ -16,6 +25,12 @@ class BatchDraft:
         """Pages that begun prompts of this step will yet need: not for new sequences."""
         self.members: list[SequenceState] = []
         """Who is in the step, aligned with the plan's sequences."""
+        self.promised = 0
+        """Pages that the step's prunes will make available to the next one."""
+        self.reserved = 0
+        """Pages for which sequences wait that were promised them."""
+        self.compactions: dict[SequenceState, Compaction] = {}
+        self.prunes: dict[SequenceState, PruneOrder] = {}
         self._plans: list[SequencePlan] = []
         self._assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
@@ -36,6 +51,11 @@ class BatchDraft:
         if len(grants.pages):
             self._grants.append(grants)
 
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence, which is not in the step, has just lost its slot."""
+        self.compactions.pop(sequence, None)
+        self.prunes.pop(sequence, None)
+
     def add(self, sequence: SequenceState, count: int) -> None:
         """The sequence computes its next `count` tokens in this step."""
         sequence.in_flight = count
@@ -51,6 +71,8 @@ class BatchDraft:
             tuple(self._drops),
             _joined(self._grants),
             _joined(self._shares),
+            tuple(self.compactions.values()),
+            tuple(self.prunes.values()),
         )
 
 

@@ -57,7 +57,7 @@ class CacheManager:
         """The leading blocks of a waiting sequence that need not be computed; changes nothing."""
         if not self._config.shares_prefixes:
             return []
-        return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config.page_size))
+        return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config))
 
     def awaits(self, sequence: SequenceState, hits: list[Bundle], other: SequenceState) -> bool:
         """Whether the block that a waiting sequence needs after its `hits` is about to be computed by `other`.
@@ -65,7 +65,7 @@ class CacheManager:
         Only known tokens count: what `other` will say may be something else.
         """
         size, block = self._config.page_size, len(hits)
-        if not self._config.shares_prefixes or block >= sequence.reusable_blocks(size):
+        if not self._config.shares_prefixes or block >= sequence.reusable_blocks(self._config) or not other.is_exact:
             return False
         if not other.num_computed < (block + 1) * size <= len(other.tokens):
             return False
@@ -74,7 +74,7 @@ class CacheManager:
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
         in_use = sum(1 for bundle in hits if bundle.users)
-        return self._config.pages_needed(len(sequence.tokens)) - in_use * self._config.num_rows
+        return self._config.pages_needed(sequence.most_entries(self._config)) - in_use * self._config.num_rows
 
     def enter(self, sequence: SequenceState, hits: list[Bundle]) -> IntArray:
         """Let a sequence begin with `hits`; returns their pages, int32 [R, len(hits)]."""
@@ -104,11 +104,41 @@ class CacheManager:
     def publish(self, sequence: SequenceState) -> None:
         """Hand the sequence's newly computed full blocks to the index, for others to begin with."""
         full, blocks = sequence.num_computed // self._config.page_size, sequence.blocks
-        if len(blocks) >= full or not self._config.shares_prefixes:
+        if len(blocks) >= full or not self._config.shares_prefixes or not sequence.is_exact:
             return
         digests = sequence.hashes.upto(full)
         for number in range(len(blocks), full):
             blocks.append(self._index.publish(digests[number], sequence.table.column(number)))
+
+    def compact(self, sequence: SequenceState, counts: IntArray) -> tuple[bool, IntArray | None]:
+        """Let every head keep `counts` [R] entries. Returns whether that can be, and fresh pages if it takes those.
+
+        What others read, or may read, is left as it is: then the survivors move to fresh pages, if there are as many.
+        Else what nobody else uses is no longer offered, and serves the sequence alone.
+        """
+        shared = [bundle for bundle in sequence.blocks if bundle is not None]
+        needed = int((-(-counts // self._config.page_size)).sum())
+        if shared and needed <= self.available:
+            fresh = self.take(needed)
+            self.leave(sequence)
+            sequence.table.rebuild(counts, fresh)
+            return True, fresh
+        if any(bundle.users > 1 for bundle in shared):
+            return False, None
+        self.withdraw(sequence)
+        sequence.blocks.clear()
+        self._pool.give(sequence.table.compact(counts))
+        return True, None
+
+    def gain(self, sequence: SequenceState, entries: int) -> int:
+        """Pages that would surely become available if every head kept at most `entries`; 0 if it could not be done."""
+        config, blocks = self._config, sequence.blocks
+        after = len(config.full_rows) * -(-entries // config.page_size)
+        others = sum(1 for bundle in blocks if bundle is not None and bundle.users > 1) * config.num_rows
+        if others and after > self.available:
+            return 0
+        full = sequence.table.held[config.full_rows].sum()
+        return max(int(full) - others - after, 0)
 
     def withdraw(self, sequence: SequenceState) -> None:
         """Let nobody begin with the sequence's blocks any more: something in them may be wrong."""

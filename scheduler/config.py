@@ -1,13 +1,15 @@
 """What the scheduler must know of model and pool, and how many pages a sequence needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.errors import ConfigError
 from ..core.model_spec import pages_needed
 from ..core.plan import IntArray
+from ..core.pruning import PolicyInfo
 from .table import NO_WINDOW
 
 
@@ -39,6 +41,10 @@ class SchedulerConfig:
     """See `core.model_spec.ModelSpec.rope_length`."""
     prefix_cache: bool = True
     """Keep computed prefixes for requests that begin alike."""
+    policies: dict[str, PolicyInfo] = field(default_factory=dict)
+    """Pruning policies by name."""
+    prunes_under_pressure: bool = False
+    """Before a sequence is preempted, those that allow it are pruned."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers
@@ -65,6 +71,13 @@ class SchedulerConfig:
             return None
         per_layer = [NO_WINDOW if window is None else window for window in self.windows]
         return np.repeat(np.asarray(per_layer, np.int32), self.num_kv_heads)
+
+    @cached_property
+    def full_rows(self) -> npt.NDArray[np.intp]:
+        """Rows without a window: those that can be pruned."""
+        if self.row_windows is None:
+            return np.arange(self.num_rows)
+        return np.flatnonzero(self.row_windows == NO_WINDOW)
 
     @cached_property
     def shares_prefixes(self) -> bool:

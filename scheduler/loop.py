@@ -73,7 +73,13 @@ class EngineLoop:
 
 
 def scheduler_config(
-    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int, prefix_cache: bool = True
+    info: EngineInfo,
+    *,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    max_waiting: int,
+    prefix_cache: bool = True,
+    prunes_under_pressure: bool = False,
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -91,4 +97,6 @@ def scheduler_config(
         model=info.model.name,
         rope_length=info.model.rope_length,
         prefix_cache=prefix_cache,
+        policies=info.policies,
+        prunes_under_pressure=prunes_under_pressure,
     )

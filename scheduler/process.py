@@ -49,6 +49,7 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_batch_tokens=config.max_batch_tokens,
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
+        prunes_under_pressure=config.pressure == "prune",
     )
     return EngineLoop(engine, Scheduler(limits))
 

@@ -24,6 +24,7 @@ from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .outcome import accept
 from .prefix import Bundle
+from .pruning import Pruning
 from .sequence import SequenceState
 from .waiting import WaitingQueue
 
@@ -39,6 +40,7 @@ class Scheduler:
         self.config = config
         self._clock = clock
         self._cache = CacheManager(config)
+        self._pruning = Pruning(config, self._cache)
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
         self._requests: dict[RequestId, list[SequenceState]] = {}
@@ -46,8 +48,10 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[SequenceState] = []
         """Holders of a slot, oldest arrival first."""
-        self._in_flight: tuple[BatchPlan, list[SequenceState]] | None = None
+        self._in_flight: tuple[BatchPlan, list[SequenceState], list[SequenceState]] | None = None
+        """The plan, who computes in it, and who is to be pruned."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
+        self._lossy_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +99,7 @@ class Scheduler:
         if not self.has_work:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
+        self._pruning.compact(draft)
         decodes = [sequence for sequence in self._running if sequence.num_pending == 1]
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         for sequence in itertools.chain(decodes, prompts):
@@ -103,15 +108,15 @@ class Scheduler:
                 self._continue(sequence, draft)
         # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
         self._admit(draft)
-        assert draft.members, "there is work, but no sequence could be planned"
+        assert draft.members or draft.prunes, "there is work, but no sequence could be planned"
         plan = draft.build()
-        self._in_flight = plan, draft.members
+        self._in_flight = plan, draft.members, list(draft.prunes)
         return plan
 
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[Event]:
         """Take in the results of the plan in flight; tells what is new, per choice `Tokens` before `Finished`."""
         assert self._in_flight is not None and self._in_flight[0] is plan, "this is not the plan in flight"
-        members, self._in_flight = self._in_flight[1], None
+        (_, members, pruned), self._in_flight = self._in_flight, None
         self._steps += 1
         self._batch_tokens = plan.num_tokens
         events: list[Event] = []
@@ -121,6 +126,7 @@ class Scheduler:
                 self._leave(sequence)
             else:
                 events += self._settle(sequence, part, result)
+        self._pruning.commit(pruned, output.kept, output.prune_seconds)
         return events
 
     def stats(self) -> EngineStats:
@@ -138,6 +144,8 @@ class Scheduler:
             prefix_queries_total=self._cache.queries,
             prefix_hits_total=self._cache.hits,
             batch_tokens=self._batch_tokens,
+            prunes=self._pruning.totals,
+            lossy_preemptions_total=self._lossy_preemptions,
         )
 
     def check_integrity(self) -> None:
@@ -166,13 +174,15 @@ class Scheduler:
         if count > sequence.table.room and not self._grow(sequence, count, draft):
             return
         draft.add(sequence, count)
+        self._pruning.order_if_due(sequence, draft)
         if count < sequence.num_pending:
-            draft.owed += max(self.config.pages_needed(len(sequence.tokens)) - sequence.table.num_pages, 0)
+            most = self.config.pages_needed(sequence.most_entries(self.config))
+            draft.owed += max(most - sequence.table.num_pages, 0)
 
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
-        """Make room for `count` entries: from its own windows, then from what nobody uses, then by preemption.
+        """Make room for `count` entries: from its own windows, what nobody uses, by pruning, then by preemption.
 
-        False if the sequence had to go itself.
+        False if the sequence had to go itself, or to wait a step.
         """
         drops: list[tuple[IntArray, int]] = []
         if self.config.row_windows is not None:
@@ -181,9 +191,13 @@ class Scheduler:
         lacking = sequence.table.lacking(count)
         needed = int(lacking.sum())
         while needed > self._cache.available:
-            # Never one that is in this step already: its tokens and pages are promised.
-            victim = next(other for other in reversed(self._running) if not other.in_flight)
+            waits = self._pruning.relieve(needed, self._running, draft)
+            victim = sequence if waits else self._victim()
+            if victim is sequence and (waits or (draft.members and not sequence.is_exact)):
+                draft.change_pages(sequence, drops, PageGrants.none())
+                return False
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
+            draft.forget(victim)
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -193,8 +207,17 @@ class Scheduler:
         draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
         return True
 
+    def _victim(self) -> SequenceState:
+        """Who goes when pages are short: the youngest, of those that can be recomputed exactly if there are such.
+
+        Never one that is in this step already: its tokens and pages are promised.
+        """
+        idle = [sequence for sequence in reversed(self._running) if not sequence.in_flight]
+        return next((sequence for sequence in idle if sequence.is_exact), idle[0])
+
     def _preempt(self, sequence: SequenceState) -> None:
         """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
+        self._lossy_preemptions += not sequence.is_exact
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
@@ -237,6 +260,8 @@ class Scheduler:
             sequence.started_at = now
         self._running.append(sequence)
         self._running.sort(key=lambda running: running.arrival)
+        if sequence.prune is not None:
+            sequence.prune.enter(len(sequence.tokens))
         shared = self._cache.enter(sequence, hits)
         draft.enter(sequence, shared)
         self._continue(sequence, draft)
@@ -260,7 +285,7 @@ class Scheduler:
             sequence.table.room = 0
         sequence.num_scored += len(part.score_ids)
         self._generation_tokens += len(result.token_ids)
-        events = accept(sequence, result)
+        events = accept(sequence, result, self.config)
         if events and isinstance(events[-1], Finished):
             self._finish(sequence)
         return events

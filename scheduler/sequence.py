@@ -6,6 +6,7 @@ import numpy as np
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray, SequencePlan, SlotAssignment
+from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request
 from .config import SchedulerConfig
 from .prefix import BlockHashes, Bundle
@@ -27,6 +28,33 @@ def choice_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+@dataclass(slots=True)
+class PruneState:
+    """How far a sequence has forgotten. All but `params` begins anew when the sequence re-enters."""
+
+    params: PruneParams
+    prefill_end: int = 0
+    """Tokens known when it (re-)entered: what is computed below this is prompt, or recomputed."""
+    last: int = 0
+    """Tokens computed when it was last looked at for pruning."""
+    pruned: bool = False
+    """Entries were forgotten: recomputed from its tokens, the sequence would forget others."""
+    counts: IntArray | None = None
+    """What the engine would keep, int32 [R], between the commit that says it and the next plan."""
+    reason: str = ""
+    """Why that was asked."""
+    denied: bool = False
+    """Nothing could be done with it: pages are short. Until more is computed nothing will be."""
+    repeated: int = 0
+    """Leading tokens that the model has repeated, where the policy asks for that."""
+
+    def enter(self, known: int) -> None:
+        """The sequence begins (again) with no page and `known` tokens."""
+        self.prefill_end, self.last, self.repeated = known, 0, 0
+        self.pruned = self.denied = False
+        self.counts = None
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +100,8 @@ class SequenceState:
     """Prompt tokens that the prefix cache had at the first start."""
     blocks: list[Bundle | None] = field(default_factory=list)
     """Of each full block of the table whether it is in the prefix cache; None: its pages are the sequence's own."""
+    prune: PruneState | None = None
+    """None: it forgets nothing."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
 
@@ -96,6 +126,7 @@ class SequenceState:
             tokens=tokens,
             hashes=BlockHashes((config.model, request.cache_salt, rotation), tokens, config.page_size),
             num_prompt=num_prompt,
+            prune=PruneState(request.prune) if request.prune and request.prune.forgets else None,
         )
 
     @property
@@ -112,13 +143,33 @@ class SequenceState:
         """Entries that each head keeps, int32 [L, K]."""
         return self.table.kept.reshape(num_layers, -1)
 
-    def reusable_blocks(self, block_size: int) -> int:
+    @property
+    def is_exact(self) -> bool:
+        """Whether it holds, or would recompute, exactly what the model gives for its tokens."""
+        return self.prune is None or not self.prune.pruned
+
+    def most_entries(self, config: SchedulerConfig) -> int:
+        """Most entries that a head holds until all known tokens are computed, if no prune is denied."""
+        known = len(self.tokens)
+        if self.prune is None or self.prune.params.when == "pressure" or not self.prune.params.chunked:
+            return known
+        info = config.policies[self.prune.params.policy]
+        if info.selects or info.repeats or self.prune.params.budget == "threshold":
+            return known
+        # Heads of unequal length begin a page more than their mean.
+        return min(known, self.prune.params.target(known) + config.max_batch_tokens + config.page_size)
+
+    def reusable_blocks(self, config: SchedulerConfig) -> int:
         """How many leading blocks may come from the prefix cache.
 
         The last known token is always computed: it gives the next one. So is what gives prompt log-probabilities that
-        are yet to be delivered.
+        are yet to be delivered, and the tokens whose queries a pruning policy must observe.
         """
-        entries = len(self.tokens) - 1
+        block_size, entries = config.page_size, len(self.tokens) - 1
+        if self.prune is not None:
+            observes = config.policies[self.prune.params.policy].observes
+            observed = {"": 1, "newest": self.prune.params.window, "all": len(self.tokens)}[observes]
+            entries = max(len(self.tokens) - observed, 0)
         if self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1:
             entries = min(entries, self.num_scored)
         return entries // block_size
@@ -164,6 +215,7 @@ class SequenceState:
             output_ids=tuple(self.tokens[self.num_prompt :]),
             max_length=self.max_length,
             cached=self.num_computed,
+            prune=self.request.prune,
         )
 
     def advance(self, count: int) -> int:
@@ -174,6 +226,13 @@ class SequenceState:
         self.most_computed = max(self.most_computed, self.num_computed)
         return max(fresh, 0)
 
+    def cache_use(self, config: SchedulerConfig) -> CacheUse | None:
+        """What it holds and what it has forgotten; None if it is not one to forget."""
+        if self.prune is None:
+            return None
+        kept = float(self.table.kept[config.full_rows].mean())
+        return CacheUse(kept, self.num_computed - kept)
+
     def check(self, config: SchedulerConfig) -> None:
         """AssertionError unless lengths, pages and windows agree."""
         kept, held, size = self.table.kept, self.table.held, config.page_size
@@ -182,10 +241,12 @@ class SequenceState:
         free = held * size - kept - self.in_flight
         assert (free >= 0).all() and (free < size).all(), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
+        assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
+        assert (kept <= self.num_computed).all() and (kept[config.full_rows] > 0).all() == (self.num_computed > 0)
+        assert not self.is_exact or (kept[config.full_rows] == self.num_computed).all()
         windows = config.row_windows
         if windows is None:
-            assert (kept == self.num_computed).all()
             return
-        assert (kept >= np.minimum(windows - 1, self.num_computed)).all(), "a visible entry was dropped"
-        assert ((kept <= self.num_computed) & ((kept == self.num_computed) | (windows < NO_WINDOW))).all()
+        visible = np.minimum(windows - 1, self.num_computed)
+        assert ((kept >= visible) | (windows == NO_WINDOW)).all(), "a visible entry was dropped"
         assert (held <= -(-(windows + config.max_batch_tokens) // size) + 1).all(), "unseen pages were not dropped"
