@@ -30,7 +30,7 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     Entries at positions below `params.sinks` and at the newest `params.window` positions stay, even beyond the budget.
     Apart from them the counts add up to at most target * K * L' (budget `threshold`: to what its threshold lets
     through), and a head shorter than its share keeps all. NaN ranks last. The views are read once and in order, so
-    they may be made one by one. Waits for the device once.
+    they may be made one by one. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
     layers = [_candidates(policy.scores(view, limits), view, limits) for view in views]
