@@ -11,7 +11,7 @@ import msgspec
 from .errors import ErrorInfo
 from .ids import RequestId
 from .model_spec import ModelSpec
-from .pruning import CacheUse, PolicyInfo, PruneCounts
+from .pruning import CacheUse, PolicyInfo, PruneCounts, Refinement
 from .request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -122,6 +122,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """How many requests of `max_model_len` tokens the pool holds at once."""
     policies: dict[str, PolicyInfo] = {}
     """Pruning policies by name."""
+    refinements: tuple[Refinement, ...] = ()
+    """Wrappers of their scores that work with the model."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

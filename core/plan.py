@@ -163,11 +163,11 @@ class StepOutput:
     """Results of one step."""
 
     sequences: tuple[SequenceOutput, ...]
-    kept: tuple[IntArray, ...] = ()
-    """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     forward_seconds: float = 0.0
     """Time in the model's forward pass."""
     sample_seconds: float = 0.0
     """Time in logits processing and sampling."""
+    kept: tuple[IntArray, ...] = ()
+    """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     prune_seconds: tuple[float, ...] = ()
     """Per `BatchPlan.prunes`, time to choose."""

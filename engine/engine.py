@@ -22,7 +22,7 @@ from ..models.runner import ModelRunner, ProgressCallback
 from .cache import KVCache
 from .device import choose_placement
 from .inputs import build_inputs
-from .pruning import Pruner, offered_policies
+from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, num_pages
 
@@ -79,6 +79,7 @@ class Engine:
             kv_bytes=self.cache.num_bytes,
             max_concurrency=pages / per_sequence,
             policies=offered_policies(runner),
+            refinements=offered_refinements(runner),
         )
 
     @staticmethod

@@ -40,11 +40,12 @@ class Observations:
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Sum of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
 
-    def keep(self, layer: int, index: Tensor) -> None:
-        """The entries `index` [K, E'] (int64) of a layer's heads stay, in this order."""
+    def keep(self, layer: int, index: Tensor, counts: Tensor) -> None:
+        """The entries `index` [K, E'] of a layer's heads stay, in this order, as far as counts [K]."""
+        unused = torch.arange(index.shape[1], device=index.device) >= counts[:, None]
         for table in (self.mass, self.repeated):
             if layer in table:
-                table[layer] = table[layer].gather(1, index.clamp(max=table[layer].shape[1] - 1))
+                table[layer] = table[layer].gather(1, index.long().masked_fill(unused, 0)).masked_fill_(unused, 0.0)
 
     def newest(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """The newest queries [W, H, D], oldest first, and their positions [W]."""

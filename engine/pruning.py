@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PruneOrder, SequencePlan, SlotAssignment
-from ..core.pruning import PolicyInfo, PruneParams
+from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..kernels.backend import Backend
 from ..models.context import Scoring
 from ..models.rope import RotaryEmbedding
@@ -33,10 +33,20 @@ def offered_policies(runner: ModelRunner) -> dict[str, PolicyInfo]:
             obstacle = "all its layers have a sliding window, which forgets by itself"
         elif needs.moments and runner.rope is None:
             obstacle = "it needs a rotary embedding of a kind that is known here"
-        elif needs.output_weight and runner.output_weight(0) is None:
-            obstacle = "it needs the output projection of attention, which was not found"
         offered[name] = msgspec.structs.replace(info, observes=observes, obstacle=obstacle)
     return offered
+
+
+def offered_refinements(runner: ModelRunner) -> tuple[Refinement, ...]:
+    """The wrappers of scores that work with this model."""
+    known = all(output_weight(runner, layer) is not None for layer in range(runner.spec.num_layers))
+    return ("value-norm", "chunk") if known else ("chunk",)
+
+
+def output_weight(runner: ModelRunner, layer: int) -> Tensor | None:
+    """[hidden, H * D] of a layer, if the runner knows it and its heads are as wide as what the cache stores."""
+    weight, spec = runner.output_weight(layer), runner.spec
+    return weight if weight is not None and weight.shape[1] == spec.num_heads * spec.head_dim else None
 
 
 class Pruner:
@@ -82,12 +92,12 @@ class Pruner:
     def compact(self, compactions: Sequence[Compaction]) -> None:
         """Move what was chosen in the last step; what of it is not asked for now is forgotten."""
         for compaction in compactions:
-            keep = self._chosen[compaction.slot].keep
-            self._cache.compact(compaction, self._layers, keep, self._backend)
+            chosen = self._chosen[compaction.slot]
+            self._cache.compact(compaction, self._layers, chosen.keep, self._backend)
             seen = self._seen.get(compaction.slot)
             if seen is not None:
-                for layer, index in zip(self._layers, keep, strict=True):
-                    seen.keep(layer, index.long())
+                for layer, index, counts in zip(self._layers, chosen.keep, chosen.counts, strict=True):
+                    seen.keep(layer, index, counts)
         self._chosen.clear()
 
     def choose(self, orders: Sequence[PruneOrder]) -> tuple[tuple[IntArray, ...], tuple[float, ...]]:
@@ -147,7 +157,7 @@ class Pruner:
                 num_tokens=num_tokens,
                 scale=scoring.scale,
                 softcap=scoring.softcap,
-                output_weight=self._runner.output_weight(layer),
+                output_weight=output_weight(self._runner, layer),
                 **({} if seen is None else _observed(seen, layer, positions, num_tokens)),
             )
 

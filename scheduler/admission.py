@@ -36,6 +36,13 @@ def _check_pruning(request: Request, config: SchedulerConfig) -> None:
         raise InvalidRequestError(
             f"the policy {request.prune.policy!r} cannot prune this model: {policy.obstacle}", param="prune.policy"
         )
+    for refinement in request.prune.refine:
+        if refinement not in config.refinements:
+            raise InvalidRequestError(
+                f"the refinement {refinement!r} does not work with this model: it needs the output projection of its "
+                "attention, which was not found",
+                param="prune.refine",
+            )
     if policy.repeats:
         _check_ids("the repeat instruction", request.repeat_ids, config.vocab_size, "prune.policy")
 

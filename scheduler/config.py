@@ -9,7 +9,7 @@ import numpy.typing as npt
 from ..core.errors import ConfigError
 from ..core.model_spec import pages_needed
 from ..core.plan import IntArray
-from ..core.pruning import PolicyInfo
+from ..core.pruning import PolicyInfo, Refinement
 from .table import NO_WINDOW
 
 
@@ -43,6 +43,8 @@ class SchedulerConfig:
     """Keep computed prefixes for requests that begin alike."""
     policies: dict[str, PolicyInfo] = field(default_factory=dict)
     """Pruning policies by name."""
+    refinements: tuple[Refinement, ...] = ()
+    """Wrappers of their scores that work with the model."""
     prunes_under_pressure: bool = False
     """Before a sequence is preempted, those that allow it are pruned."""
 

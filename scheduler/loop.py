@@ -98,5 +98,6 @@ def scheduler_config(
         rope_length=info.model.rope_length,
         prefix_cache=prefix_cache,
         policies=info.policies,
+        refinements=info.refinements,
         prunes_under_pressure=prunes_under_pressure,
     )

@@ -242,7 +242,7 @@ class SequenceState:
         assert (free >= 0).all() and (free < size).all(), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
         assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
-        assert (kept <= self.num_computed).all() and (kept[config.full_rows] > 0).all() == (self.num_computed > 0)
+        assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())
         assert not self.is_exact or (kept[config.full_rows] == self.num_computed).all()
         windows = config.row_windows
         if windows is None:

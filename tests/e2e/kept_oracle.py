@@ -1,0 +1,126 @@
+"""What a pruned model must say: a plain dense pass that hides from each query exactly what the engine had forgotten.
+
+`Recorder` watches the engine forget; `expected_logprobs` replays that in the library's own model over whole sequences.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface
+
+from quire.core.plan import BatchPlan, StepOutput
+from quire.scheduler.loop import EngineLoop
+
+NEVER = 2**31
+
+
+@dataclass
+class Life:
+    """A sequence from an assignment to its end or preemption."""
+
+    outputs: int
+    """Tokens generated before."""
+    forgotten: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """(layer, head, position) -> position of the first query that no longer sees it."""
+
+
+class Recorder:
+    """Notes per choice what each head has forgotten, and when; checks what a compaction must leave alone."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self.lives: dict[tuple[str, int], list[Life]] = defaultdict(list)
+        self._loop = loop
+        self._engine: Any = loop.engine
+        self._step, self._compact = self._engine.step, self._engine.cache.compact
+        self._engine.step = self.step
+        self._engine.cache.compact = self.compact
+        self.compactions = 0
+
+    def step(self, plan: BatchPlan) -> StepOutput:
+        shared = self._shared_pages()
+        pool = self._engine.cache.pool
+        before = pool[shared].clone()
+        # The slots' occupants before the plan was made are those that are compacted.
+        for assignment in plan.assignments:
+            self.lives[self._owner(assignment.slot)].append(Life(len(assignment.output_ids)))
+        output: StepOutput = self._step(plan)
+        assert torch.equal(pool[shared], before), "a page that others may read was written"
+        return output
+
+    def compact(self, compaction: Any, *rest: Any) -> None:
+        cache, slot = self._engine.cache, compaction.slot
+        before = self._positions(slot)
+        self._compact(compaction, *rest)
+        after = self._positions(slot)
+        life, now = self.lives[self._owner(slot)][-1], int(cache.computed[slot])
+        self.compactions += 1
+        for head, positions in before.items():
+            assert set(after[head]) <= set(positions) and sorted(after[head]) == after[head]
+            for position in set(positions) - set(after[head]):
+                life.forgotten[*head, position] = now
+
+    def _owner(self, slot: int) -> tuple[str, int]:
+        (sequence,) = [s for s in self._loop.scheduler._running if s.slot == slot]
+        return sequence.request.id, sequence.index
+
+    def _shared_pages(self) -> Tensor:
+        """Pages of published blocks, as they are when the step begins."""
+        scheduler = self._loop.scheduler
+        bundles = {bundle for s in scheduler._running for bundle in s.blocks if bundle is not None}
+        pages = [bundle.pages for bundle in {*bundles, *scheduler._cache._index}]
+        return torch.from_numpy(np.concatenate(pages) if pages else np.empty(0, np.int32)).long()
+
+    def _positions(self, slot: int) -> dict[tuple[int, int], list[int]]:
+        cache = self._engine.cache
+        found = {}
+        for layer in range(cache.layout.num_layers):
+            for head in range(cache.layout.num_kv_heads):
+                count = int(cache.kept[slot, layer, head])
+                pages = cache.page_table[slot, layer, head].long()
+                found[layer, head] = cache.entry_positions[pages].flatten()[:count].tolist()
+        return found
+
+
+def load_reference(folder: Path) -> Any:
+    """The library's model, whose attention hides what `hidden` says."""
+    AttentionInterface.register("forgetful", _forgetful_attention)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="forgetful").eval()
+
+
+_hidden: dict[int, Tensor] = {}
+"""Layer -> [K, T, T] bool: query, entry."""
+
+
+def _forgetful_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, **_):
+    groups = query.shape[1] // key.shape[1]
+    scores = query[0] @ key[0].repeat_interleave(groups, 0).transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
+    place = torch.arange(scores.shape[-1])
+    distance = place[:, None] - place
+    unseen = (distance < 0) | (distance >= (sliding_window or NEVER))
+    unseen = unseen | _hidden[module.layer_idx].repeat_interleave(groups, 0)
+    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    return (weights @ value[0].repeat_interleave(groups, 0)).transpose(0, 1)[None], None
+
+
+@torch.inference_mode()
+def expected_logprobs(reference: Any, lives: list[Life], prompt: list[int], output: list[int]) -> Tensor:
+    """[len(output), V]: log-probabilities of each generated token's place."""
+    ids = [*prompt, *output[:-1]]
+    config, size = reference.config, len(ids)
+    rows = []
+    for number, life in enumerate(lives):
+        end = lives[number + 1].outputs if number + 1 < len(lives) else len(output)
+        for layer in range(config.num_hidden_layers):
+            _hidden[layer] = torch.zeros(config.num_key_value_heads, size, size, dtype=torch.bool)
+        for (layer, head, position), first in life.forgotten.items():
+            _hidden[layer][head, first:, position] = True
+        logits = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        start = len(prompt) - 1
+        rows.append(logits[start + life.outputs : start + end].log_softmax(-1))
+    return torch.cat(rows)
