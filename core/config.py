@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from .errors import ConfigError
+from .pruning import PruneParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -48,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Entries of one KV page."""
     prefix_cache: bool = True
     """Keep computed prefixes while there is room, for requests that begin alike."""
+    prune: PruneParams | None = None
+    """How requests that do not say so themselves are pruned; None: not at all."""
     pressure: Literal["preempt", "prune"] = "preempt"
     """prune: before a sequence is preempted, those that allow it are pruned down to what they must keep."""
     trust_remote_code: bool = False

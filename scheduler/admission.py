@@ -1,8 +1,10 @@
 """Which requests are taken at all: what is checked here can never fail later for the same reason."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.errors import ConfigError, ContextLengthError, InvalidRequestError
+from ..core.messages import EngineInfo
+from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..core.request import Request
 from .config import SchedulerConfig
 
@@ -23,28 +25,37 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
     _check_length(request, config)
 
 
+def check_default_pruning(prune: PruneParams, info: EngineInfo) -> None:
+    """Raise `ConfigError` unless requests can be pruned so."""
+    fault = _pruning_fault(prune, info.policies, info.refinements)
+    if fault is not None:
+        raise ConfigError(fault, param="prune_policy")
+
+
 def _check_pruning(request: Request, config: SchedulerConfig) -> None:
     if request.prune is None:
         return
-    policy = config.policies.get(request.prune.policy)
+    fault = _pruning_fault(request.prune, config.policies, config.refinements)
+    if fault is not None:
+        raise InvalidRequestError(fault, param="prune")
+    if config.policies[request.prune.policy].repeats:
+        _check_ids("the instruction to repeat", request.repeat_ids, config.vocab_size, "prune.policy")
+
+
+def _pruning_fault(
+    prune: PruneParams, policies: Mapping[str, PolicyInfo], refinements: Collection[Refinement]
+) -> str | None:
+    """Why the model cannot be pruned so; None: it can."""
+    policy = policies.get(prune.policy)
     if policy is None:
-        known = ", ".join(sorted(config.policies)) or "none"
-        raise InvalidRequestError(
-            f"there is no pruning policy {request.prune.policy[:50]!r}; known: {known}", param="prune.policy"
-        )
+        known = ", ".join(sorted(policies)) or "none"
+        return f"there is no pruning policy {prune.policy[:50]!r}; known: {known}"
     if policy.obstacle:
-        raise InvalidRequestError(
-            f"the policy {request.prune.policy!r} cannot prune this model: {policy.obstacle}", param="prune.policy"
-        )
-    for refinement in request.prune.refine:
-        if refinement not in config.refinements:
-            raise InvalidRequestError(
-                f"the refinement {refinement!r} does not work with this model: it needs the output projection of its "
-                "attention, which was not found",
-                param="prune.refine",
-            )
-    if policy.repeats:
-        _check_ids("the repeat instruction", request.repeat_ids, config.vocab_size, "prune.policy")
+        return f"the policy {prune.policy!r} cannot prune this model: {policy.obstacle}"
+    missing = [refinement for refinement in prune.refine if refinement not in refinements]
+    if missing:
+        return f"the refinement {missing[0]!r} needs the output projection of attention, which this model hides"
+    return None
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -30,6 +30,7 @@ from ..core.messages import (
     StepReport,
     Submit,
 )
+from .admission import check_default_pruning
 from .loop import EngineLoop, scheduler_config
 
 HEARTBEAT_SECONDS = 1.0
@@ -43,6 +44,8 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     from .scheduler import Scheduler
 
     engine = Engine.load(config, on_progress)
+    if config.prune is not None:
+        check_default_pruning(config.prune, engine.info)
     limits = scheduler_config(
         engine.info,
         max_num_seqs=config.max_num_seqs,

@@ -12,6 +12,7 @@ import typer
 
 from ..core.config import EngineConfig, embedded_model, parse_size
 from ..core.errors import QuireError
+from ..core.pruning import PruneParams
 
 app = typer.Typer(
     help="Quire: serve large language models with a paged KV cache that can be pruned.",
@@ -22,6 +23,7 @@ app = typer.Typer(
 
 _MODEL = "Model"
 _MEMORY = "Memory and batching"
+_PRUNING = "Pruning"
 ModelArgument = Annotated[
     str | None,
     typer.Argument(envvar="QUIRE_MODEL", help="Checkpoint folder or hub name; the embedded quire-mini if absent."),
@@ -117,6 +119,35 @@ PrefixCache = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+PrunePolicy = Annotated[
+    str | None,
+    typer.Option(
+        envvar="QUIRE_PRUNE_POLICY",
+        help="Prune the KV cache of requests that do not say how, by this policy; /v1/models lists them.",
+        rich_help_panel=_PRUNING,
+    ),
+]
+PruneKeep = Annotated[
+    float,
+    typer.Option(
+        envvar="QUIRE_PRUNE_KEEP", help="Share of the entries that the policy keeps.", rich_help_panel=_PRUNING
+    ),
+]
+PruneMinKeep = Annotated[
+    float,
+    typer.Option(
+        envvar="QUIRE_PRUNE_MIN_KEEP", help="Least share that a request may ask to keep.", rich_help_panel=_PRUNING
+    ),
+]
+Pressure = Annotated[
+    Literal["preempt", "prune"],
+    typer.Option(
+        envvar="QUIRE_PRESSURE",
+        help="When KV pages run out: preempt and recompute, or first prune who allows it; "
+        "the policy of --prune-policy then prunes under pressure only.",
+        rich_help_panel=_PRUNING,
+    ),
+]
 _DEFAULTS = EngineConfig(model="")
 
 
@@ -156,6 +187,10 @@ def serve(
     kv_memory: KvMemory = None,
     page_size: PageSize = _DEFAULTS.page_size,
     prefix_cache: PrefixCache = _DEFAULTS.prefix_cache,
+    prune_policy: PrunePolicy = None,
+    prune_keep: PruneKeep = 0.5,
+    prune_min_keep: PruneMinKeep = 0.0,
+    pressure: Pressure = _DEFAULTS.pressure,
 ) -> None:
     """Serve MODEL over an OpenAI-style HTTP API."""
     from .serving import ServeOptions, served_name
@@ -163,6 +198,8 @@ def serve(
     from .settings import ServerSettings
 
     model = model or str(embedded_model())
+    when: Literal["always", "pressure"] = "pressure" if pressure == "prune" else "always"
+    prune = PruneParams(policy=prune_policy, keep=prune_keep, when=when) if prune_policy else None
     config = EngineConfig(
         model=model,
         device=device,
@@ -176,10 +213,14 @@ def serve(
         kv_memory=parse_size(kv_memory) if kv_memory else None,
         page_size=page_size,
         prefix_cache=prefix_cache,
+        prune=prune,
+        pressure=pressure,
         trust_remote_code=trust_remote_code,
     )
     names = tuple(served_model_name or [served_name(model)])
-    settings = ServerSettings(served_model_names=names, api_key=api_key, seed=seed)
+    settings = ServerSettings(
+        served_model_names=names, api_key=api_key, seed=seed, prune=prune, prune_min_keep=prune_min_keep
+    )
     run(ServeOptions(engine=config, http=settings, host=host, port=port))
 
 

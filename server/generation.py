@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..core.messages import Event, Finished, FinishReason, Logprob, Tokens
+from ..core.pruning import CacheUse
 from ..core.request import Request
 from .metrics import SequenceTimer
 from .settings import Service
@@ -55,6 +56,8 @@ class Delta:
     """Generated tokens, for the usage."""
     cached_tokens: int = 0
     """With the first choice's first token: prompt tokens that the prefix cache had, for the usage."""
+    cache: CacheUse | None = None
+    """What the choice holds of its entries by now, if it prunes."""
     finish_reason: FinishReason | None = None
 
 
@@ -73,7 +76,7 @@ class _Choice:
 
     def push(self, event: Tokens) -> Delta:
         """Take new tokens; what follows a stop string is not even counted."""
-        delta = Delta(self.index)
+        delta = Delta(self.index, cache=event.cache)
         if self.index == self._job.first_index:  # the prompt counts once, whatever the number of choices
             delta.cached_tokens = event.cached_tokens
         if self._timer:
@@ -108,7 +111,7 @@ class _Choice:
         if not self._job.score_only:
             return delta
         reason: FinishReason | None = "length" if delta.finish_reason else None
-        return Delta(self.index, cached_tokens=delta.cached_tokens, finish_reason=reason)
+        return Delta(self.index, cached_tokens=delta.cached_tokens, cache=delta.cache, finish_reason=reason)
 
 
 class RequestOutput:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from ..core.errors import QuireError
 from ..core.messages import EngineStats, FinishReason
+from ..core.pruning import PruneCounts
 from ..scheduler.client import EngineClient
 from .errors import ERROR_TABLE
 
@@ -23,6 +24,7 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0
                    240.0, 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
 COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+PRUNE_REASONS = ("prompt", "decode", "pressure")
 ENGINE_STATES = ("starting", "ready", "restarting", "stopped")
 
 
@@ -35,8 +37,10 @@ class Metrics:
         self._prefix = prefix
         self._model_name = model_name
         self._last = EngineStats()
+        self._client = client
         self._define_requests()
         self._define_scheduler()
+        self._define_pruning()
         self._define_engine(client)
         self._define_http()
         self._define_labels()
@@ -113,6 +117,20 @@ class Metrics:
             "quire:engine_forward_seconds", "Time of a step in the model's forward pass.", TOKEN_BUCKETS
         )
 
+    def _define_pruning(self) -> None:
+        """Per policy, which the engine names; nothing before it is ready."""
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter("quire:" + name, text, ["model_name", "policy", *labels], registry=self.registry)
+
+        self._pruned_entries = counter("pruned_entries", "KV entries dropped by pruning, of all heads.")
+        self._pruned_pages = counter("prune_pages_freed", "KV pages that pruning made available.")
+        self._prune_seconds = counter("prune_seconds", "Time to choose what to keep.")
+        self._prunes = counter("prunes", "Prunes, by what they were for.", "reason")
+        self._lossy_preemptions = self._counter(
+            "quire:lossy_preemptions", "Pruned sequences sent back to the queue: recomputed, they forget other entries."
+        )
+
     def _define_engine(self, client: EngineClient) -> None:
         """Values read from the client when the metrics are."""
         up = self._gauge("quire:engine_up", "1 while the engine takes requests.")
@@ -161,12 +179,24 @@ class Metrics:
         self._generation_tokens.inc(max(0, stats.generation_tokens_total - last.generation_tokens_total))
         self._prefix_queries.inc(max(0, stats.prefix_queries_total - last.prefix_queries_total))
         self._prefix_hits.inc(max(0, stats.prefix_hits_total - last.prefix_hits_total))
+        self._lossy_preemptions.inc(max(0, stats.lossy_preemptions_total - last.lossy_preemptions_total))
+        for policy in self._client.info.policies if self._client.info else ():
+            self._add_prunes(policy, stats.prunes.get(policy, PruneCounts()), last.prunes.get(policy, PruneCounts()))
         if stats.steps_total > last.steps_total:
             self._steps.inc(stats.steps_total - last.steps_total)
             self._iteration.observe(stats.batch_tokens)
             self._step_seconds.observe(stats.step_seconds)
             self._forward_seconds.observe(stats.forward_seconds)
         self._last = stats
+
+    def _add_prunes(self, policy: str, now: PruneCounts, last: PruneCounts) -> None:
+        labels = self._model_name, policy
+        self._pruned_entries.labels(*labels).inc(max(0, now.entries - last.entries))
+        self._pruned_pages.labels(*labels).inc(max(0, now.pages - last.pages))
+        self._prune_seconds.labels(*labels).inc(max(0.0, now.seconds - last.seconds))
+        for reason in PRUNE_REASONS:
+            more = now.prunes.get(reason, 0) - last.prunes.get(reason, 0)
+            self._prunes.labels(*labels, reason).inc(max(0, more))
 
     def finished(self, reason: FinishReason) -> None:
         """A sequence ended with its output."""

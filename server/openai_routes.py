@@ -45,7 +45,8 @@ class _Answer:
 
     @property
     def usage(self) -> Usage:
-        return Usage(sum(len(job.request.prompt_ids) for job in self.jobs))
+        prune = self.jobs[0].request.prune
+        return Usage(sum(len(job.request.prompt_ids) for job in self.jobs), policy=prune and prune.policy)
 
     def deltas(self) -> AsyncGenerator[list[Delta], None]:
         return stream_deltas(self.service, self.jobs, self.arrived)
@@ -99,6 +100,7 @@ def _model_card(service: Service, name: str) -> dict[str, Any]:
         "root": info.model.name if info else None,
         "parent": None,
         "max_model_len": service.max_model_len,
+        "prune_policies": [name for name, policy in info.policies.items() if not policy.obstacle] if info else [],
     }
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.pruning import PruneParams
 from ..core.request import Request, SamplingParams
 from .generation import Job
 from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
@@ -96,7 +97,24 @@ def _request(
             f"{limit:,} tokens",
             param=param,
         )
-    return Request.create(request_id, ids, params, service.seeds, cache_salt=body.cache_salt or "")
+    prune = _pruning(service, body)
+    repeat_ids = () if prune is None else service.tokenizer.repeat_ids
+    salt = body.cache_salt or ""
+    return Request.create(request_id, ids, params, service.seeds, cache_salt=salt, prune=prune, repeat_ids=repeat_ids)
+
+
+def _pruning(service: Service, body: GenerationBody) -> PruneParams | None:
+    """What the body asks for, or the operator's default where it says nothing."""
+    if "prune" not in body.model_fields_set:
+        return service.settings.prune
+    if not body.prune:
+        return None
+    params, least = body.prune.params(), service.settings.prune_min_keep
+    if params.keep < least:
+        raise InvalidRequestError(
+            f"prune.keep must be at least {least:g} here, got {params.keep:g}", param="prune.keep"
+        )
+    return params
 
 
 def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..core.messages import FinishReason
+from ..core.pruning import CacheUse
 from .generation import Delta, ScoredToken
 from .text import Tokenizer
 
@@ -20,20 +21,31 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
+    policy: str | None = None
+    """By which its sequences are pruned."""
+    caches: dict[int, CacheUse] = field(default_factory=dict)
+    """Of each choice, as last heard."""
 
     def add(self, delta: Delta) -> None:
         """Count what a delta brought."""
         self.completion_tokens += delta.num_tokens
         self.cached_tokens += delta.cached_tokens
+        if delta.cache is not None:
+            self.caches[delta.index] = delta.cache
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's `usage`."""
-        return {
+        """OpenAI's `usage`; where something was pruned, entries per head too, summed over the choices."""
+        body: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.policy is None:
+            return body
+        kept = round(sum(cache.kept for cache in self.caches.values()), 1)
+        dropped = round(sum(cache.dropped for cache in self.caches.values()), 1)
+        return body | {"kv_cache": {"policy": self.policy, "kept_entries": kept, "dropped_entries": dropped}}
 
 
 @dataclass(slots=True)
