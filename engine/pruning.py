@@ -174,5 +174,7 @@ def _observed(seen: Observations, layer: int, positions: Tensor, num_tokens: int
     if layer in seen.mass:
         fields |= {"mass": seen.mass[layer][:, :entries], "seen": (num_tokens - positions).float()}
     if layer in seen.repeated:
-        fields["repeated"] = seen.repeated[layer][:, :entries]
+        repeated = seen.repeated[layer][:, :entries]
+        # What came after the repetition has not been seen.
+        fields["repeated"] = torch.nn.functional.pad(repeated, (0, entries - repeated.shape[1]))
     return fields

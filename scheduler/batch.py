@@ -56,12 +56,12 @@ class BatchDraft:
         self.compactions.pop(sequence, None)
         self.prunes.pop(sequence, None)
 
-    def add(self, sequence: SequenceState, count: int) -> None:
-        """The sequence computes its next `count` tokens in this step."""
-        sequence.in_flight = count
-        self.budget -= count
+    def add(self, sequence: SequenceState, part: SequencePlan) -> None:
+        """The sequence computes its `part` in this step."""
+        sequence.in_flight = len(part.token_ids)
+        self.budget -= sequence.in_flight
         self.members.append(sequence)
-        self._plans.append(sequence.plan(count))
+        self._plans.append(part)
 
     def build(self) -> BatchPlan:
         """The finished plan."""

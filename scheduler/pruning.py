@@ -18,6 +18,13 @@ from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .sequence import PruneState, SequenceState
 
+REPEATED_AT_ONCE = 2048
+"""Tokens that the model repeats after one instruction (KVzip, Kim et al. 2025)."""
+REPEATED_LEAD = 8
+"""Tokens of the last chunk that a later instruction ends with, so that the model knows where it is."""
+LEAST_REPEATED = 8
+"""A shorter repetition would be mostly instruction."""
+
 
 class Pruning:
     """Orders prunes, turns the engine's answers into compactions, and counts both."""
@@ -57,6 +64,45 @@ class Pruning:
         if reason and (self._ratio(sequence, state) > 1 or state.params.budget == "threshold"):
             self._order(sequence, state, reason, draft)
 
+    def repeats(self, sequence: SequenceState) -> bool:
+        """Whether the model must repeat more of the sequence before it goes on.
+
+        One that leaves context or step too little room for that is not pruned at all.
+        """
+        state = sequence.prune
+        if state is None or state.params.when == "pressure" or not self._config.policies[state.params.policy].repeats:
+            return False
+        left = state.prefill_end - state.repeated
+        if sequence.num_computed < state.prefill_end or not left:
+            return False
+        return self._room(sequence, self._config.max_batch_tokens) >= min(left, LEAST_REPEATED)
+
+    def repetition(self, sequence: SequenceState, budget: int) -> tuple[tuple[int, ...], int]:
+        """What to compute for that, at most `budget` tokens, and how many tokens of the sequence it repeats.
+
+        None where others leave the step too little room.
+        """
+        state = sequence.prune
+        assert state is not None
+        left, start = state.prefill_end - state.repeated, state.repeated
+        count = min(left, self._room(sequence, budget), REPEATED_AT_ONCE)
+        if count < min(left, LEAST_REPEATED):
+            return (), 0
+        lead = sequence.tokens[max(start - REPEATED_LEAD, 0) : start]
+        return (*sequence.request.repeat_ids, *lead, *sequence.tokens[start : start + count]), count
+
+    def _room(self, sequence: SequenceState, budget: int) -> int:
+        """Tokens that can be repeated in a step of `budget` tokens, behind the sequence's own."""
+        assert sequence.prune is not None
+        behind = self._config.max_length - 1 - sequence.num_computed
+        return min(budget, behind) - len(sequence.request.repeat_ids) - min(sequence.prune.repeated, REPEATED_LEAD)
+
+    def repeated(self, sequence: SequenceState) -> None:
+        """The model has repeated what was planned."""
+        state = sequence.prune
+        assert state is not None
+        state.repeated, state.repeating = state.repeated + state.repeating, 0
+
     def relieve(self, needed: int, running: Sequence[SequenceState], draft: BatchDraft) -> bool:
         """Prune whom it harms least until `needed` pages come free with the next plan, if that may be and can be.
 
@@ -90,7 +136,11 @@ class Pruning:
 
     def _due(self, sequence: SequenceState, state: PruneState) -> str:
         """Why to prune after the tokens in flight; empty if there is no reason."""
-        computed = sequence.num_computed + sequence.in_flight
+        computed = sequence.num_stored
+        if self._config.policies[state.params.policy].repeats:
+            # Once, when all is repeated: of what comes later nothing was seen.
+            done = state.repeated + state.repeating >= state.prefill_end and (state.repeating or state.denied)
+            return "prompt" if done else ""
         if sequence.num_computed < state.prefill_end:
             return "prompt" if state.params.chunked or computed >= state.prefill_end else ""
         if state.denied:
@@ -107,10 +157,10 @@ class Pruning:
             state = sequence.prune
             if state is None or sequence.done or sequence in draft.prunes:
                 continue
-            computed = sequence.num_computed + sequence.in_flight
+            computed = sequence.num_stored
             info = self._config.policies[state.params.policy]
             waits = computed < state.prefill_end and not state.params.chunked
-            if info.selects or waits or not computed or (state.denied and computed == state.last):
+            if info.selects or info.repeats or waits or not computed or (state.denied and computed == state.last):
                 continue
             ratio = self._ratio(sequence, state)
             if ratio > 1 and self._gain(sequence, state):
@@ -129,7 +179,8 @@ class Pruning:
 
     def _ratio(self, sequence: SequenceState, state: PruneState) -> float:
         """What it holds after this step in proportion to what it must keep."""
-        held = float(sequence.table.kept[self._config.full_rows].mean()) + sequence.in_flight
+        fresh = sequence.num_stored - sequence.num_computed
+        held = float(sequence.table.kept[self._config.full_rows].mean()) + fresh
         return held / state.params.target(len(sequence.tokens))
 
     def _gain(self, sequence: SequenceState, state: PruneState) -> int:

@@ -100,9 +100,10 @@ class Scheduler:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
         self._pruning.compact(draft)
-        decodes = [sequence for sequence in self._running if sequence.num_pending == 1]
+        repeating = [sequence for sequence in self._running if self._pruning.repeats(sequence)]
+        decodes = [sequence for sequence in self._running if sequence.num_pending == 1 and sequence not in repeating]
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
-        for sequence in itertools.chain(decodes, prompts):
+        for sequence in itertools.chain(decodes, repeating, prompts):
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
@@ -170,14 +171,27 @@ class Scheduler:
 
     def _continue(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the next tokens of a running sequence, if it can get the pages for them."""
+        if self._pruning.repeats(sequence):
+            self._repeat(sequence, draft)
+            return
         count = sequence.next_chunk(draft.budget)
         if count > sequence.table.room and not self._grow(sequence, count, draft):
             return
-        draft.add(sequence, count)
+        draft.add(sequence, sequence.plan(count))
         self._pruning.order_if_due(sequence, draft)
         if count < sequence.num_pending:
             most = self.config.pages_needed(sequence.most_entries(self.config))
             draft.owed += max(most - sequence.table.num_pages, 0)
+
+    def _repeat(self, sequence: SequenceState, draft: BatchDraft) -> None:
+        """Plan what the model repeats of a sequence, for its policy to see, if it can get the pages for that."""
+        ids, count = self._pruning.repetition(sequence, draft.budget)
+        if not count or (len(ids) > sequence.table.room and not self._grow(sequence, len(ids), draft)):
+            return
+        assert sequence.prune is not None
+        sequence.prune.repeating = count
+        draft.add(sequence, sequence.plan_repetition(ids))
+        self._pruning.order_if_due(sequence, draft)
 
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
         """Make room for `count` entries: from its own windows, what nobody uses, by pruning, then by preemption.
@@ -275,6 +289,9 @@ class Scheduler:
             self._cache.withdraw(sequence)
             self.abort(request_id)
             return [Failed(request_id, describe(GenerationError(result.error)))]
+        if part.scratch:
+            self._pruning.repeated(sequence)
+            return []
         assert len(result.token_ids) == part.sample, "the engine sampled where it should not, or did not"
         assert len(result.prompt_logprobs) == len(part.score_ids)
         count = len(part.token_ids)

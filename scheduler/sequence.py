@@ -49,10 +49,12 @@ class PruneState:
     """Nothing could be done with it: pages are short. Until more is computed nothing will be."""
     repeated: int = 0
     """Leading tokens that the model has repeated, where the policy asks for that."""
+    repeating: int = 0
+    """Tokens that it repeats in the step in flight."""
 
     def enter(self, known: int) -> None:
         """The sequence begins (again) with no page and `known` tokens."""
-        self.prefill_end, self.last, self.repeated = known, 0, 0
+        self.prefill_end, self.last, self.repeated, self.repeating = known, 0, 0, 0
         self.pruned = self.denied = False
         self.counts = None
 
@@ -130,6 +132,12 @@ class SequenceState:
         )
 
     @property
+    def num_stored(self) -> int:
+        """Tokens computed once the step in flight is."""
+        repeats = self.prune is not None and self.prune.repeating
+        return self.num_computed + (0 if repeats else self.in_flight)
+
+    @property
     def num_pending(self) -> int:
         """Known tokens that are not computed yet: 1 while it decodes, more while a prompt is (re)computed."""
         return len(self.tokens) - self.num_computed
@@ -203,6 +211,11 @@ class SequenceState:
             scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
         return SequencePlan(self.slot, start, tuple(self.tokens[start:end]), end == len(self.tokens), scores)
 
+    def plan_repetition(self, token_ids: tuple[int, ...]) -> SequencePlan:
+        """This sequence's part of a batch: tokens behind its own, only to see what they attend to."""
+        assert self.slot is not None
+        return SequencePlan(self.slot, self.num_computed, token_ids, sample=False, scratch=True)
+
     def assignment(self) -> SlotAssignment:
         """What the engine must know when the sequence enters its slot."""
         assert self.slot is not None
@@ -239,7 +252,8 @@ class SequenceState:
         assert self.num_computed < len(self.tokens) or self.done
         assert self.table.num_pages == held.sum()
         free = held * size - kept - self.in_flight
-        assert (free >= 0).all() and (free < size).all(), "a head has too few or too many pages"
+        spare = self.prune is not None and self.prune.repeated + self.prune.repeating > 0
+        assert (free >= 0).all() and ((free < size).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
         assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
         assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())

@@ -181,6 +181,9 @@ class PruneBody(BaseModel):
         return PruneParams(**fields | {"refine": tuple(fields.get("refine", ()))})
 
 
+Pruning = Annotated[PruneBody | None, BeforeValidator(lambda value: None if value is False else value)]
+
+
 class GenerationBody(Body):
     """What completions and chat completions share. None stands for the default of `SamplingParams`."""
 
@@ -205,7 +208,7 @@ class GenerationBody(Body):
     user: str | None = None
     cache_salt: CacheSalt | None = None
     """Only requests of equal salt reuse each other's computed prefixes."""
-    prune: PruneBody | Literal[False] | None = None
+    prune: Pruning = None
     """How the KV cache of this request is pruned; false or null: not at all; absent: as the server is set up."""
 
 
