@@ -37,14 +37,17 @@ def uniform(layers: Sequence[Candidates], params: PruneParams, target: int) -> l
 
 
 def pyramid(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
-    """Fewer from layer to layer, evenly (PyramidKV, Cai et al. 2024); uniform where the last would get too few."""
+    """Fewer from layer to layer, evenly (PyramidKV, Cai et al. 2024).
+
+    Uniform where the last layer would get less than what is always kept.
+    """
     longest = int(torch.stack([layer.lengths.max() for layer in layers]).max())
     low = target / PYRAMID_BETA
     high = 2 * target - low
     if high > longest - params.window:
         high = longest - params.window
         low = 2 * target - high
-    if len(layers) == 1 or not high >= low >= params.window:
+    if len(layers) == 1 or not high >= low >= params.sinks + params.window:
         return uniform(layers, params, target)
     step = (high - low) / (len(layers) - 1)
     # Rounding all marks down from the running total makes the sum exact.
