@@ -22,6 +22,7 @@ from ..models.runner import ModelRunner, ProgressCallback
 from .cache import KVCache
 from .device import choose_placement
 from .inputs import build_inputs
+from .page_selection import PageSelection
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, num_pages
@@ -67,6 +68,7 @@ class Engine:
             ) from error
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
         self._pruner = Pruner(self.cache, runner, place.backend)
+        self._selection = PageSelection(self.cache, runner.spec, place.backend)
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=spec,
@@ -116,6 +118,7 @@ class Engine:
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
             self._pruner.assign(assignment)
+            self._selection.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.cache.apply(plan)
         output = self._compute(plan) if plan.sequences else StepOutput(())
@@ -129,6 +132,7 @@ class Engine:
         started = time.perf_counter()
         inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
         inputs.context.observer = self._pruner.observer(plan)
+        inputs.context.selector = self._selection.selector(plan)
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
         )

@@ -34,6 +34,17 @@ class AttentionObserver(Protocol):
         ...
 
 
+class PageSelector(Protocol):
+    """Says which pages the rows of some sequences read (Quest): they attend to those and to nothing else."""
+
+    def select(self, context: "AttentionContext", layer: int, query: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The layer's tables [S, K, M'] and kept lengths [S, K] for query [T, H, D]; None: as they are.
+
+        Selected pages are full, but for the newest, where the step's entries are stored already.
+        """
+        ...
+
+
 @dataclass(slots=True)
 class AttentionContext:
     """Where the new tokens' keys and values go and what they attend to."""
@@ -61,6 +72,8 @@ class AttentionContext:
     """Which kernels append and attend."""
     observer: AttentionObserver | None = None
     """Whoever looks on; nobody, as a rule."""
+    selector: PageSelector | None = None
+    """Whoever picks pages; nobody, as a rule."""
     scorings: dict[int, Scoring] = field(default_factory=dict)
     """Of the layers that attended."""
     layers_seen: list[int] = field(default_factory=list)
@@ -97,7 +110,7 @@ class AttentionContext:
     ) -> Tensor:
         scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
         # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
-        if self.backend == "cpu" and query.dtype == self.pool.dtype:
+        if self.backend == "cpu" and query.dtype == self.pool.dtype and self.selector is None:
             step = self._step or self._plan()
             check_query(
                 query, self.pool, self.page_table, self.positions, value_dim=value.shape[2], window=window, sinks=sinks
@@ -109,12 +122,14 @@ class AttentionContext:
             self.destinations = self._destinations()
         destinations = self.destinations[layer]
         append_kv(self.pool, self.entry_positions, key, value, destinations, self.positions, self.backend)
+        selected = None if self.selector is None else self.selector.select(self, layer, query)
+        table, kept = selected or (self.page_table[:, layer], self.kept[:, layer])
         return paged_attention(
             query,
             self.pool,
             self.entry_positions,
-            self.page_table[:, layer],
-            self.kept[:, layer],
+            table,
+            kept,
             self.query_start,
             self.query_lengths,
             self.positions,

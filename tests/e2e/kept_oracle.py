@@ -28,6 +28,8 @@ class Life:
     """Tokens generated before."""
     forgotten: dict[tuple[int, int, int], int] = field(default_factory=dict)
     """(layer, head, position) -> position of the first query that no longer sees it."""
+    passed_over: dict[tuple[int, int, int], set[int]] = field(default_factory=dict)
+    """(layer, head, position of a query) -> positions that it did not read."""
 
 
 class Recorder:
@@ -49,9 +51,38 @@ class Recorder:
         # The slots' occupants before the plan was made are those that are compacted.
         for assignment in plan.assignments:
             self.lives[self._owner(assignment.slot)].append(Life(len(assignment.output_ids)))
+        selector_of = self._engine._selection.selector
+
+        def watched(plan: BatchPlan) -> Any:
+            selector = selector_of(plan)
+            if selector is not None:
+                select = selector.select
+                selector.select = lambda *call: self._note(plan, call, select(*call))
+            return selector
+
+        self._engine._selection.selector = watched
         output: StepOutput = self._step(plan)
+        self._engine._selection.selector = selector_of
         assert torch.equal(pool[shared], before), "a page that others may read was written"
         return output
+
+    def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
+        """Which entries the step's single rows leave out in this layer."""
+        context, layer, _ = call
+        for index, part in enumerate(plan.sequences if selected is not None else ()):
+            for head in range(context.kept.shape[2]):
+                tables = [(context.page_table[index, layer, head], context.kept[index, layer, head])]
+                tables.append((selected[0][index, head], selected[1][index, head]))
+                every, read = (
+                    set(context.entry_positions[table.long()].flatten()[: int(kept) + len(part.token_ids)].tolist())
+                    for table, kept in tables
+                )
+                assert read <= every and part.start in read
+                if every - read:
+                    assert len(part.token_ids) == 1
+                    life = self.lives[self._owner(part.slot)][-1]
+                    life.passed_over[layer, head, part.start] = every - read
+        return selected
 
     def compact(self, compaction: Any, *rest: Any) -> None:
         cache, slot = self._engine.cache, compaction.slot
@@ -120,6 +151,8 @@ def expected_logprobs(reference: Any, lives: list[Life], prompt: list[int], outp
             _hidden[layer] = torch.zeros(config.num_key_value_heads, size, size, dtype=torch.bool)
         for (layer, head, position), first in life.forgotten.items():
             _hidden[layer][head, first:, position] = True
+        for (layer, head, query), positions in life.passed_over.items():
+            _hidden[layer][head, query, list(positions)] = True
         logits = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
         start = len(prompt) - 1
         rows.append(logits[start + life.outputs : start + end].log_softmax(-1))

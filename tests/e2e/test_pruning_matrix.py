@@ -167,7 +167,8 @@ def test_kinds_of_models_and_runners(models: dict[str, Path], policy: str, kind:
 @pytest.mark.parametrize("budget", ["pyramid", "prefix", "ada", "threshold"])
 def test_heads_of_unequal_length(models: dict[str, Path], budget: Any) -> None:
     serving = Serving(models["gqa"])
-    changes: dict[str, Any] = {"threshold": 0.02} if budget == "threshold" else {}
+    special: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.02}, "pyramid": {"window": 1, "sinks": 1}}
+    changes = special.get(budget, {})
     for policy in ("snapkv", "h2o"):
         serving.submit(policy, prompt(61), params(policy, budget=budget, **changes), max_tokens=20)
     serving.run()
@@ -252,3 +253,22 @@ def test_what_the_model_or_the_engine_does_not_know_is_refused(models: dict[str,
     assert error.kind == "InvalidRequestError" and "nonsense" in error.message and "snapkv" in error.message
     with pytest.raises(ConfigError, match="nonsense"):
         Serving(models["gqa"], prune=params("nonsense"))
+
+
+@pytest.mark.parametrize("runner", ["native", "transformers"])
+@pytest.mark.parametrize("kind", ["gqa", "sliding"])
+def test_quest_reads_a_part_and_forgets_nothing(models: dict[str, Path], kind: str, runner: str) -> None:
+    serving = Serving(models[kind], runner=runner)
+    few, all_pages = params("quest", keep=0.2, floor=8), params("quest", keep=0.9)
+    serving.submit("few", prompt(61), few, max_tokens=20)
+    serving.submit("all", prompt(61), all_pages, max_tokens=20)
+    serving.submit("dense", prompt(61), None, max_tokens=20)
+    serving.run()
+    serving.submit("again", prompt(61), few, max_tokens=20)  # begins with pages that others computed
+    serving.run()
+    serving.check()
+    assert serving.recorder.compactions == 0 and not serving.loop.scheduler.stats().prunes
+    passed = {name: serving.recorder.lives[name, 0][0].passed_over for name in ("few", "all", "dense", "again")}
+    layers = {layer for layer, _, _ in passed["few"]}
+    assert layers == ({2} if kind == "gqa" else set()) and not passed["dense"]
+    assert (passed["few"] == passed["again"] and len(passed["all"]) < len(passed["few"])) or kind == "sliding"
