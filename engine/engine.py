@@ -106,12 +106,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, plan: BatchPlan) -> StepOutput:
-        """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with `plan.sequences`."""
+        """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with the plan's sequences."""
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.cache.apply(plan)
-        if not plan.sequences:
+        if not plan.num_tokens:
             return StepOutput(())
         started = time.perf_counter()
         inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
@@ -122,8 +122,8 @@ class Engine:
         if self._place.device.type == "cuda":
             torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
         computed = time.perf_counter()
-        outputs = self.sampler.run(plan, inputs.layout, logits)
-        return StepOutput(outputs, computed - started, time.perf_counter() - computed)
+        decoded, outputs = self.sampler.run(plan, inputs.layout, logits)
+        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded)
 
     def warm_up(self) -> None:
         """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.

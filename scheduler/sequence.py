@@ -58,11 +58,13 @@ class SequenceState:
     num_computed: int = 0
     """Leading tokens whose keys and values were computed since the sequence (re-)entered."""
     most_computed: int = 0
-    """The same over its whole life: what lies below is recomputation."""
+    """The same over its whole life, up to the prompt's end: what lies below is recomputation."""
     num_scored: int = 0
     """Prompt log-probabilities already delivered: those of tokens 1 to `num_scored`."""
     slot: SlotId | None = None
     """Lent while it runs; None while it waits and after its end."""
+    steady: bool = False
+    """A member of the decode batch."""
     in_flight: int = 0
     """Its tokens in the step between plan and commit; 0 if it has none there."""
     started_at: float | None = None
@@ -104,6 +106,11 @@ class SequenceState:
         return len(self.tokens) - self.num_computed
 
     @property
+    def decodes_plainly(self) -> bool:
+        """Whether all it wants of the next step is one more token."""
+        return self.num_pending == 1 and self.num_generated > 0 and self.request.params.logprobs is None
+
+    @property
     def num_generated(self) -> int:
         """Output tokens so far."""
         return len(self.tokens) - self.num_prompt
@@ -128,7 +135,7 @@ class SequenceState:
         self.table.adopt(pages)
         self.blocks = [*blocks]
         self.num_computed = len(blocks) * block_size
-        self.most_computed = max(self.most_computed, self.num_computed)
+        self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
 
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
@@ -170,8 +177,8 @@ class SequenceState:
         """`count` more tokens are computed and stored; returns how many prompt tokens that were for the first time."""
         self.table.append(count)
         self.num_computed += count
-        fresh = min(self.num_computed, self.num_prompt) - min(self.most_computed, self.num_prompt)
-        self.most_computed = max(self.most_computed, self.num_computed)
+        fresh = min(self.num_computed, self.num_prompt) - self.most_computed
+        self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
         return max(fresh, 0)
 
     def check(self, config: SchedulerConfig) -> None:
