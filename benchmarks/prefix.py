@@ -117,7 +117,7 @@ def step_times(scheduler: Scheduler, steps: int) -> float:
 
     def compute(plan: BatchPlan) -> StepOutput:
         outputs = tuple(SequenceOutput((7,) if part.sample else ()) for part in plan.sequences)
-        return StepOutput(outputs, np.full(len(plan.decodes), 7, np.int32))
+        return StepOutput(outputs, decoded=np.full(len(plan.decodes), 7, np.int32))
 
     times = []
     for _ in range(steps):
