@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 # The one torch that the tests run on; the package itself accepts a range.
 TORCH ?= torch==2.13.0
 
-.PHONY: run test lint check clean
+.PHONY: run test test-kvpress lint check clean
 
 run: $(VENV)/.run
 	$(BIN)/quire serve
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# Do our pruning policies keep what NVIDIA's kvpress keeps? It asks for an older transformers: an environment of its own.
+test-kvpress: $(VENV)-kvpress/.installed
+	$(VENV)-kvpress/bin/python -m pytest -q -m slow tests/pruning/test_kvpress.py
+
+$(VENV)-kvpress/.installed: pyproject.toml
+	test -x $(VENV)-kvpress/bin/python || $(PYTHON) -m venv $(VENV)-kvpress
+	$(VENV)-kvpress/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" kvpress==0.5.5 -e ".[test]"
+	touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -30,4 +39,4 @@ $(VENV)/.test: $(VENV)/.run
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VENV)-kvpress build *.egg-info

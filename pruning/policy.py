@@ -70,6 +70,24 @@ class LayerView:
     """[hidden, H * D]."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the selection will do with a layer's scores, for policies that depend on it."""
+
+    sinks: int
+    """Entries at positions below it stay."""
+    window: int
+    """So do the entries at the newest `window` positions."""
+    target: int
+    """Entries that a head keeps, on average."""
+
+
+def protected(view: LayerView, limits: Limits) -> Tensor:
+    """[K, E] bool: the entries that stay whatever they score."""
+    newest = view.positions >= view.num_tokens - limits.window
+    return ((view.positions < limits.sinks) | newest) & view.valid
+
+
 class Policy(Protocol):
     """Scores entries; one instance per sequence, so it may remember what it likes."""
 
@@ -78,9 +96,10 @@ class Policy(Protocol):
         """What must be observed."""
         ...
 
-    def scores(self, view: LayerView, window: int) -> Tensor:
-        """[K, E] float32: the higher, the sooner an entry stays; `window` newest entries stay whatever is said.
+    def scores(self, view: LayerView, limits: Limits) -> Tensor:
+        """[K, E] float32: the higher, the sooner an entry stays; protected ones stay whatever is said.
 
-        Arbitrary past a head's length. Only the order within a layer matters to most budgets; some compare layers.
+        Arbitrary past a head's length. Only the order within a head matters to the uniform budget and to `pyramid`;
+        `ada` compares the heads of a layer, `prefix` and `threshold` take the numbers as they are.
         """
         ...

@@ -1,0 +1,22 @@
+"""What the model reads when it repeats its context (KVzip, Kim et al. 2025): near-lossless, for any question, dear.
+
+The engine makes the model repeat the prompt, chunk by chunk, over the full cache; an entry's score is the greatest
+probability that any query of the repetition, of any head of its group, gave it. What the repetition did not read (what
+was generated since) has no score to go by and falls first.
+"""
+
+from torch import Tensor
+
+from .policy import LayerView, Limits, Needs
+
+
+class KVzipPolicy:
+    """The paper drops the lowest of all heads and layers; the budget `ada` does so within a layer."""
+
+    needs = Needs(repeat=True)
+
+    def scores(self, view: LayerView, limits: Limits) -> Tensor:
+        """See `Policy.scores`."""
+        if view.repeated is None:
+            raise ValueError("the view has no repetition: the policy must name it in its needs")
+        return view.repeated

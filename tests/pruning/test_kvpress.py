@@ -1,0 +1,212 @@
+"""The same entries stay as in NVIDIA's kvpress, policy by policy, on a small random model; see `make test-kvpress`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from quire.core.pruning import PruneParams
+from quire.pruning.policy import LayerView
+from quire.pruning.refine import CHUNK
+from quire.pruning.select import select
+from quire.pruning.table import make_policy
+
+from .test_select import kept_sets
+
+pytestmark = pytest.mark.slow
+kvpress = pytest.importorskip("kvpress")
+
+LAYERS, HEADS, KV_HEADS, DIM = 3, 4, 2, 16
+SINKS = 4
+VOCABULARY = 1024
+
+
+def make_model(attention: str = "sdpa") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=LAYERS, head_dim=DIM,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, attn_implementation=attention, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tokens(count: int) -> Tensor:
+    """All different: the first layer's keys of equal tokens would have equal norms."""
+    return torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))[None, :count]
+
+
+@contextmanager
+def hidden_states(model: LlamaForCausalLM) -> Iterator[list[Tensor]]:
+    """What enters each attention layer."""
+    seen: list[Tensor] = []
+    hooks = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["hidden_states"][0]), with_kwargs=True
+        )
+        for layer in model.model.layers
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def observe(count: int, window: int) -> list[LayerView]:
+    """The model's unpruned cache and all that a policy can ask for."""
+    model, cache = make_model("eager"), DynamicCache()
+    with hidden_states(model) as hidden:
+        output = model(tokens(count), past_key_values=cache, output_attentions=True)
+
+    def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = model.model.rotary_emb(torch.zeros(1), positions[None])
+        return cos[0, :, : DIM // 2], sin[0, :, : DIM // 2]
+
+    views = []
+    for index, layer in enumerate(model.model.layers):
+        queries = layer.self_attn.q_proj(hidden[index]).view(count, HEADS, DIM)
+        centred = queries[SINKS:] - queries[SINKS:].mean(0)
+        cos, sin = (part[:, None] for part in rotation(torch.arange(count)))
+        first, second = queries.chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        views.append(
+            LayerView(
+                layer=index,
+                keys=cache.layers[index].keys[0],
+                values=cache.layers[index].values[0],
+                positions=torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1),
+                lengths=torch.full((KV_HEADS,), count),
+                valid=torch.ones(KV_HEADS, count, dtype=torch.bool),
+                num_tokens=count,
+                scale=DIM**-0.5,
+                queries=turned[-window:],
+                query_positions=torch.arange(count - window, count),
+                mass=output.attentions[index][0].sum(1).view(KV_HEADS, -1, count).sum(1),
+                seen=torch.arange(count, 0, -1).float().repeat(KV_HEADS, 1),
+                query_mean=queries[SINKS:].mean(0),
+                query_covariance=torch.einsum("nhi,nhj->hij", centred, centred) / len(centred),
+                rotation=rotation,
+                output_weight=layer.self_attn.o_proj.weight,
+            )
+        )
+    return views
+
+
+@torch.no_grad()
+def theirs(press: Any, views: list[LayerView], attention: str = "sdpa") -> list[list[set[int]]]:
+    """[layer][head] -> what kvpress keeps: read off its cache, or off the entries that it masks."""
+    model, cache = make_model(attention), DynamicCache()
+    count = views[0].keys.shape[1]
+    with press(model):
+        model(tokens(count), past_key_values=cache)
+    result = []
+    for index, layer in enumerate(model.model.layers):
+        masked = getattr(layer.self_attn, "masked_key_indices", None)
+        if masked is not None:
+            heads = [set(range(count)) - set(masked[2][masked[1] == k].tolist()) for k in range(KV_HEADS)]
+        else:
+            kept = torch.cdist(cache.layers[index].keys[0], views[index].keys).argmin(-1)
+            heads = [set(row.tolist()) for row in kept]
+        result.append(heads)
+    return result
+
+
+def ours(views: list[LayerView], target: int, **params: Any) -> list[list[set[int]]]:
+    asked = PruneParams(**params)
+    return kept_sets(select(make_policy(asked), views, asked, target))
+
+
+def unprotected(views: list[LayerView]) -> list[LayerView]:
+    """As if another token were to come: so that a window of one protects nothing, as kvpress has it."""
+    return [replace(view, num_tokens=view.num_tokens + 1) for view in views]
+
+
+def ratio(count: int, kept: int) -> float:
+    """The compression ratio at which kvpress keeps `kept` of `count`."""
+    return 1 - (kept + 0.5) / count
+
+
+def test_streaming_llm() -> None:
+    views = observe(200, 1)
+    press = kvpress.StreamingLLMPress(compression_ratio=ratio(200, 80), n_sink=SINKS)
+    assert ours(views, 80, policy="window", sinks=SINKS, window=1) == theirs(press, views)
+
+
+@pytest.mark.parametrize(("policy", "press"), [("knorm", "KnormPress"), ("keydiff", "KeyDiffPress")])
+def test_keys_alone(policy: str, press: str) -> None:
+    views = observe(200, 1)
+    expected = theirs(getattr(kvpress, press)(compression_ratio=ratio(200, 80)), views)
+    assert ours(unprotected(views), 80, policy=policy, sinks=0, window=1) == expected
+
+
+def test_lagkv() -> None:
+    """Three ranked partitions; the cut falls between two ranks."""
+    count = SINKS + 4 * 128 + 9
+    kept = SINKS + 128 + 9 + 3 * 50
+    views = observe(count, 1)
+    press = kvpress.LagKVPress(compression_ratio=ratio(count, kept), n_sink=SINKS)
+    assert ours(views, kept, policy="lagkv", sinks=SINKS, window=1) == theirs(press, views)
+
+
+def test_tova() -> None:
+    views = observe(200, 1)
+    expected = theirs(kvpress.TOVAPress(compression_ratio=ratio(200, 80)), views)
+    assert ours(views, 80, policy="tova", sinks=0, window=1) == expected
+
+
+def test_snapkv() -> None:
+    views = observe(200, 32)
+    expected = theirs(kvpress.SnapKVPress(compression_ratio=ratio(200, 80), window_size=32), views)
+    assert ours(views, 80, policy="snapkv", sinks=0, window=32) == expected
+
+
+def test_observed_attention() -> None:
+    views = observe(200, 1)
+    expected = theirs(kvpress.ObservedAttentionPress(compression_ratio=ratio(200, 80)), views, "eager")
+    assert ours(unprotected(views), 80, policy="h2o", sinks=0, window=1) == expected
+
+
+def test_expected_attention() -> None:
+    """kvpress may drop the newest entry, which always stays here: in place of the worst of the others."""
+    views = observe(200, 1)
+    press = kvpress.ExpectedAttentionPress(compression_ratio=ratio(200, 80), n_sink=SINKS)
+    kept = ours(views, 80, policy="expected", sinks=SINKS, window=1)
+    for layer, others in zip(kept, theirs(press, views), strict=True):
+        for mine, other in zip(layer, others, strict=True):
+            assert mine - other <= {199} and len(mine) == len(other)
+
+
+def test_pyramid() -> None:
+    """Numbers at which kvpress's rounding and ours agree: 312, 160 and 8 of 400."""
+    views = observe(400, 4)
+    expected = theirs(kvpress.PyramidKVPress(compression_ratio=0.6, window_size=4), views)
+    kept = ours(views, 160, policy="snapkv", budget="pyramid", sinks=0, window=4)
+    assert [len(heads[0]) for heads in kept] == [312, 160, 8]
+    assert kept == expected
+
+
+def test_ada() -> None:
+    views = observe(200, 32)
+    press = kvpress.AdaKVPress(kvpress.SnapKVPress(compression_ratio=ratio(200, 80), window_size=32))
+    kept = ours(views, 80, policy="snapkv", budget="ada", sinks=0, window=32)
+    assert len(kept[0][0]) != len(kept[0][1])
+    assert kept == theirs(press, views)
+
+
+def test_critical() -> None:
+    views = observe(200, 32)
+    press = kvpress.CriticalKVPress(kvpress.SnapKVPress(compression_ratio=ratio(200, 80), window_size=32))
+    kept = ours(views, 80, policy="snapkv", refine=("value-norm",), sinks=0, window=32)
+    assert kept != ours(views, 80, policy="snapkv", sinks=0, window=32)
+    assert kept == theirs(press, views)
+
+
+def test_chunks() -> None:
+    views = observe(15 * CHUNK, 1)
+    inner = kvpress.KnormPress(compression_ratio=ratio(15 * CHUNK, 6 * CHUNK))
+    kept = ours(unprotected(views), 6 * CHUNK, policy="knorm", refine=("chunk",), sinks=0, window=1)
+    assert kept == theirs(kvpress.ChunkKVPress(inner, chunk_length=CHUNK), views)

@@ -1,0 +1,78 @@
+"""What selection promises whatever the policy says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quire.core.errors import InvalidRequestError
+from quire.core.pruning import PruneParams
+from quire.pruning.policy import LayerView
+from quire.pruning.select import Selection, select
+from quire.pruning.table import POLICIES, make_policy, policy_infos
+
+from .views import GivenScores, make_view
+
+
+def kept_sets(selection: Selection) -> list[list[set[int]]]:
+    """[layer][head] -> kept indices."""
+    return [
+        [set(row[:count].tolist()) for row, count in zip(keep, counts.tolist(), strict=True)]
+        for keep, counts in zip(selection.keep, selection.counts, strict=True)
+    ]
+
+
+def best(scores: Tensor, view: LayerView, head: int, params: PruneParams, count: int) -> set[int]:
+    """The same by a plain loop: what is always kept, then the best scores; ties to the older."""
+    length, n = int(view.lengths[head]), view.num_tokens
+    positions = view.positions[head].tolist()
+    stays = [i for i in range(length) if positions[i] < params.sinks or positions[i] >= n - params.window]
+    others = sorted(set(range(length)) - set(stays), key=lambda i: (-float(scores[head, i]), i))
+    return set(stays) | set(others[: max(0, count - len(stays))])
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    target=st.integers(1, 50),
+    sinks=st.integers(0, 5),
+    window=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_uniform_keeps_the_best_of_each_head(
+    lengths: list[int], target: int, sinks: int, window: int, seed: int
+) -> None:
+    views = [replace(make_view(lengths, num_tokens=60, seed=seed + i), layer=i) for i in range(2)]
+    scores = [torch.randn(view.valid.shape) for view in views]
+    params = PruneParams(policy="x", sinks=sinks, window=window)
+    selection = select(GivenScores(*scores), views, params, target)
+    assert selection.keep.dtype == selection.counts.dtype == torch.int32
+    for layer, heads in enumerate(kept_sets(selection)):
+        for head, kept in enumerate(heads):
+            assert kept == best(scores[layer], views[layer], head, params, target)
+    for keep, count in zip(selection.keep.flatten(0, 1), selection.counts.flatten(), strict=True):
+        assert (keep[:count].diff() > 0).all()
+
+
+def test_non_finite_scores_never_harm() -> None:
+    view = make_view([20], num_tokens=20)
+    scores = torch.arange(23.0)[None]
+    scores[0, 5:10] = float("nan")
+    scores[0, 10], scores[0, 11] = float("inf"), float("-inf")
+    kept = kept_sets(select(GivenScores(scores), [view], PruneParams(policy="x", sinks=1, window=2), 14))[0][0]
+    assert kept == {0, 18, 19, 10, *range(12, 18), 1, 2, 3, 4}
+
+
+def test_no_layer_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one layer"):
+        select(GivenScores(), [], PruneParams(policy="x"), 3)
+
+
+def test_unknown_policy_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(InvalidRequestError, match=r"'magic'; known: window, knorm") as error:
+        make_policy(PruneParams(policy="magic"))
+    assert error.value.param == "prune.policy"
+    assert set(policy_infos()) >= set(POLICIES)
