@@ -19,7 +19,7 @@ from rich.table import Table
 
 from quire.core.config import EngineConfig, embedded_model
 from quire.core.ids import RequestId
-from quire.core.messages import Tokens
+from quire.core.messages import Tokens, single_events
 from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
@@ -52,7 +52,7 @@ def first_tokens(loop: EngineLoop, requests: list[Request]) -> list[float]:
     for one in requests:
         loop.submit(one)
     while loop.has_work:
-        for event in loop.step().events:
+        for event in single_events(loop.step().events):
             if isinstance(event, Tokens):
                 times.setdefault(event.request_id, (time.perf_counter() - started) * 1e3)
     return [times[one.id] for one in requests]
@@ -116,7 +116,8 @@ def step_times(scheduler: Scheduler, steps: int) -> float:
     """Mean milliseconds of plan and commit over `steps` steps."""
 
     def compute(plan: BatchPlan) -> StepOutput:
-        return StepOutput(tuple(SequenceOutput((7,) if part.sample else ()) for part in plan.sequences))
+        outputs = tuple(SequenceOutput((7,) if part.sample else ()) for part in plan.sequences)
+        return StepOutput(outputs, decoded=np.full(len(plan.decodes), 7, np.int32))
 
     times = []
     for _ in range(steps):

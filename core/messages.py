@@ -4,6 +4,7 @@ Server -> engine: `Submit`, `Abort`, `Shutdown`. Engine -> server: `Progress`, `
 then a `StepReport` per step (and one a second while idle: the heartbeat).
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -66,6 +67,27 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 Event = Tokens | Finished | Failed
 
 
+class Decoded(msgspec.Struct, frozen=True, tag=True):
+    """One new token of each of many choices, as parallel columns: a `Tokens` with nothing but that, for each row."""
+
+    request_ids: list[RequestId]
+    indices: list[int]
+    token_ids: list[int]
+
+
+StepEvent = Event | Decoded
+
+
+def single_events(events: Iterable[StepEvent]) -> Iterator[Event]:
+    """Each event of one choice or request by itself, in order."""
+    for event in events:
+        if isinstance(event, Decoded):
+            rows = zip(event.request_ids, event.indices, event.token_ids, strict=True)
+            yield from (Tokens(request_id, index, [token]) for request_id, index, token in rows)
+        else:
+            yield event
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of scheduler and engine after a step. Totals count since the engine started."""
 
@@ -101,7 +123,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 class StepReport(msgspec.Struct, frozen=True, tag=True):
     """Everything one step produced, in one message; with no events it is a heartbeat."""
 
-    events: list[Event]
+    events: list[StepEvent]
     stats: EngineStats
 
 

@@ -1,9 +1,12 @@
 """What passes between scheduler and engine in one step: `BatchPlan` down, `StepOutput` up.
 
 The batch is ragged: each sequence brings `n >= 1` tokens (a chunk of its known tokens, or its newest one). There
-are no phases. Letters: S sequences of the batch, L layers, K kv heads, B entries of a page.
+are no phases. Most sequences of most steps bring their newest token and want the next one, nothing else: these travel
+as columns (`Decodes`), so that a step costs no Python object per sequence. Letters: D sequences in the columns, S
+others, L layers, K kv heads, B entries of a page.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,6 +113,30 @@ class SequencePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Decodes:
+    """Sequences that compute their newest token and sample the next, and want no log-probabilities: one row each.
+
+    A row means the same as `SequencePlan(slot, start, (token,), sample=True)`.
+    """
+
+    slots: IntArray
+    """[D], distinct."""
+    starts: IntArray
+    """[D]: logical position of the token."""
+    token_ids: IntArray
+    """[D]"""
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @staticmethod
+    def none() -> "Decodes":
+        """No rows."""
+        empty = np.empty(0, np.int32)
+        return Decodes(empty, empty, empty)
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """One step's work, in this order: compactions, assignments, shares, drops, grants, the forward pass, prunes.
 
@@ -124,13 +151,22 @@ class BatchPlan:
     """Fresh pages, whose old contents are to be cleared."""
     shares: PageGrants = field(default_factory=PageGrants.none)
     """Full pages computed by others, which assigned slots begin with: read by several slots, written by none."""
+    decodes: Decodes = field(default_factory=Decodes.none)
+    """More sequences of the batch; none is in `sequences` too. Their rows come first in the forward pass."""
     compactions: tuple[Compaction, ...] = ()
     prunes: tuple[PruneOrder, ...] = ()
+
+    def parts(self) -> Iterator[SequencePlan]:
+        """All sequences of the batch in the order of their rows, decodes too."""
+        columns = (self.decodes.slots, self.decodes.starts, self.decodes.token_ids)
+        for slot, start, token in zip(*(column.tolist() for column in columns), strict=True):
+            yield SequencePlan(SlotId(slot), start, (token,), sample=True)
+        yield from self.sequences
 
     @property
     def num_tokens(self) -> int:
         """Rows of the forward pass."""
-        return sum(len(s.token_ids) for s in self.sequences)
+        return len(self.decodes) + sum(len(s.token_ids) for s in self.sequences)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +194,12 @@ class SequenceOutput:
     """Why this one sequence cannot go on (non-finite logits); the others are unaffected."""
 
 
+NON_FINITE = "the model produced non-finite values"
+"""Why a sequence cannot go on: its logits have no meaning."""
+NO_TOKEN = -1
+"""In `StepOutput.decoded`: the row failed (`NON_FINITE`)."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """Results of one step."""
@@ -167,6 +209,8 @@ class StepOutput:
     """Time in the model's forward pass."""
     sample_seconds: float = 0.0
     """Time in logits processing and sampling."""
+    decoded: IntArray = field(default_factory=lambda: np.empty(0, np.int32))
+    """[D]: the token that each row of `BatchPlan.decodes` sampled, or `NO_TOKEN`."""
     kept: tuple[IntArray, ...] = ()
     """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     prune_seconds: tuple[float, ...] = ()

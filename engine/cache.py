@@ -128,9 +128,9 @@ class KVCache:
         self.pool.index_fill_(0, ids.long(), 0)
         self.page_table[slot].view(len(held), -1)[where[0], where[1]] = ids
 
-    def longest(self, slots: Sequence[SlotId], lengths: Sequence[int]) -> int:
-        """Entries of the longest head once each of the slots has got `lengths` more."""
-        return int((self._kept_host[list(slots)].max(axis=1) + np.asarray(lengths)).max())
+    def longest(self, slots: IntArray, lengths: Sequence[int]) -> int:
+        """Entries of the longest head once each of the slots [S] has got `lengths` more."""
+        return int((self._kept_host[slots].max(axis=1) + np.asarray(lengths)).max())
 
     def tables(self, slots: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Page tables [S, L, K, M] int32, M pages holding `longest` entries, and kept lengths [S, L, K] of the slots.
@@ -141,13 +141,11 @@ class KVCache:
         assert columns <= self.layout.max_pages, "a head outgrows its page table"
         return self.page_table[..., :columns].index_select(0, slots), self.kept.index_select(0, slots)
 
-    def advance(
-        self, slots: Tensor, lengths: Tensor, host_slots: Sequence[SlotId], host_lengths: Sequence[int]
-    ) -> None:
+    def advance(self, slots: Tensor, lengths: Tensor, host_slots: IntArray, host_lengths: Sequence[int]) -> None:
         """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""
         self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
-        self._kept_host[list(host_slots)] += np.asarray(host_lengths, np.int32)[:, None]
-        self.computed[list(host_slots)] += np.asarray(host_lengths)
+        self._kept_host[host_slots] += np.asarray(host_lengths, np.int32)[:, None]
+        self.computed[host_slots] += np.asarray(host_lengths)
 
     def clear(self, pages: Tensor) -> None:
         """Empty all slots and the given pages [N] int64: the state before any step that used only these."""

@@ -121,7 +121,7 @@ class Engine:
             self._selection.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.cache.apply(plan)
-        output = self._compute(plan) if plan.sequences else StepOutput(())
+        output = self._compute(plan) if plan.num_tokens else StepOutput(())
         if not plan.prunes:
             return output
         kept, seconds = self._pruner.choose(plan.prunes)
@@ -141,8 +141,8 @@ class Engine:
         if self._place.device.type == "cuda":
             torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
         computed = time.perf_counter()
-        outputs = self.sampler.run(plan, inputs.layout, logits)
-        return StepOutput(outputs, computed - started, time.perf_counter() - computed)
+        decoded, outputs = self.sampler.run(plan, inputs.layout, logits)
+        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded)
 
     def warm_up(self) -> None:
         """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.

@@ -1,4 +1,4 @@
-"""From a `BatchPlan` to what the model's forward pass takes. Python touches token ids; the rest is vectorised."""
+"""From a `BatchPlan` to what the model's forward pass takes. Python touches prompts; the rest is vectorised."""
 
 from dataclasses import dataclass
 from itertools import chain
@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.ids import SlotId
-from ..core.plan import BatchPlan
+from ..core.plan import BatchPlan, IntArray
 from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
@@ -18,10 +17,14 @@ from .cache import KVCache
 class LogitLayout:
     """Which rows of the batch need logits, and whose they are; a sequence's scored rows precede its sampled one."""
 
-    rows: list[int]
-    """Row of the flattened batch, per row of logits."""
-    sampled: list[tuple[int, int]]
-    """(sequence, row of logits) that gives its next token."""
+    rows: IntArray
+    """Row of the flattened batch, per row of logits; those of the plan's decodes come first."""
+    sampled: IntArray
+    """Row of logits per token to draw: of the plan's decodes, then `sampler_rows`."""
+    samplers: list[int]
+    """Which of `plan.sequences` sample."""
+    sampler_rows: list[int]
+    """Row of logits of each of them."""
     scored: list[tuple[int, int]]
     """(sequence, first row of logits); as many rows as it has `score_ids`."""
 
@@ -44,40 +47,48 @@ class StepInputs:
     """[S] int64."""
     new_entries: Tensor
     """[S] int32: entries that each sequence gets and keeps."""
-    host_slots: list[SlotId]
+    host_slots: IntArray
     host_lengths: tuple[int, ...]
 
 
 def logit_layout(plan: BatchPlan) -> LogitLayout:
     """Ask for logits only where a token is sampled or a prompt token is scored."""
-    layout = LogitLayout([], [], [])
-    start = 0
+    start = len(plan.decodes)
+    rows = list(range(start))
+    samplers: list[int] = []
+    sampler_rows: list[int] = []
+    scored: list[tuple[int, int]] = []
     for index, sequence in enumerate(plan.sequences):
         count = len(sequence.token_ids)
         assert count > 0 and len(sequence.score_ids) <= count
         if sequence.score_ids:
-            layout.scored.append((index, len(layout.rows)))
-            layout.rows.extend(range(start, start + len(sequence.score_ids)))
+            scored.append((index, len(rows)))
+            rows.extend(range(start, start + len(sequence.score_ids)))
         start += count
         if sequence.sample:
-            layout.sampled.append((index, len(layout.rows)))
-            layout.rows.append(start - 1)
-    return layout
+            samplers.append(index)
+            sampler_rows.append(len(rows))
+            rows.append(start - 1)
+    sampled = np.array([*range(len(plan.decodes)), *sampler_rows], np.int32)
+    return LogitLayout(np.array(rows, np.int32), sampled, samplers, sampler_rows, scored)
 
 
 def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backend: Backend) -> StepInputs:
-    """Tensors of one step; the plan's page changes must have been applied to the cache.
+    """Tensors of one step, the plan's decodes first; its page changes must have been applied to the cache.
 
     max_lengths [slots] int64: most tokens each slot's sequence can reach. All numbers are computed on the host and go
     to the device in one piece.
     """
-    slots = [sequence.slot for sequence in plan.sequences]
-    counts = tuple(len(sequence.token_ids) for sequence in plan.sequences)
-    stored = tuple(0 if sequence.scratch else len(sequence.token_ids) for sequence in plan.sequences)
+    decodes, others = plan.decodes, plan.sequences
+    slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
+    starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
+    counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
+    stored = (1,) * len(decodes) + tuple(0 if part.scratch else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
-    host_ids = list(chain.from_iterable(sequence.token_ids for sequence in plan.sequences))
+    chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
+    host_ids = np.concatenate([decodes.token_ids, chunks])
     ends = np.cumsum(counts)
-    positions = np.arange(len(host_ids)) + np.repeat([s.start for s in plan.sequences] - (ends - counts), counts)
+    positions = np.arange(len(host_ids)) + np.repeat(starts - (ends - counts), counts)
     lengths = np.repeat(max_lengths[slots], counts)
     parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.ids import SlotId
 from ..core.model_spec import ModelSpec
-from ..core.plan import BatchPlan, SequencePlan, SlotAssignment
+from ..core.plan import BatchPlan, SlotAssignment
 from ..core.pruning import PruneParams
 from ..kernels.backend import Backend
 from ..kernels.page_bounds_reference import page_key_bounds
@@ -46,20 +46,17 @@ class PageSelection:
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
         # What comes after what was known at first comes token by token.
-        rows = [
-            (index, self._budget(part))
-            for index, part in enumerate(plan.sequences)
-            if part.slot in self._params and part.start >= self._known[part.slot]
-        ]
-        if not rows or not self._layers:
+        if not self._params or not self._layers:
             return None
-        for index, _ in rows:
-            self._bound(plan.sequences[index].slot)
+        rows: list[tuple[int, int]] = []
+        for index, part in enumerate(plan.parts()):
+            if part.slot in self._params and part.start >= self._known[part.slot]:
+                rows.append((index, self._params[part.slot].target(part.start + 1)))
+                self._bound(part.slot)
+        if not rows:
+            return None
         assert self._bounds is not None
         return StepSelector(rows, frozenset(self._layers), self._bounds)
-
-    def _budget(self, part: SequencePlan) -> int:
-        return self._params[part.slot].target(part.start + 1)
 
     def _bound(self, slot: SlotId) -> None:
         """Find the bounds of the slot's pages that have become full."""

@@ -80,10 +80,11 @@ class Pruner:
 
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
-        if not any(self._watches(part) for part in plan.sequences):
+        if not self._seen:
             return None
-        watched = {part.slot: self._seen[part.slot] for part in plan.sequences if self._watches(part)}
-        return StepObserver(plan.sequences, watched, frozenset(self._layers), self._longest)
+        parts = list(plan.parts())
+        watched = {part.slot: self._seen[part.slot] for part in parts if self._watches(part)}
+        return StepObserver(parts, watched, frozenset(self._layers), self._longest) if watched else None
 
     def note(self, scorings: dict[int, Scoring]) -> None:
         """How the layers of the last forward pass made logits."""

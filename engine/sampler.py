@@ -7,30 +7,15 @@ same request gives the same tokens alone, in any batch, chunked or preempted.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, TokenLogprob
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, TokenLogprob
 from ..kernels import sampling
 from .inputs import LogitLayout
-from .slots import FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotState, SlotTable
-
-NON_FINITE = "the model produced non-finite values"
-
-
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A row of logits that gives a sequence its next token."""
-
-    slot: int
-    state: SlotState
-    position: int
-    """Absolute position of the new token."""
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated before this one."""
-        return self.position - self.state.prompt_length
+from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +37,31 @@ class Sampler:
         self.table = SlotTable(num_slots, vocab_size, device)
         self.device = device
 
-    def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[SequenceOutput, ...]:
-        """Outputs of the plan's sequences from logits [R, V] float32, rows as `layout` says.
+    def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
+        """Tokens [D] of the plan's decodes and outputs of its sequences, from logits [R, V] float32 laid out so.
 
         A sequence with a row that is not finite gets an error instead; reads the device once, or twice with
         log-probabilities.
         """
-        if not layout.rows:
-            return (SequenceOutput(),) * len(plan.sequences)
-        rows = [self._row(plan.sequences[sequence]) for sequence, _ in layout.sampled]
-        indices = [row for _, row in layout.sampled]
-        healthy = sampling.finite_rows(logits)
-        tokens = self._draw(logits, rows, indices)
-        flat = torch.cat([tokens, healthy.long()]).tolist()
-        drawn, finite = flat[: len(rows)], flat[len(rows) :]
+        if not len(layout.rows):
+            return np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
+        parts, count = [plan.sequences[index] for index in layout.samplers], len(plan.decodes)
+        slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
+        ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
+        tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
+        flat = torch.cat([tokens, sampling.finite_rows(logits).long()]).cpu().numpy()
+        drawn, finite = flat[: len(slots)], flat[len(slots) :] > 0
+        decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
+        return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
+
+    def _outputs(
+        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, drawn: Sequence[int], finite: Sequence[bool]
+    ) -> tuple[SequenceOutput, ...]:
+        """Of the plan's sequences; `drawn` are the tokens of the layout's samplers."""
         failed = _failed_sequences(plan, layout, finite)
         logprobs = self._logprobs(logits, self._wanted(plan, layout, drawn))
+        chosen = {sequence: (token,) for sequence, token in zip(layout.samplers, drawn, strict=True)}
         outputs: list[SequenceOutput] = []
-        chosen = {sequence: (token,) for (sequence, _), token in zip(layout.sampled, drawn, strict=True)}
         for index in range(len(plan.sequences)):
             if index in failed:
                 outputs.append(SequenceOutput(error=NON_FINITE))
@@ -78,13 +70,10 @@ class Sampler:
             outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt))
         return tuple(outputs)
 
-    def _row(self, sequence: SequencePlan) -> _Row:
-        return _Row(sequence.slot, self.table.states[sequence.slot], sequence.start + len(sequence.token_ids))
-
     def _wanted(self, plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[_LogprobRequest]:
         """Log-probabilities of drawn tokens, where asked for, and of scored prompt tokens."""
         wanted = []
-        for (index, row), token in zip(layout.sampled, drawn, strict=True):
+        for index, row, token in zip(layout.samplers, layout.sampler_rows, drawn, strict=True):
             top = self.table.states[plan.sequences[index].slot].params.logprobs
             if top is not None:
                 wanted.append(_LogprobRequest(index, row, token, top, of_prompt=False))
@@ -94,26 +83,29 @@ class Sampler:
                 wanted.append(_LogprobRequest(index, first + offset, token, top, of_prompt=True))
         return wanted
 
-    def _draw(self, logits: Tensor, rows: Sequence[_Row], indices: list[int]) -> Tensor:
-        """Next tokens [len(rows)] int64 (on the device), counted for penalties."""
-        if not rows:
+    def _draw(self, logits: Tensor, slots: IntArray, positions: IntArray, rows: IntArray) -> Tensor:
+        """Next tokens [N] int64 (on the device), counted for penalties, of the slots [N], to stand at positions [N].
+
+        rows [N]: of the logits.
+        """
+        if not len(slots):
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        numbers = torch.tensor([[row.slot for row in rows], [row.position for row in rows]], device=self.device)
-        slots, positions = numbers
-        everything = len(indices) == len(logits)
-        logits = logits if everything else logits[torch.tensor(indices, device=self.device)]
-        logits = self._adjust(logits, rows, slots, shared=everything)
-        kinds = [row.state.kind for row in rows]
-        tokens = torch.empty_like(slots)
-        for kind in set(kinds):
-            if len(set(kinds)) == 1:
-                tokens = self._draw_kind(kind, logits, slots, positions)
-                break
-            members = self._where([k == kind for k in kinds])
-            tokens[members] = self._draw_kind(kind, logits[members], slots[members], positions[members])
-        if any(row.state.penalised for row in rows):
-            members = self._where([row.state.penalised for row in rows])
-            self.table.count_outputs(slots[members], tokens[members])
+        owners, places = self._pairs(slots, positions)
+        everything = len(rows) == len(logits)
+        logits = logits if everything else logits[torch.from_numpy(rows).to(self.device)]
+        logits = self._adjust(logits, slots, positions, owners, shared=everything)
+        kinds = self.table.kinds[slots]
+        if (kinds == kinds[0]).all():
+            tokens = self._draw_kind(DRAW_KINDS[kinds[0]], logits, owners, places)
+        else:
+            tokens = torch.empty_like(owners)
+            for kind in np.unique(kinds):
+                members = self._where(kinds == kind)
+                tokens[members] = self._draw_kind(DRAW_KINDS[kind], logits[members], owners[members], places[members])
+        penalised = self.table.penalised[slots]
+        if penalised.any():
+            members = self._where(penalised)
+            self.table.count_outputs(owners[members], tokens[members])
         return tokens
 
     def _draw_kind(self, kind: DrawKind, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
@@ -127,20 +119,21 @@ class Sampler:
             return sampling.sample_full(logits, temperature, min_p, seeds, positions)
         return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
-    def _adjust(self, logits: Tensor, rows: Sequence[_Row], slots: Tensor, *, shared: bool) -> Tensor:
-        """Penalties, bias and minimum length; copies `shared` logits before it changes them."""
-        penalised = [row.state.penalised for row in rows]
-        bias = [(i, token, b) for i, row in enumerate(rows) for token, b in row.state.bias]
-        short = [(i, row) for i, row in enumerate(rows) if row.generated < row.state.params.min_tokens]
-        masked = [(i, token) for i, row in short for token in row.state.stop_ids]
-        if not (any(penalised) or bias or masked):
+    def _adjust(self, logits: Tensor, slots: IntArray, positions: IntArray, owners: Tensor, *, shared: bool) -> Tensor:
+        """Penalties, bias and minimum length; `owners` are the slots on the device. Copies `shared` logits first."""
+        table = self.table
+        penalised, biased, short = table.penalised[slots], table.biased[slots], positions < table.min_ends[slots]
+        if not (penalised.any() or biased.any() or short.any()):
             return logits
+        states = [table.states[slot] for slot in slots.tolist()]
+        bias = [(i, token, b) for i in np.flatnonzero(biased).tolist() for token, b in states[i].bias]
+        masked = [(i, token) for i in np.flatnonzero(short).tolist() for token in states[i].stop_ids]
         logits = logits.clone() if shared else logits
-        if any(penalised):
+        if penalised.any():
             members = self._where(penalised)
-            owners = slots[members]
-            strengths = self.table.strengths[owners]
-            counts, in_prompt = self.table.output_counts[owners], self.table.in_prompt[owners]
+            owners = owners[members]
+            strengths = table.strengths[owners]
+            counts, in_prompt = table.output_counts[owners], table.in_prompt[owners]
             columns = (strengths[:, column] for column in (REPETITION, PRESENCE, FREQUENCY))
             logits[members] = sampling.adjust_penalties(logits[members], counts, in_prompt, *columns)
         if bias:
@@ -166,19 +159,19 @@ class Sampler:
             results.setdefault((request.sequence, request.of_prompt), []).append(result)
         return results
 
-    def _where(self, flags: Sequence[bool]) -> Tensor:
+    def _where(self, flags: npt.NDArray[np.bool_]) -> Tensor:
         """Indices [N] int64 of the true flags."""
-        return torch.tensor([i for i, flag in enumerate(flags) if flag], device=self.device)
+        return torch.from_numpy(np.flatnonzero(flags)).to(self.device)
 
-    def _pairs(self, first: Sequence[int], second: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _pairs(self, first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[Tensor, Tensor]:
         """Two int64 tensors in one transfer."""
-        both = torch.tensor([first, second], device=self.device)
+        both = torch.from_numpy(np.array([first, second], np.int64)).to(self.device)
         return both[0], both[1]
 
 
-def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[int]) -> set[int]:
+def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[bool]) -> set[int]:
     """Sequences that have a row of logits that is not finite."""
-    failed = {sequence for sequence, row in layout.sampled if not finite[row]}
+    failed = {index for index, row in zip(layout.samplers, layout.sampler_rows, strict=True) if not finite[row]}
     for sequence, first in layout.scored:
         if not all(finite[first : first + len(plan.sequences[sequence].score_ids)]):
             failed.add(sequence)

@@ -1,8 +1,9 @@
 """`SlotTable`: the sampling state of every slot, on the host what decides, on the device what computes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,16 +14,14 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 """Columns of `SlotTable.strengths`."""
 
 DrawKind = Literal["greedy", "full", "truncated"]
+DRAW_KINDS: tuple[DrawKind, ...] = get_args(DrawKind)
 
 
 @dataclass(frozen=True, slots=True)
 class SlotState:
-    """What one slot's parameters ask for."""
+    """What one slot's parameters ask for, as far as only some rows need it."""
 
     params: SamplingParams
-    kind: DrawKind
-    penalised: bool
-    prompt_length: int
     stop_ids: tuple[int, ...]
     """Within the vocabulary."""
     bias: tuple[tuple[int, float], ...]
@@ -49,6 +48,14 @@ class SlotTable:
         self.vocab_size = vocab_size
         self.device = device
         self.states: dict[int, SlotState] = {}
+        self.kinds = np.zeros(num_slots, np.int8)
+        """[N], on the host as the next three: which of `DRAW_KINDS`."""
+        self.penalised = np.zeros(num_slots, np.bool_)
+        """[N]"""
+        self.biased = np.zeros(num_slots, np.bool_)
+        """[N]: whether its state has a bias."""
+        self.min_ends = np.zeros(num_slots, np.int64)
+        """[N]: first position that an end token may have."""
         self.strengths = torch.zeros(num_slots, 6, device=device)
         """[N, 6] float32, see the column names."""
         self.keys = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
@@ -76,14 +83,15 @@ class SlotTable:
         penalised = (
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
-        self.states[slot] = SlotState(
+        self.kinds[slot] = DRAW_KINDS.index(draw_kind(params))
+        self.penalised[slot] = penalised
+        self.min_ends[slot] = len(assignment.prompt_ids) + params.min_tokens
+        self.states[slot] = state = SlotState(
             params=params,
-            kind=draw_kind(params),
-            penalised=penalised,
-            prompt_length=len(assignment.prompt_ids),
             stop_ids=tuple(i for i in assignment.stop_ids if 0 <= i < self.vocab_size),
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
+        self.biased[slot] = bool(state.bias)
         strengths = [params.temperature, params.top_p, params.min_p]
         strengths += [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
         self.strengths[slot] = torch.tensor(strengths, device=self.device)

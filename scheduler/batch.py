@@ -5,6 +5,7 @@ import numpy as np
 from ..core.plan import (
     BatchPlan,
     Compaction,
+    Decodes,
     IntArray,
     PageDrop,
     PageGrants,
@@ -25,7 +26,12 @@ class BatchDraft:
         """Pages that begun prompts of this step will yet need: not for new sequences."""
         self.members: list[SequenceState] = []
         """Who is in the step, aligned with the plan's sequences."""
-        self.promised = 0
+        self.decoders: list[SequenceState] = []
+        """Who else is in the step, aligned with the plan's decodes."""
+        self._decodes = Decodes.none()
+        self._promised = 0
+        """How many of them were promised their place."""
+        self.relief = 0
         """Pages that the step's prunes will make available to the next one."""
         self.reserved = 0
         """Pages for which sequences wait that were promised them."""
@@ -43,6 +49,26 @@ class BatchDraft:
         if shared.size:
             rows, columns = np.indices(shared.shape, np.int32).reshape(2, -1)
             self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, shared.ravel()))
+
+    def promise(self, sequence: SequenceState) -> None:
+        """A steady decode will be in this step: it got pages for it, which nobody may take back."""
+        sequence.in_flight = 1
+        self.budget -= 1
+        self._promised += 1
+
+    def decode(self, decodes: Decodes, decoders: list[SequenceState]) -> None:
+        """The steady decodes of the step, promised ones among them."""
+        self.budget -= len(decoders) - self._promised
+        self._decodes, self.decoders = decodes, decoders
+        for sequence in decoders:
+            sequence.in_flight = 1
+
+    def add_columns(self, sequences: list[SequenceState], columns: list[int], ids: IntArray) -> None:
+        """Each head of the sequences' tables gets one page of `ids` [len(sequences) * R], in the columns given."""
+        count = len(ids) // len(sequences)
+        slots = np.array([sequence.slot for sequence in sequences], np.int32).repeat(count)
+        rows = np.broadcast_to(np.arange(count, dtype=np.int32), (len(sequences), count)).ravel()
+        self._grants.append(PageGrants(slots, rows, np.array(columns, np.int32).repeat(count), ids))
 
     def change_pages(self, sequence: SequenceState, drops: list[tuple[IntArray, int]], grants: PageGrants) -> None:
         """The sequence's table loses leading pages `drops` (rows, pages per row), then gets `grants`."""
@@ -71,6 +97,7 @@ class BatchDraft:
             tuple(self._drops),
             _joined(self._grants),
             _joined(self._shares),
+            self._decodes,
             tuple(self.compactions.values()),
             tuple(self.prunes.values()),
         )

@@ -28,6 +28,7 @@ from ..core.messages import (
     StartFailed,
     StepReport,
     Submit,
+    single_events,
 )
 from ..core.request import Request
 from .engine_process import EngineProcess
@@ -206,7 +207,7 @@ class ProcessClient:
     def _handle(self, message: EngineMessage) -> None:
         if isinstance(message, StepReport):
             self.stats = message.stats
-            for event in message.events:
+            for event in single_events(message.events):
                 stream = self._streams.get(event.request_id)
                 if stream is not None:  # else the request was closed meanwhile; its abort is on the way
                     stream.put_nowait(event)

@@ -7,7 +7,7 @@ import msgspec
 
 from ..core.errors import QuireError, describe
 from ..core.ids import RequestId
-from ..core.messages import EngineInfo, EngineStats, Event, Failed, StepReport
+from ..core.messages import EngineInfo, EngineStats, Failed, StepEvent, StepReport
 from ..core.plan import BatchPlan, StepOutput
 from ..core.request import Request
 from .scheduler import Scheduler, SchedulerConfig
@@ -32,7 +32,7 @@ class EngineLoop:
     def __init__(self, engine: StepEngine, scheduler: Scheduler) -> None:
         self.engine = engine
         self.scheduler = scheduler
-        self._refused: list[Event] = []
+        self._refused: list[StepEvent] = []
         self._step_seconds = 0.0
         self._forward_seconds = 0.0
 

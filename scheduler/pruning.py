@@ -58,7 +58,7 @@ class Pruning:
     def order_if_due(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Order the prune that the sequence's parameters ask for after what it computes in this step."""
         state = sequence.prune
-        if state is None or state.params.when == "pressure" or self._config.policies[state.params.policy].selects:
+        if state is None or state.params.when == "pressure":
             return
         reason = self._due(sequence, state)
         if reason and (self._ratio(sequence, state) > 1 or state.params.budget == "threshold"):
@@ -111,12 +111,12 @@ class Pruning:
         """
         if not self._config.prunes_under_pressure:
             return False
-        missing = draft.reserved + needed - self._cache.available - draft.promised
+        missing = draft.reserved + needed - self._cache.available - draft.relief
         for sequence, state in self._candidates(running, draft):
             if missing <= 0:
                 break
             missing -= self._order(sequence, state, "pressure", draft)
-        if not draft.promised:
+        if not draft.relief:
             return False
         draft.reserved += needed
         draft.owed += needed
@@ -158,9 +158,9 @@ class Pruning:
             if state is None or sequence.done or sequence in draft.prunes:
                 continue
             computed = sequence.num_stored
-            info = self._config.policies[state.params.policy]
+            repeats = self._config.policies[state.params.policy].repeats
             waits = computed < state.prefill_end and not state.params.chunked
-            if info.selects or info.repeats or waits or not computed or (state.denied and computed == state.last):
+            if repeats or waits or not computed or (state.denied and computed == state.last):
                 continue
             ratio = self._ratio(sequence, state)
             if ratio > 1 and self._gain(sequence, state):
@@ -174,7 +174,7 @@ class Pruning:
         draft.prunes[sequence] = PruneOrder(sequence.slot, state.params.target(len(sequence.tokens)))
         state.reason = reason
         gain = self._gain(sequence, state)
-        draft.promised += gain
+        draft.relief += gain
         return gain
 
     def _ratio(self, sequence: SequenceState, state: PruneState) -> float:

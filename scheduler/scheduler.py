@@ -15,14 +15,15 @@ import numpy as np
 
 from ..core.errors import GenerationError, InvalidRequestError, OverloadedError, describe
 from ..core.ids import RequestId, SlotId
-from ..core.messages import EngineStats, Event, Failed, Finished
-from ..core.plan import BatchPlan, IntArray, PageGrants, SequenceOutput, SequencePlan, StepOutput
+from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, PageGrants, SequenceOutput, StepOutput
 from ..core.request import Request
 from .admission import check_request
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
-from .outcome import accept
+from .decodes import DecodeBatch
+from .outcome import accept, accept_tokens
 from .prefix import Bundle
 from .pruning import Pruning
 from .sequence import SequenceState
@@ -48,8 +49,9 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[SequenceState] = []
         """Holders of a slot, oldest arrival first."""
-        self._in_flight: tuple[BatchPlan, list[SequenceState], list[SequenceState]] | None = None
-        """The plan, who computes in it, and who is to be pruned."""
+        self._decodes = DecodeBatch(config.max_num_seqs)
+        """Those of them that decode steadily."""
+        self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
         self._lossy_preemptions = 0
 
@@ -100,34 +102,34 @@ class Scheduler:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
         self._pruning.compact(draft)
-        repeating = [sequence for sequence in self._running if self._pruning.repeats(sequence)]
-        decodes = [sequence for sequence in self._running if sequence.num_pending == 1 and sequence not in repeating]
-        prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
-        for sequence in itertools.chain(decodes, repeating, prompts):
+        prompts = self._plan_decodes(draft)
+        for sequence in prompts:
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
         # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
         self._admit(draft)
-        assert draft.members or draft.prunes, "there is work, but no sequence could be planned"
+        assert draft.members or draft.decoders or draft.prunes, "there is work, but no sequence could be planned"
         plan = draft.build()
-        self._in_flight = plan, draft.members, list(draft.prunes)
+        self._in_flight = plan, draft
         return plan
 
-    def commit(self, plan: BatchPlan, output: StepOutput) -> list[Event]:
-        """Take in the results of the plan in flight; tells what is new, per choice `Tokens` before `Finished`."""
+    def commit(self, plan: BatchPlan, output: StepOutput) -> list[StepEvent]:
+        """Take in the results of the plan in flight; tells what is new, per choice its tokens before `Finished`."""
         assert self._in_flight is not None and self._in_flight[0] is plan, "this is not the plan in flight"
-        (_, members, pruned), self._in_flight = self._in_flight, None
+        draft, self._in_flight = self._in_flight[1], None
         self._steps += 1
         self._batch_tokens = plan.num_tokens
-        events: list[Event] = []
-        for sequence, part, result in zip(members, plan.sequences, output.sequences, strict=True):
-            sequence.in_flight = 0
-            if sequence.done:
-                self._leave(sequence)
-            else:
-                events += self._settle(sequence, part, result)
-        self._pruning.commit(pruned, output.kept, output.prune_seconds)
+        events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
+        for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
+            assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
+            assert sequence.done or result.error or len(result.prompt_logprobs) == len(part.score_ids)
+            if part.scratch:
+                self._pruning.repeated(sequence)
+            events += self._settle(sequence, 0 if part.scratch else len(part.token_ids), result)
+        self._pruning.commit(list(draft.prunes), output.kept, output.prune_seconds)
+        for sequence in draft.prunes:
+            self._decodes.leave(sequence)
         return events
 
     def stats(self) -> EngineStats:
@@ -154,12 +156,14 @@ class Scheduler:
         self._cache.check(self._running)
         slots = [sequence.slot for sequence in self._running] + self._free_slots
         assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
-        flying = self._in_flight[1] if self._in_flight else []
+        self._decodes.check()
+        flying = [*self._in_flight[1].decoders, *self._in_flight[1].members] if self._in_flight else []
         assert flying == [sequence for sequence in flying if sequence in self._running and sequence.in_flight]
         for sequence in self._running:
             sequence.check(self.config)
             assert not sequence.done or sequence.in_flight, "an ended sequence still holds a slot"
             assert not sequence.in_flight or sequence in flying
+            assert sequence.in_flight or sequence.steady == sequence.decodes_plainly
         for sequence in self._waiting:
             assert sequence.slot is None and not sequence.table.num_pages and not sequence.num_computed
             assert not sequence.blocks
@@ -169,6 +173,45 @@ class Scheduler:
 
     # --- planning ---
 
+    def _plan_decodes(self, draft: BatchDraft) -> list[SequenceState]:
+        """Plan the sequences that decode; returns those that have a prompt to compute.
+
+        First, by arrival, those that need more than a row of the decode batch: pages, or a part of their own.
+        """
+        lacking, others = self._decodes.without_room(), list[SequenceState]()
+        if len(self._running) > len(self._decodes):
+            others = [sequence for sequence in self._running if not sequence.steady]
+        if lacking and not self._grow_together(lacking, draft):
+            others += lacking
+            others.sort(key=lambda sequence: sequence.arrival)
+        prompts = []
+        for sequence in others:
+            if sequence.num_pending > 1 or self._pruning.repeats(sequence):
+                prompts.append(sequence)
+            elif draft.budget and sequence.slot is not None:
+                self._continue(sequence, draft)
+        draft.decode(*self._decodes.plan(draft.budget))
+        return prompts
+
+    def _grow_together(self, sequences: list[SequenceState], draft: BatchDraft) -> bool:
+        """A new page for each head of all the steady decodes given; False, and nothing done, if that is not so simple.
+
+        It is not if pages or budget are short, or heads differ. Otherwise each sequence costs a few microseconds.
+        """
+        needed = len(sequences) * self.config.num_rows
+        if len(sequences) > draft.budget or needed > self._cache.available or self.config.row_windows is not None:
+            return False
+        if any(sequence.table.ragged for sequence in sequences):
+            return False
+        ids = self._cache.take(needed)
+        per_sequence = ids.reshape(len(sequences), -1)
+        columns = [sequence.table.add_column(own) for sequence, own in zip(sequences, per_sequence, strict=True)]
+        draft.add_columns(sequences, columns, ids)
+        for sequence in sequences:
+            self._decodes.grown(sequence)
+            draft.promise(sequence)
+        return True
+
     def _continue(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the next tokens of a running sequence, if it can get the pages for them."""
         if self._pruning.repeats(sequence):
@@ -176,6 +219,10 @@ class Scheduler:
             return
         count = sequence.next_chunk(draft.budget)
         if count > sequence.table.room and not self._grow(sequence, count, draft):
+            return
+        if sequence.steady:
+            self._decodes.grown(sequence)
+            draft.promise(sequence)
             return
         draft.add(sequence, sequence.plan(count))
         self._pruning.order_if_due(sequence, draft)
@@ -207,7 +254,8 @@ class Scheduler:
         while needed > self._cache.available:
             waits = self._pruning.relieve(needed, self._running, draft)
             victim = sequence if waits else self._victim()
-            if victim is sequence and (waits or (draft.members and not sequence.is_exact)):
+            others_go_on = any(other.in_flight for other in self._running)
+            if victim is sequence and (waits or (others_go_on and not sequence.is_exact)):
                 draft.change_pages(sequence, drops, PageGrants.none())
                 return False
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
@@ -244,7 +292,7 @@ class Scheduler:
         The head of the queue is not overtaken: a long prompt gets its turn. Only while another sequence computes the
         very block that it needs next it is passed over, and looked at first again in the next step.
         """
-        if not (draft.budget and self._free_slots):
+        if not (draft.budget and self._free_slots and len(self._waiting)):
             return
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         passed: set[RequestId] = set()
@@ -282,29 +330,49 @@ class Scheduler:
 
     # --- results ---
 
-    def _settle(self, sequence: SequenceState, part: SequencePlan, result: SequenceOutput) -> list[Event]:
-        """Apply one sequence's result."""
+    def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], sampled: IntArray) -> list[StepEvent]:
+        """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
+        if not members:
+            return []
+        over = self._decodes.settle(decodes, sampled).tolist()
+        # Also of those that are over: they are published once they are settled.
+        filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
+        token_ids: list[int] = sampled.tolist()
+        ending = [(members[row], token_ids[row]) for row in over]
+        for row in reversed(over):
+            del members[row], token_ids[row]
+        events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
+        self._generation_tokens += len(members)
+        for sequence in filled:
+            self._cache.publish(sequence)
+        for sequence, token in ending:
+            result = SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
+            events += self._settle(sequence, 1, result)
+        return events
+
+    def _settle(self, sequence: SequenceState, count: int, result: SequenceOutput) -> list[Event]:
+        """Apply the result of one sequence that computed `count` tokens."""
+        sequence.in_flight = 0
+        if sequence.done:
+            self._leave(sequence)
+            return []
         request_id = sequence.request.id
         if result.error is not None:
             self._cache.withdraw(sequence)
             self.abort(request_id)
             return [Failed(request_id, describe(GenerationError(result.error)))]
-        if part.scratch:
-            self._pruning.repeated(sequence)
-            return []
-        assert len(result.token_ids) == part.sample, "the engine sampled where it should not, or did not"
-        assert len(result.prompt_logprobs) == len(part.score_ids)
-        count = len(part.token_ids)
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0
-        sequence.num_scored += len(part.score_ids)
+        sequence.num_scored += len(result.prompt_logprobs)
         self._generation_tokens += len(result.token_ids)
         events = accept(sequence, result, self.config)
         if events and isinstance(events[-1], Finished):
             self._finish(sequence)
+        elif sequence.decodes_plainly:
+            self._decodes.join(sequence)
         return events
 
     def _finish(self, sequence: SequenceState) -> None:
@@ -318,6 +386,7 @@ class Scheduler:
     def _retire(self, sequence: SequenceState) -> None:
         """End a sequence; what is in flight keeps slot and pages until the commit, for the engine writes there."""
         sequence.done = True
+        self._decodes.leave(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
         elif not sequence.in_flight:
@@ -326,6 +395,7 @@ class Scheduler:
     def _leave(self, sequence: SequenceState) -> None:
         """Take back slot and pages."""
         assert sequence.slot is not None
+        self._decodes.leave(sequence)
         self._cache.leave(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = None

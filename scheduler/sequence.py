@@ -59,6 +59,14 @@ class PruneState:
         self.counts = None
 
 
+def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None:
+    """None for who asks for nothing, and for who selects what to read but forgets nothing."""
+    params = request.prune
+    if params is None or not params.forgets or config.policies[params.policy].selects:
+        return None
+    return PruneState(params)
+
+
 @dataclass(slots=True, eq=False)
 class SequenceState:
     """One choice of a request from arrival to end. Mutable; owned by the scheduler.
@@ -88,11 +96,13 @@ class SequenceState:
     num_computed: int = 0
     """Leading tokens whose keys and values were computed since the sequence (re-)entered."""
     most_computed: int = 0
-    """The same over its whole life: what lies below is recomputation."""
+    """The same over its whole life, up to the prompt's end: what lies below is recomputation."""
     num_scored: int = 0
     """Prompt log-probabilities already delivered: those of tokens 1 to `num_scored`."""
     slot: SlotId | None = None
     """Lent while it runs; None while it waits and after its end."""
+    steady: bool = False
+    """A member of the decode batch."""
     in_flight: int = 0
     """Its tokens in the step between plan and commit; 0 if it has none there."""
     started_at: float | None = None
@@ -128,7 +138,7 @@ class SequenceState:
             tokens=tokens,
             hashes=BlockHashes((config.model, request.cache_salt, rotation), tokens, config.page_size),
             num_prompt=num_prompt,
-            prune=PruneState(request.prune) if request.prune and request.prune.forgets else None,
+            prune=_prune_state(request, config),
         )
 
     @property
@@ -141,6 +151,14 @@ class SequenceState:
     def num_pending(self) -> int:
         """Known tokens that are not computed yet: 1 while it decodes, more while a prompt is (re)computed."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def decodes_plainly(self) -> bool:
+        """Whether all it wants of the next step is one more token."""
+        # What decode steps may forget, or what is told of it, takes more than a column.
+        forgets = self.prune is not None and (self.prune.pruned or self.prune.params.when == "always")
+        plain = self.request.params.logprobs is None and not forgets
+        return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property
     def num_generated(self) -> int:
@@ -162,7 +180,7 @@ class SequenceState:
         if self.prune is None or self.prune.params.when == "pressure" or not self.prune.params.chunked:
             return known
         info = config.policies[self.prune.params.policy]
-        if info.selects or info.repeats or self.prune.params.budget == "threshold":
+        if info.repeats or self.prune.params.budget == "threshold":
             return known
         # Heads of unequal length begin a page more than their mean.
         return min(known, self.prune.params.target(known) + config.max_batch_tokens + config.page_size)
@@ -187,7 +205,7 @@ class SequenceState:
         self.table.adopt(pages)
         self.blocks = [*blocks]
         self.num_computed = len(blocks) * block_size
-        self.most_computed = max(self.most_computed, self.num_computed)
+        self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
 
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
@@ -235,8 +253,8 @@ class SequenceState:
         """`count` more tokens are computed and stored; returns how many prompt tokens that were for the first time."""
         self.table.append(count)
         self.num_computed += count
-        fresh = min(self.num_computed, self.num_prompt) - min(self.most_computed, self.num_prompt)
-        self.most_computed = max(self.most_computed, self.num_computed)
+        fresh = min(self.num_computed, self.num_prompt) - self.most_computed
+        self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
         return max(fresh, 0)
 
     def cache_use(self, config: SchedulerConfig) -> CacheUse | None:

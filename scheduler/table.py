@@ -19,7 +19,7 @@ class PageTable:
     Appending costs two integers as long as there is `room`; arrays are touched only when some head needs a page.
     """
 
-    __slots__ = ("_appended", "_held", "_kept", "_page_size", "_pages", "num_pages", "room")
+    __slots__ = ("_held", "_kept", "_page_size", "_pages", "appended", "num_pages", "ragged", "room")
 
     def __init__(self, num_rows: int, page_size: int) -> None:
         self._page_size = page_size
@@ -28,8 +28,11 @@ class PageTable:
         self._held: IntArray = np.zeros(num_rows, np.int32)
         """[R] pages of each head."""
         self._kept: IntArray = np.zeros(num_rows, np.int32)
-        """[R] entries of each head, without the last `_appended`."""
-        self._appended = 0
+        """[R] entries of each head, without the last `appended`."""
+        self.ragged = False
+        """Whether heads may hold different numbers of pages or entries."""
+        self.appended = 0
+        """Entries of every head that `_kept` does not count yet."""
         self.num_pages = 0
         """Pages of all heads together."""
         self.room = 0
@@ -38,7 +41,7 @@ class PageTable:
     @property
     def kept(self) -> IntArray:
         """Entries of each head, int32 [R]."""
-        return self._kept + np.int32(self._appended)
+        return self._kept + np.int32(self.appended)
 
     @property
     def held(self) -> IntArray:
@@ -47,7 +50,7 @@ class PageTable:
 
     def adopt(self, pages: IntArray) -> None:
         """Begin with `pages` [R, C], all full; the table is empty."""
-        assert not self.num_pages and not self._kept.any() and not self._appended
+        assert not self.num_pages and not self._kept.any() and not self.appended
         columns = pages.shape[1]
         self._reserve(columns)
         self._pages[:, :columns] = pages
@@ -63,7 +66,7 @@ class PageTable:
     def append(self, count: int) -> None:
         """`count` entries were written for every head."""
         assert count <= self.room, "entries were written past the last page"
-        self._appended += count
+        self.appended += count
         self.room -= count
 
     def lacking(self, count: int) -> IntArray:
@@ -86,6 +89,20 @@ class PageTable:
         self.room = int((self._held * self._page_size - self.kept).min())
         return rows, columns
 
+    def add_column(self, ids: IntArray) -> int:
+        """Hang in one page `ids` [R] at each head of a table that is not ragged and has no room; returns its column.
+
+        The same as `grow`, for the commonest case.
+        """
+        assert not self.ragged and not self.room
+        column = int(self._held[0])
+        self._reserve(column + 1)
+        self._pages[:, column] = ids
+        self._held += 1
+        self.num_pages += len(ids)
+        self.room = self._page_size
+        return column
+
     def drop_unseen(self, windows: IntArray) -> tuple[list[tuple[IntArray, int]], IntArray]:
         """Unhang the leading pages that no query from now on can see; windows [R], `NO_WINDOW` for full attention.
 
@@ -101,6 +118,7 @@ class PageTable:
             self._held[rows] -= count
             self._kept[rows] -= count * self._page_size
             groups.append((rows, count))
+            self.ragged = True
         ids = np.concatenate(freed) if freed else np.empty(0, np.int32)
         self.num_pages -= len(ids)
         return groups, ids
@@ -125,7 +143,8 @@ class PageTable:
     def _settle(self, counts: IntArray, held: IntArray) -> None:
         self._held[:] = held
         self._kept[:] = counts
-        self._appended = 0
+        self.appended = 0
+        self.ragged = bool((counts != counts[0]).any())
         self.num_pages = int(held.sum())
         self.room = int((held * self._page_size - counts).min())
 
@@ -142,7 +161,8 @@ class PageTable:
         self._pages = np.empty((len(self._held), 0), np.int32)
         self._held[:] = 0
         self._kept[:] = 0
-        self._appended = self.num_pages = self.room = 0
+        self.ragged = False
+        self.appended = self.num_pages = self.room = 0
         return ids
 
     def _reserve(self, columns: int) -> None:

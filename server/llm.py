@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..core.config import EngineConfig, embedded_model
 from ..core.errors import InvalidRequestError, revive
 from ..core.ids import RequestId
-from ..core.messages import EngineInfo, Event, Failed, FinishReason, Logprob, Tokens
+from ..core.messages import EngineInfo, Event, Failed, FinishReason, Logprob, Tokens, single_events
 from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request, SamplingParams
 from ..scheduler.client import load_in_process
@@ -125,7 +125,7 @@ class LLM:
             task = bar.add_task("generating", total=len(works), rate=0.0)
             started, tokens, missing = time.perf_counter(), 0, len(works)
             while missing:
-                for event in self._loop.step().events:
+                for event in single_events(self._loop.step().events):
                     if isinstance(event, Failed):
                         raise revive(event.error)
                     tokens += len(event.token_ids) if isinstance(event, Tokens) else 0

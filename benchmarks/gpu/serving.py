@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.measure import Meter, Row
 from quire.core.config import EngineConfig
-from quire.core.messages import Failed, Tokens
+from quire.core.messages import Failed, Tokens, single_events
 from quire.core.model_spec import ModelSpec
 from quire.core.request import Request, SamplingParams
 from quire.engine.engine import Engine
@@ -99,7 +99,7 @@ def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
         failed = [event for event in report.events if isinstance(event, Failed)]
         if failed:
             raise RuntimeError(failed[0].error.message)
-        tokens += sum(len(event.token_ids) for event in report.events if isinstance(event, Tokens))
+        tokens += sum(len(event.token_ids) for event in single_events(report.events) if isinstance(event, Tokens))
         if report.stats.batch_tokens > load.requests or not filled:
             filled = time.perf_counter() - started
         else:

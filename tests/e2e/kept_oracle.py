@@ -69,7 +69,7 @@ class Recorder:
     def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
         """Which entries the step's single rows leave out in this layer."""
         context, layer, _ = call
-        for index, part in enumerate(plan.sequences if selected is not None else ()):
+        for index, part in enumerate(plan.parts() if selected is not None else ()):
             for head in range(context.kept.shape[2]):
                 tables = [(context.page_table[index, layer, head], context.kept[index, layer, head])]
                 tables.append((selected[0][index, head], selected[1][index, head]))

@@ -15,7 +15,7 @@ import transformers
 
 from quire.core.config import EngineConfig
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Tokens
+from quire.core.messages import Failed, Tokens, single_events
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
@@ -119,7 +119,7 @@ def _generate(loop: EngineLoop, prompts: list[list[int]]) -> list[list[int]]:
         outputs[str(i)] = []
         loop.submit(Request(id=RequestId(str(i)), prompt_ids=tuple(prompt), params=params))
     while loop.has_work:
-        for event in loop.step().events:
+        for event in single_events(loop.step().events):
             assert not isinstance(event, Failed), event
             if isinstance(event, Tokens):
                 outputs[event.request_id] += event.token_ids

@@ -15,7 +15,7 @@ import transformers
 
 from quire.core.config import EngineConfig
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, StepReport, Tokens
+from quire.core.messages import Failed, Finished, StepReport, Tokens, single_events
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
@@ -79,7 +79,7 @@ class Client:
         """One checked step."""
         report = self.loop.step()
         self.loop.scheduler.check_integrity()
-        for event in report.events:
+        for event in single_events(report.events):
             assert not isinstance(event, Failed), event
             if isinstance(event, Tokens):
                 self.tokens[event.request_id, event.index] += event.token_ids

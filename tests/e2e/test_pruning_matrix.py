@@ -16,7 +16,7 @@ import transformers
 from quire.core.config import EngineConfig
 from quire.core.errors import ConfigError
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, Tokens
+from quire.core.messages import Failed, Finished, Tokens, single_events
 from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.pruning.table import POLICIES
@@ -90,7 +90,7 @@ class Serving:
         self.loop.submit(self.requests[name])
 
     def step(self) -> None:
-        for event in self.loop.step().events:
+        for event in single_events(self.loop.step().events):
             if isinstance(event, Failed):
                 self.failed[event.request_id] = event
             elif isinstance(event, Finished):
@@ -118,7 +118,8 @@ class Serving:
             expected = expected_logprobs(reference, self.recorder.lives[name, index], prompt, tokens)
             told = torch.tensor(self.logprobs[name, index])
             said = expected[torch.arange(len(tokens)), torch.tensor(tokens)]
-            torch.testing.assert_close(told, said, atol=2e-4, rtol=1e-3)
+            if self.requests[name].params.logprobs is not None:
+                torch.testing.assert_close(told, said, atol=2e-4, rtol=1e-3)
             if self.requests[name].params.greedy:
                 assert (expected.amax(1) - said < 1e-3).all(), "not the likeliest token"
 
@@ -205,7 +206,9 @@ def test_cancelled_at_any_moment_it_leaves_nothing_behind(models: dict[str, Path
 def crowd(serving: Serving, prune: PruneParams, count: int = 5) -> None:
     """More sequences than the pool holds."""
     for number in range(count):
-        serving.submit(f"r{number}", prompt(40, number), prune, max_tokens=40)
+        # Without log-probabilities a sequence decodes in columns.
+        logprobs = 0 if number % 2 else None
+        serving.submit(f"r{number}", prompt(40, number), prune, max_tokens=40, logprobs=logprobs)
     serving.run()
     assert not serving.failed and len(serving.ended) == count
     serving.check()
@@ -260,7 +263,7 @@ def test_what_the_model_or_the_engine_does_not_know_is_refused(models: dict[str,
 def test_quest_reads_a_part_and_forgets_nothing(models: dict[str, Path], kind: str, runner: str) -> None:
     serving = Serving(models[kind], runner=runner)
     few, all_pages = params("quest", keep=0.2, floor=8), params("quest", keep=0.9)
-    serving.submit("few", prompt(61), few, max_tokens=20)
+    serving.submit("few", prompt(61), few, max_tokens=20, logprobs=None)
     serving.submit("all", prompt(61), all_pages, max_tokens=20)
     serving.submit("dense", prompt(61), None, max_tokens=20)
     serving.run()
@@ -271,4 +274,5 @@ def test_quest_reads_a_part_and_forgets_nothing(models: dict[str, Path], kind: s
     passed = {name: serving.recorder.lives[name, 0][0].passed_over for name in ("few", "all", "dense", "again")}
     layers = {layer for layer, _, _ in passed["few"]}
     assert layers == ({2} if kind == "gqa" else set()) and not passed["dense"]
-    assert (passed["few"] == passed["again"] and len(passed["all"]) < len(passed["few"])) or kind == "sliding"
+    left_out = {name: sum(map(len, choice.values())) for name, choice in passed.items()}
+    assert passed["few"] == passed["again"] and (left_out["all"] < left_out["few"] or kind == "sliding")

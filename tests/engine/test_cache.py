@@ -35,7 +35,7 @@ def grow(cache: KVCache, slot: int, tables: list[list[int]], kept: list[int]) ->
         pages.append(random.randrange(cache.num_pages))
         grant(cache, slot, row, len(pages) - 1, pages[-1])
         kept[row] += 4
-    cache.advance(torch.tensor([slot]), torch.tensor([4], dtype=torch.int32), [SlotId(slot)], [4])
+    cache.advance(torch.tensor([slot]), torch.tensor([4], dtype=torch.int32), np.array([slot], np.int32), [4])
 
 
 def test_tables_follow_grants_drops_and_assignments() -> None:
@@ -59,7 +59,7 @@ def test_tables_follow_grants_drops_and_assignments() -> None:
             grow(cache, slot, tables[slot], kept[slot])
         assert cache.kept.view(3, 4).tolist() == kept
         for i in range(3):
-            assert cache.longest([SlotId(i)], [5]) == max(kept[i]) + 5
+            assert cache.longest(np.array([i], np.int32), [5]) == max(kept[i]) + 5
             for row in range(4):
                 seen = cache.page_table.view(3, 4, -1)[i, row, : len(tables[i][row])]
                 assert seen.tolist() == tables[i][row]

@@ -3,15 +3,16 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from quire.core.ids import SlotId
-from quire.core.plan import BatchPlan, SequencePlan, SlotAssignment
+from quire.core.plan import NON_FINITE, BatchPlan, Decodes, SequencePlan, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.engine.inputs import logit_layout
-from quire.engine.sampler import NON_FINITE, Sampler
+from quire.engine.sampler import Sampler
 from quire.engine.slots import draw_kind, signed64
 
 VOCAB = 12
@@ -25,9 +26,14 @@ def assign(
 
 
 def draw(sampler: Sampler, slots: list[int], logits: torch.Tensor, start: int = 10) -> list[int]:
-    """One token per slot; the new token's position is start + 1."""
-    plan = BatchPlan(tuple(SequencePlan(SlotId(slot), start, (3,), True) for slot in slots))
-    return [output.token_ids[0] for output in sampler.run(plan, logit_layout(plan), logits)]
+    """One token per slot, of which every other is a steady decode; the new token's position is start + 1."""
+    steady, others = slots[::2], slots[1::2]
+    columns = (np.array(column, np.int32) for column in (steady, [start] * len(steady), [3] * len(steady)))
+    plan = BatchPlan(tuple(SequencePlan(SlotId(slot), start, (3,), True) for slot in others), decodes=Decodes(*columns))
+    order = [*range(0, len(slots), 2), *range(1, len(slots), 2)]
+    decoded, outputs = sampler.run(plan, logit_layout(plan), logits[order])
+    tokens = dict(zip(order, [*decoded.tolist(), *(output.token_ids[0] for output in outputs)], strict=True))
+    return [tokens[place] for place in range(len(slots))]
 
 
 def make_sampler(slots: int = 16) -> Sampler:
@@ -122,7 +128,8 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
             SequencePlan(SlotId(2), 0, (1, 2), True, (2,)),
         )
     )
-    outputs = sampler.run(plan, logit_layout(plan), logits)
+    decoded, outputs = sampler.run(plan, logit_layout(plan), logits)
+    assert not len(decoded)
     assert [output.error for output in outputs] == [None, NON_FINITE, NON_FINITE]
     assert len(outputs[0].logprobs) == 1 and outputs[0].logprobs[0].logprob == pytest.approx(-math.log(VOCAB))
     assert all(not (o.token_ids or o.logprobs or o.prompt_logprobs) for o in outputs[1:])
@@ -134,10 +141,12 @@ def test_logits_are_asked_only_where_needed() -> None:
             SequencePlan(SlotId(0), 4, (1, 2, 3), False),
             SequencePlan(SlotId(1), 0, (1, 2, 3), True, (2, 3)),
             SequencePlan(SlotId(2), 9, (7,), True),
-        )
+        ),
+        decodes=Decodes(*(np.array(column, np.int32) for column in ([4, 3], [8, 9], [5, 6]))),
     )
     layout = logit_layout(plan)
-    assert layout.rows == [3, 4, 5, 6] and layout.sampled == [(1, 2), (2, 3)] and layout.scored == [(1, 0)]
+    assert (layout.rows.tolist(), layout.sampled.tolist()) == ([0, 1, 5, 6, 7, 8], [0, 1, 4, 5])
+    assert (layout.samplers, layout.sampler_rows, layout.scored) == ([1, 2], [4, 5], [(1, 2)])
 
 
 def test_seeds_use_all_64_bits() -> None:

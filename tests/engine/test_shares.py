@@ -29,7 +29,7 @@ def test_shared_pages_keep_their_contents_and_fill_the_table() -> None:
     )
     cache.apply(BatchPlan((), assignments, grants=grants, shares=shares))
     assert cache.kept.view(3, 4).tolist() == [[0] * 4, [8] * 4, [0] * 4]
-    assert cache.longest([SlotId(1), SlotId(2)], [1, 1]) == 9
+    assert cache.longest(np.array([1, 2], np.int32), [1, 1]) == 9
     table = cache.page_table[1].view(4, -1)
     assert table[:, :2].tolist() == [[8, 9], [10, 11], [12, 13], [14, 15]] and table[3, 2] == 19
     assert torch.equal(cache.pool[:19], before[:19]) and cache.pool[19].eq(0).all()

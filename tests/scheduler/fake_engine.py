@@ -12,7 +12,9 @@ import zlib
 
 import numpy as np
 
+from quire.core.ids import SlotId
 from quire.core.plan import (
+    NO_TOKEN,
     BatchPlan,
     PageGrants,
     SequenceOutput,
@@ -61,6 +63,13 @@ def expected_output(request: Request, index: int, config: SchedulerConfig) -> tu
             return output, "length"
 
 
+def parts(plan: BatchPlan) -> list[SequencePlan]:
+    """All sequences of the batch, one by one: the steady decodes, then the others."""
+    columns = (plan.decodes.slots, plan.decodes.starts, plan.decodes.token_ids)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [*(SequencePlan(SlotId(slot), start, (token,), True) for slot, start, token in rows), *plan.sequences]
+
+
 class _Slot:
     """What the engine holds per slot."""
 
@@ -96,8 +105,8 @@ class FakeEngine:
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
-        assert plan.sequences and plan.num_tokens <= self.config.max_batch_tokens
-        assert len({part.slot for part in plan.sequences}) == len(plan.sequences)
+        assert 0 < plan.num_tokens <= self.config.max_batch_tokens
+        assert len({part.slot for part in parts(plan)}) == len(parts(plan))
         for assignment in plan.assignments:
             assert 0 <= assignment.slot < self.config.max_num_seqs
             self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
@@ -105,9 +114,13 @@ class FakeEngine:
         self._check_shares(plan)
         self._apply_page_changes(plan)
         self._check_owners(plan)
-        for part in plan.sequences:
+        for part in parts(plan):
             self._write(part)
-        return StepOutput(tuple(self._result(part) for part in plan.sequences))
+        results = [self._result(part) for part in parts(plan)]
+        steady = results[: len(plan.decodes)]
+        assert not any(result.logprobs for result in steady), "a steady decode that wants more than a token"
+        decoded = np.array([(*result.token_ids, NO_TOKEN)[0] for result in steady], np.int32)
+        return StepOutput(tuple(results[len(plan.decodes) :]), decoded=decoded)
 
     def _apply_page_changes(self, plan: BatchPlan) -> None:
         for drop in plan.drops:
@@ -139,7 +152,7 @@ class FakeEngine:
 
     def _check_owners(self, plan: BatchPlan) -> None:
         """Slots of the batch share only published pages (idle slots are checked when they are next in a batch)."""
-        tables = [[page for row in self.slots[part.slot].pages for page in row] for part in plan.sequences]
+        tables = [[page for row in self.slots[part.slot].pages for page in row] for part in parts(plan)]
         assert all(len(pages) == len(set(pages)) for pages in tables), "a page is twice in a table"
         own = [page for pages in tables for page in pages if page not in self.published]
         assert len(own) == len(set(own)), "a page has two owners"

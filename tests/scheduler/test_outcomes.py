@@ -1,20 +1,24 @@
 """How sequences end: stop tokens, length, errors, aborts in every state."""
 
+import numpy as np
 import pytest
 
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, Tokens
+from quire.core.messages import Failed, Finished, Tokens, single_events
 from quire.core.plan import SequenceOutput, StepOutput
 from quire.scheduler.scheduler import Scheduler
 
+from .fake_engine import parts
 from .world import EOS, World, make_config, make_request
 
 
 def answer(scheduler: Scheduler, token: int) -> list:
     """One step in which the only sequence samples `token`; the commit's events."""
     plan = scheduler.plan()
-    assert plan is not None and len(plan.sequences) == 1
-    return scheduler.commit(plan, StepOutput((SequenceOutput((token,)),)))
+    assert plan is not None and len(parts(plan)) == 1
+    results = tuple(SequenceOutput((token,)) for _ in plan.sequences)
+    decoded = np.full(len(plan.decodes), token, np.int32)
+    return list(single_events(scheduler.commit(plan, StepOutput(results, decoded=decoded))))
 
 
 def ending(token: int, **params) -> Finished | None:
@@ -63,7 +67,7 @@ def test_logprobs_are_passed_on_when_asked_for():
     world.scheduler.add(make_request("without"))
     plan = world.scheduler.plan()
     assert plan is not None
-    first, second = world.scheduler.commit(plan, world.engine.step(plan))
+    first, second = single_events(world.scheduler.commit(plan, world.engine.step(plan)))
     assert isinstance(first, Tokens) and isinstance(second, Tokens) and first.logprobs is not None
     assert first.logprobs[0].token_id == first.token_ids[0] == first.logprobs[0].top[0][0]
     assert second.logprobs is second.prompt_logprobs is None

@@ -3,14 +3,14 @@
 from quire.core.plan import BatchPlan
 from quire.scheduler.sequence import MAX_SCORED_ROWS, choice_seed
 
-from .fake_engine import expected_output
+from .fake_engine import expected_output, parts
 from .world import EOS, World, make_config, make_request
 
 
 def shape(plan: BatchPlan | None) -> list[tuple[int, int, bool]]:
     """(start, tokens, sample) of each sequence."""
     assert plan is not None
-    return [(part.start, len(part.token_ids), part.sample) for part in plan.sequences]
+    return [(part.start, len(part.token_ids), part.sample) for part in parts(plan)]
 
 
 def test_no_work_no_plan():
@@ -55,7 +55,7 @@ def test_slots_limit_who_runs():
     for name in "abc":
         world.scheduler.add(make_request(name))
     plan = world.step()
-    assert plan is not None and sorted(part.slot for part in plan.sequences) == [0, 1]
+    assert plan is not None and sorted(part.slot for part in parts(plan)) == [0, 1]
     assert (world.scheduler.stats().running, world.scheduler.stats().waiting) == (2, 1)
     world.run()
     assert len(world.finished) == 3
@@ -132,7 +132,7 @@ def test_prompt_scores_cover_each_token_but_the_first():
     world = World(make_config(max_batch_tokens=4))
     world.scheduler.add(make_request(prompt=range(1, 11), prompt_logprobs=0, max_tokens=2))
     plans = [world.step() for _ in range(4)]
-    assert [plan.sequences[0].score_ids for plan in plans if plan] == [(2, 3, 4, 5), (6, 7, 8, 9), (10,), ()]
+    assert [parts(plan)[0].score_ids for plan in plans if plan] == [(2, 3, 4, 5), (6, 7, 8, 9), (10,), ()]
     world.run()
     assert world.prompt_scores["r", 0] == list(range(2, 11))
 

@@ -1,11 +1,11 @@
 """Who begins with whose blocks, who waits for them, and what becomes of them when pages run short."""
 
 from quire.core.ids import RequestId
-from quire.core.messages import Tokens
+from quire.core.messages import Tokens, single_events
 from quire.core.plan import BatchPlan
 from quire.core.request import Request
 
-from .fake_engine import expected_output
+from .fake_engine import expected_output, parts
 from .world import World, make_config, make_request
 
 PROMPT = range(1, 19)
@@ -32,7 +32,7 @@ def test_full_blocks_of_an_earlier_prompt_are_not_computed_again():
     world.scheduler.add(make_request("b", PROMPT))
     plan = world.step()
     assert plan is not None and entered(plan) == [16]
-    assert (plan.sequences[0].start, plan.sequences[0].token_ids) == (16, (17, 18))
+    assert (parts(plan)[0].start, parts(plan)[0].token_ids) == (16, (17, 18))
     assert len(plan.shares.pages) == 4 * 2 and len(plan.grants.pages) == 2
     world.run()
     assert world.tokens["b", 0] == world.tokens["a", 0]
@@ -120,7 +120,7 @@ def test_a_scored_prompt_reuses_what_it_has_delivered_scores_for():
     plans = [world.step() for _ in range(3)]
     # 6 scores were delivered and one block is full: the rows 4 and 5 are computed again, then come new scores.
     assert entered(plans[0]) == [4]
-    assert [plan.sequences[0].score_ids for plan in plans if plan] == [
+    assert [parts(plan)[0].score_ids for plan in plans if plan] == [
         (),
         tuple(range(8, 14)),
         tuple(range(14, 19)),
@@ -282,6 +282,6 @@ def test_cached_tokens_come_with_the_first_token():
     world.scheduler.add(make_request("b", PROMPT, max_tokens=3))
     counts = []
     while (plan := world.scheduler.plan()) is not None:
-        events = world.scheduler.commit(plan, world.engine.step(plan))
+        events = single_events(world.scheduler.commit(plan, world.engine.step(plan)))
         counts += [event.cached_tokens for event in events if isinstance(event, Tokens)]
     assert counts == [16, 0, 0]

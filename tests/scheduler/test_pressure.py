@@ -4,7 +4,7 @@ import numpy as np
 
 from quire.core.ids import RequestId
 
-from .fake_engine import expected_output
+from .fake_engine import expected_output, parts
 from .world import World, make_config, make_request
 
 
@@ -81,7 +81,7 @@ def test_a_recomputed_prompt_is_cut_where_its_scores_ended():
     (sequence,) = world.scheduler._running
     world.scheduler._preempt(sequence)
     plans = [world.step() for _ in range(3)]
-    assert [plan.sequences[0].score_ids for plan in plans if plan] == [
+    assert [parts(plan)[0].score_ids for plan in plans if plan] == [
         (),
         tuple(range(10, 18)),
         tuple(range(18, 21)),
@@ -204,6 +204,6 @@ def test_a_begun_prompt_waits_while_an_older_one_takes_all_tokens():
     world = begun_prompt_with_scores(num_pages=200)
     world.scheduler.add(make_request("young", prompt=range(1, 20)))
     steps = [world.step() for _ in range(2)]
-    assert [[len(part.token_ids) for part in plan.sequences] for plan in steps if plan] == [[7, 1], [8]]
+    assert [[len(part.token_ids) for part in parts(plan)] for plan in steps if plan] == [[7, 1], [8]]
     world.run()
     assert len(world.finished) == 2

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from quire.core.ids import RequestId
-from quire.core.messages import Event, Failed, Finished, Tokens
+from quire.core.messages import Event, Failed, Finished, Tokens, single_events
 from quire.core.plan import BatchPlan
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -73,7 +73,7 @@ class World:
         output = self.engine.step(plan)
         between()
         self.scheduler.check_integrity()
-        for event in self.scheduler.commit(plan, output):
+        for event in single_events(self.scheduler.commit(plan, output)):
             self._collect(event)
         self.scheduler.check_integrity()
         self.engine.protect(self.published_pages())
