@@ -46,9 +46,7 @@ class Pruning:
                 continue
             counts, state.counts = state.counts, None
             dropped, before = int(sequence.table.kept.sum() - counts.sum()), self._cache.available
-            if not dropped:
-                continue
-            done, pages = self._cache.compact(sequence, counts)
+            done, pages = self._cache.compact(sequence, counts) if dropped else (False, None)
             state.denied = not done
             if done:
                 state.pruned = True

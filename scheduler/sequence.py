@@ -46,11 +46,16 @@ class PruneState:
     reason: str = ""
     """Why that was asked."""
     denied: bool = False
-    """Nothing could be done with it: pages are short. Until more is computed nothing will be."""
+    """Nothing came of it: pages are short, or nothing would be dropped. Until more is computed nothing will."""
     repeated: int = 0
     """Leading tokens that the model has repeated, where the policy asks for that."""
     repeating: int = 0
     """Tokens that it repeats in the step in flight."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether it forgets nothing unless pages run short, and they have not yet."""
+        return self.params.when == "pressure" and self.counts is None and not (self.pruned or self.denied)
 
     def enter(self, known: int) -> None:
         """The sequence begins (again) with no page and `known` tokens."""
@@ -156,7 +161,7 @@ class SequenceState:
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
         # What decode steps may forget, or what is told of it, takes more than a column.
-        forgets = self.prune is not None and (self.prune.pruned or self.prune.params.when == "always")
+        forgets = self.prune is not None and not self.prune.rests
         plain = self.request.params.logprobs is None and not forgets
         return plain and self.num_pending == 1 and self.num_generated > 0
 

@@ -41,7 +41,7 @@ class Usage:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
-        if not self.caches:
+        if self.policy is None or not self.caches:
             return body
         kept = round(sum(cache.kept for cache in self.caches.values()), 1)
         dropped = round(sum(cache.dropped for cache in self.caches.values()), 1)
