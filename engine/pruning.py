@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -67,7 +68,7 @@ class Pruner:
         """A sequence enters the slot."""
         slot, params = assignment.slot, assignment.prune
         for table in (self._policies, self._seen, self._chosen):
-            table.pop(slot, None)  # type: ignore[attr-defined]
+            table.pop(slot, None)
         if params is None or policy_infos()[params.policy].selects or not params.forgets:
             return
         policy = make_policy(params)
@@ -119,7 +120,7 @@ class Pruner:
     def clear(self) -> None:
         """Forget all slots."""
         for table in (self._policies, self._seen, self._chosen):
-            table.clear()  # type: ignore[attr-defined]
+            table.clear()
 
     def _watches(self, part: SequencePlan) -> bool:
         seen = self._seen.get(part.slot)
@@ -163,9 +164,9 @@ class Pruner:
             )
 
 
-def _observed(seen: Observations, layer: int, positions: Tensor, num_tokens: int) -> dict[str, object]:
+def _observed(seen: Observations, layer: int, positions: Tensor, num_tokens: int) -> dict[str, Any]:
     """The fields of a layer's view that were observed; positions [K, E] of its entries."""
-    fields: dict[str, object] = {"rotation": seen.rotation}
+    fields: dict[str, Any] = {"rotation": seen.rotation}
     newest, moments = seen.newest(layer, num_tokens), seen.moments(layer, num_tokens)
     if newest is not None:
         fields |= {"queries": newest[0], "query_positions": newest[1]}

@@ -46,7 +46,9 @@ class _Answer:
     @property
     def usage(self) -> Usage:
         prune = self.jobs[0].request.prune
-        return Usage(sum(len(job.request.prompt_ids) for job in self.jobs), policy=prune and prune.policy)
+        return Usage(
+            sum(len(job.request.prompt_ids) for job in self.jobs), policy=None if prune is None else prune.policy
+        )
 
     def deltas(self) -> AsyncGenerator[list[Delta], None]:
         return stream_deltas(self.service, self.jobs, self.arrived)

@@ -38,7 +38,8 @@ class Recorder:
     def __init__(self, loop: EngineLoop) -> None:
         self.lives: dict[tuple[str, int], list[Life]] = defaultdict(list)
         self._loop = loop
-        self._engine: Any = loop.engine
+        engine: Any = loop.engine
+        self._engine = engine
         self._step, self._compact = self._engine.step, self._engine.cache.compact
         self._engine.step = self.step
         self._engine.cache.compact = self.compact

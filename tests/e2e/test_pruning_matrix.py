@@ -7,7 +7,7 @@ dense pass that hides what was forgotten (`kept_oracle`), and published pages mu
 import random
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ SHAPE: dict[str, Any] = {
 
 def save(folder: Path, **changes: Any) -> Path:
     torch.manual_seed(11)
-    config, kind = transformers.LlamaConfig, transformers.LlamaForCausalLM
+    config, kind = cast(Any, (transformers.LlamaConfig, transformers.LlamaForCausalLM))
     if "sliding_window" in changes:
         config, kind = transformers.Qwen2Config, transformers.Qwen2ForCausalLM
     kind(config(**SHAPE | changes)).save_pretrained(folder)

@@ -1,6 +1,7 @@
 """How a request says that it may be pruned, and what answers and metrics say of it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import httpx
 import msgspec
@@ -22,7 +23,7 @@ BODY = {"prompt": "hello"}
 
 async def test_all_fields_reach_the_engine(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer) -> None:
     client.script = says([70])
-    asked = {
+    asked: dict[str, Any] = {
         "policy": "snapkv", "keep": 0.25, "floor": 32, "window": 16, "sinks": 2, "budget": "threshold",
         "threshold": 0.5, "refine": ["chunk"], "chunked": False, "every": 8, "when": "pressure",
     }  # fmt: skip
