@@ -125,6 +125,8 @@ def load_reference(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="forgetful").eval()
 
 
+attended: dict[int, Tensor] = {}
+"""Layer -> [H, T, T]: weights of the last pass."""
 _hidden: dict[int, Tensor] = {}
 """Layer -> [K, T, T] bool: query, entry."""
 
@@ -136,8 +138,18 @@ def _forgetful_attention(module, query, key, value, attention_mask, *, scaling=N
     distance = place[:, None] - place
     unseen = (distance < 0) | (distance >= (sliding_window or NEVER))
     unseen = unseen | _hidden[module.layer_idx].repeat_interleave(groups, 0)
-    weights = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    weights = attended[module.layer_idx] = scores.masked_fill(unseen, -torch.inf).softmax(-1)
     return (weights @ value[0].repeat_interleave(groups, 0)).transpose(0, 1)[None], None
+
+
+def hide(life: Life, config: Any, size: int) -> None:
+    """Let passes over `size` tokens see what the life had not forgotten."""
+    for layer in range(config.num_hidden_layers):
+        _hidden[layer] = torch.zeros(config.num_key_value_heads, size, size, dtype=torch.bool)
+    for (layer, head, position), first in life.forgotten.items():
+        _hidden[layer][head, first:, position] = True
+    for (layer, head, query), positions in life.passed_over.items():
+        _hidden[layer][head, query, list(positions)] = True
 
 
 @torch.inference_mode()
@@ -148,12 +160,7 @@ def expected_logprobs(reference: Any, lives: list[Life], prompt: list[int], outp
     rows = []
     for number, life in enumerate(lives):
         end = lives[number + 1].outputs if number + 1 < len(lives) else len(output)
-        for layer in range(config.num_hidden_layers):
-            _hidden[layer] = torch.zeros(config.num_key_value_heads, size, size, dtype=torch.bool)
-        for (layer, head, position), first in life.forgotten.items():
-            _hidden[layer][head, first:, position] = True
-        for (layer, head, query), positions in life.passed_over.items():
-            _hidden[layer][head, query, list(positions)] = True
+        hide(life, config, size)
         logits = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
         start = len(prompt) - 1
         rows.append(logits[start + life.outputs : start + end].log_softmax(-1))

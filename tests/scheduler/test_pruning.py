@@ -25,7 +25,8 @@ def world_of(**changes: Any) -> World:
 
 def pruned(name: str, prompt: Iterable[int] = PROMPT, *, seed: int = 1, max_tokens: int = 8, **changes: Any) -> Request:
     """A request that keeps half of its entries, at least 3."""
-    params = PruneParams(**{"policy": "any", "floor": 3, "window": 1, "sinks": 1, "every": 4} | changes)
+    values: dict[str, Any] = {"policy": "any", "floor": 3, "window": 1, "sinks": 1, "every": 4} | changes
+    params = PruneParams(**values)
     plain = make_request(name, prompt, seed=seed, max_tokens=max_tokens)
     return msgspec.structs.replace(plain, prune=params, repeat_ids=(7, 7))
 
