@@ -91,8 +91,7 @@ class Simulation:
             prompt_ids=conversation.prompt,
             params=SamplingParams(temperature=0.0),
             seed=number,
-            # A field that schedulers with policies know.
-            **({"tenant": f"tenant{turn.tenant}"} if "tenant" in Request.__struct_fields__ else {}),
+            **_tenant(turn.tenant),
         )
         self._engine.lengths[number] = len(conversation.prompt) + conversation.output
         self._live[request.id] = _Live(turn)
@@ -152,6 +151,11 @@ class Simulation:
     def _forget(self, request_id: RequestId) -> _Live:
         del self._engine.lengths[int(request_id)]
         return self._live.pop(request_id)
+
+
+def _tenant(number: int) -> dict[str, Any]:
+    """Whose request it is, where the scheduler tells tenants apart."""
+    return {"tenant": f"tenant{number}"} if "tenant" in Request.__struct_fields__ else {}
 
 
 def _config(engine: SimulatedEngine, limits: Limits) -> SchedulerConfig:

@@ -38,7 +38,8 @@ def load_table(summary: dict[str, Any]) -> Table:
     if "peak_output_tokens_per_second" in summary:
         ratio = summary["saturated_output_tokens_per_second"] / summary["peak_output_tokens_per_second"]
         rows["peak tokens/s, best concurrency"] = f"{summary['peak_output_tokens_per_second']:,.0f}"
-        rows["of the peak"] = f"{ratio:.1%}"
+        if summary["saturated_share"] > 0.5:  # else there was too little to do
+            rows["of the peak, while requests waited"] = f"{ratio:.1%}"
     for name, value in rows.items():
         table.add_row(name, value)
     return table

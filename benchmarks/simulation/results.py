@@ -90,6 +90,11 @@ class Result:
             return self._saturated_tokens / self._saturated_seconds
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def saturated_share(self) -> float:
+        """Of the run's time: steps in which requests waited."""
+        return self._saturated_seconds / self.seconds if self.seconds else 0.0
+
     def step(self, seconds: float, tokens: int, waiting: int) -> None:
         """One step gave so many tokens."""
         if waiting:
@@ -131,6 +136,7 @@ class Result:
             "output_tokens": self.tokens,
             "output_tokens_per_second": self.tokens / self.seconds,
             "saturated_output_tokens_per_second": self.saturated_rate,
+            "saturated_share": self.saturated_share,
             "requests_per_second": self.finished / self.seconds,
             "goodput_requests_per_second": self.good / self.seconds,
             "objective": {"ttft": self.objective.ttft, "tpot": self.objective.tpot},

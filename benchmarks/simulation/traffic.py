@@ -84,7 +84,7 @@ class Traffic:
         turns_per_second = self.rate * self._share(tenant)
         shape, now, missing = 1 / self.variation**2, 0.0, self.quota(tenant)
         while missing > 0:
-            turns = min(missing, 1 + int(rng.expovariate(1.0) * (self.lengths.mean_turns - 1)))
+            turns = min(missing, _geometric(rng, self.lengths.mean_turns))
             missing -= turns
             own = random.Random(rng.getrandbits(64))
             yield Turn(tenant, now, Conversation(own, system, turns, self))
@@ -164,6 +164,11 @@ class Arrivals:
                 self._next = next(self._new, None)
             else:
                 yield heapq.heappop(self._back)[2]
+
+
+def _geometric(rng: random.Random, mean: float) -> int:
+    """1 or more, with this mean."""
+    return 1 if mean <= 1 else 1 + int(math.log(1 - rng.random()) / math.log(1 - 1 / mean))
 
 
 @cache
