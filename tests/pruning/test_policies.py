@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from quire.core.pruning import PruneParams
+from quire.core.pruning import Budget, PruneParams, Refinement
 from quire.pruning.expected import HORIZON
 from quire.pruning.lagkv import PARTITION
 from quire.pruning.policy import LayerView, Limits, Policy
+from quire.pruning.select import select
 from quire.pruning.snapkv import KERNEL
 from quire.pruning.table import POLICIES, make_policy
 
@@ -35,7 +38,6 @@ def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap
     generator = torch.Generator().manual_seed(seed + 1)
     heads, window = GROUP * len(lengths), min(LIMITS.window, num_tokens)
     factors = torch.randn(heads, DIM, DIM, generator=generator)
-    observed = {name: torch.rand(view.valid.shape, generator=generator) for name in ("mass", "repeated")}
     return replace(
         view,
         queries=torch.randn(window, heads, DIM, generator=generator) * 3,
@@ -46,7 +48,8 @@ def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap
         rotation=rotation,
         output_weight=torch.randn(20, heads * DIM, generator=generator),
         softcap=softcap,
-        **observed,
+        mass=torch.rand(view.valid.shape, generator=generator),
+        repeated=torch.rand(view.valid.shape, generator=generator),
     )
 
 
@@ -244,3 +247,27 @@ def test_bfloat16_cache(name: str) -> None:
     scores = fresh(name).scores(half, LIMITS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(POLICIES)),
+    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada"]),
+    refine=st.sampled_from([(), ("value-norm",), ("chunk",), ("value-norm", "chunk")]),
+    lengths=st.lists(st.integers(8, 60), min_size=2, max_size=2),
+    target=st.integers(8, 60),
+    seed=st.integers(0, 50),
+)
+def test_any_combination_keeps_what_is_protected(
+    name: str, budget: Budget, refine: tuple[Refinement, ...], lengths: list[int], target: int, seed: int
+) -> None:
+    params = PruneParams(policy=name, budget=budget, refine=refine, sinks=2, window=6)
+    views = [replace(observed_view(lengths, num_tokens=64, seed=seed + i), layer=i) for i in range(2)]
+    selection = select(make_policy(params), views, params, target)
+    assert selection.counts.sum() <= target * 4
+    for view, keep, counts in zip(views, selection.keep, selection.counts, strict=True):
+        for head, count in enumerate(counts.tolist()):
+            kept = keep[head, :count].tolist()
+            assert kept == sorted(set(kept)) and (not kept or kept[-1] < lengths[head])
+            positions = view.positions[head, : lengths[head]].tolist()
+            assert {i for i, p in enumerate(positions) if p < 2 or p >= 58} <= set(kept)
