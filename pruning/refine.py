@@ -14,7 +14,7 @@ from .tokens import mean_by_token
 CHUNK = 16
 """Tokens of a chunk: the default page, where ChunkKV's paper took 10 and others 20."""
 _EPSILON = 1e-4
-_CPU_BLOCK, _BLOCK = 2**20, 2**26
+_CPU_BLOCK, _BLOCK = 2**22, 2**26
 """Projected numbers at a time: on a CPU few enough for its cache."""
 
 
