@@ -32,7 +32,9 @@ def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap: float | None = None) -> LayerView:
+def observed_view(
+    lengths: list[int], *, num_tokens: int, seed: int = 0, softcap: float | None = None, sinks: bool = False
+) -> LayerView:
     """A view with everything that any policy may ask for."""
     view = make_view(lengths, num_tokens=num_tokens, dim=DIM, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -48,6 +50,7 @@ def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap
         rotation=rotation,
         output_weight=torch.randn(20, heads * DIM, generator=generator),
         softcap=softcap,
+        sink_logits=torch.randn(heads, generator=generator) if sinks else None,
         mass=torch.rand(view.valid.shape, generator=generator),
         repeated=torch.rand(view.valid.shape, generator=generator),
     )
@@ -65,8 +68,9 @@ def attention(view: LayerView, head: int, row: int, query_head: int) -> list[flo
         logit = float(view.queries[row, query_head] @ view.keys[head, e]) * view.scale
         logit = view.softcap * math.tanh(logit / view.softcap) if view.softcap else logit
         logits.append(logit if view.positions[head, e] <= view.query_positions[row] else -math.inf)
-    exps = [math.exp(x - max(logits)) for x in logits]
-    return [x / sum(exps) for x in exps]
+    sink = 0.0 if view.sink_logits is None else math.exp(float(view.sink_logits[query_head]))
+    exps = [math.exp(x) for x in logits]
+    return [x / (sum(exps) + sink) for x in exps]
 
 
 def window_literal(view: LayerView, head: int) -> list[float]:
@@ -155,9 +159,9 @@ def fresh(name: str) -> Policy:
 
 
 @pytest.mark.parametrize("name", LITERAL)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_formula(name: str, softcap: float | None) -> None:
-    view = observed_view([30, 21], num_tokens=40, softcap=softcap)
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True)])
+def test_formula(name: str, softcap: float | None, sinks: bool) -> None:
+    view = observed_view([30, 21], num_tokens=40, softcap=softcap, sinks=sinks)
     scores = fresh(name).scores(view, LIMITS)
     assert scores.shape == view.valid.shape
     for head in range(2):
