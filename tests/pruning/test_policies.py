@@ -198,6 +198,15 @@ def test_lagkv_formula() -> None:
         assert (unranked.diff() > 0).all(), "the newer, the better"
 
 
+def test_lagkv_before_a_run_of_one_token() -> None:
+    """The next partition's values have no range: what differs from them stands out, and nothing is NaN."""
+    view = make_view([4 * PARTITION], num_tokens=4 * PARTITION)
+    view.keys[:], view.values[:] = 1.0, 2.0
+    view.keys[0, 50], view.values[0, 50] = torch.randn(2, 8)
+    scores = fresh("lagkv").scores(view, LIMITS)
+    assert int(scores[0, LIMITS.sinks : LIMITS.sinks + PARTITION].argmax()) == 50 - LIMITS.sinks
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_padding_is_never_read(name: str) -> None:
     """Views are full of NaN past each head's length; more padding changes nothing either."""
