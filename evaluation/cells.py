@@ -6,7 +6,7 @@ from statistics import fmean
 
 from ..core.messages import EngineInfo
 from ..core.pruning import PruneCounts, PruneParams
-from .statistics import interval
+from .statistics import bootstrap, interval
 from .tasks import LOSSES, TASKS
 from .trial import Completion, Trial
 
@@ -52,6 +52,11 @@ class Cell:
     low: float
     """The interval holds the true mean with 95 % confidence."""
     high: float
+    change: float
+    """Mean over the trials of score - score of the unpruned model."""
+    change_low: float
+    """Its 95 % interval: paired, so much narrower than that of the score."""
+    change_high: float
     scores: list[float]
     """Of each trial."""
     measurable: bool
@@ -82,8 +87,10 @@ def cells(
     for measure, scorer in TASKS[task].measures.items():
         pairs = list(zip(trials, outputs.completions, unpruned.completions, strict=True))
         scores = [scorer(trial, got, reference) for trial, got, reference in pairs]
-        base = fmean(scorer(trial, reference, reference) for trial, _, reference in pairs)
+        base = [scorer(trial, reference, reference) for trial, _, reference in pairs]
+        changes = [score - other for score, other in zip(scores, base, strict=True)]
         low, high = interval(scores)
+        change_low, change_high = bootstrap(changes)
         made.append(
             Cell(
                 measure=measure,
@@ -93,8 +100,11 @@ def cells(
                 score=fmean(scores),
                 low=low,
                 high=high,
+                change=fmean(changes),
+                change_low=change_low,
+                change_high=change_high,
                 scores=scores,
-                measurable=measure in LOSSES or base >= MEASURABLE,
+                measurable=measure in LOSSES or fmean(base) >= MEASURABLE,
                 kept_share=1 - counts.entries / (outputs.tokens * heads),
                 freed_bytes=counts.pages * info.kv_bytes / info.num_pages / len(trials),
                 tokens_per_second=rate,

@@ -6,9 +6,10 @@ documentation inside them. Both are there wherever Python is, so that nothing ha
 
 import ast
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, Protocol
 
 import numpy as np
@@ -158,16 +159,20 @@ class Filler:
         return out + self.ids[done:]
 
 
+@cache
 def _code() -> str:
     return "\n".join(file.text for file in standard_library() if is_held_out(file.path))
 
 
+@cache
 def _prose() -> str:
     """The documentation of modules, classes and functions, a paragraph a line."""
     found: dict[str, None] = {}
     for file in standard_library():
         try:
-            tree = ast.parse(file.text)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # old escapes in strings
+                tree = ast.parse(file.text)
         except (SyntaxError, ValueError, RecursionError):
             continue
         for node in ast.walk(tree):

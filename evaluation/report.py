@@ -26,7 +26,7 @@ def _table(length: int, found: Sequence[Cell]) -> Table:
     measures = _distinct(found, "measure")
     cannot = [name for name in measures if not all(cell.measurable for cell in found if cell.measure == name)]
     note = f"* the unpruned model cannot do it: {', '.join(cannot)} say nothing about pruning" if cannot else None
-    table = Table(title=f"{length:,} tokens, {len(found[0].scores)} samples", caption=note)
+    table = Table(title=f"{length:,} tokens, {len(found[0].scores)} samples; scores in % [95 % interval]", caption=note)
     for name in ("policy", "keep", "kept", "freed", "speed", "pruning"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for name in measures:
@@ -48,9 +48,12 @@ def _costs(row: Sequence[Cell]) -> list[str]:
 
 
 def _shown(cell: Cell) -> str:
-    if cell.loss:
-        return f"{cell.score:.3f} [{cell.low:.2f}-{cell.high:.2f}]"
-    return f"{cell.score:.0%} [{cell.low:.0%}-{cell.high:.0%}]"
+    """Score with its interval in per cent; of a loss, what pruning adds to it, with the interval of that."""
+    if not cell.loss:
+        return f"{100 * cell.score:.0f} [{100 * cell.low:.0f}-{100 * cell.high:.0f}]"
+    if cell.policy == "none":
+        return f"{cell.score:.3f}"
+    return f"{cell.change:+.3f} [{cell.change_low:+.2f} {cell.change_high:+.2f}]"
 
 
 def _distinct(found: Sequence[Cell], name: str) -> list[Any]:

@@ -7,6 +7,7 @@ pruned, and so that times can be compared. All settings get the same trials.
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +19,6 @@ from .cells import Cell, Outputs, Setting, cells
 from .material import Material
 from .tasks import TASKS, Place
 from .trial import Completion, Model, Trial
-
-_NOTHING = PruneCounts()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,7 @@ class Sweep:
 
 def _complete(model: Model, trials: Sequence[Trial], setting: Setting, tick: Callable[[str], None]) -> Outputs:
     """Run the trials, one after another."""
-    before = model.stats
+    before = _counts(model.stats, setting.policy)
     completions: list[Completion] = []
     seconds, tokens = 0.0, 0
     for trial in trials:
@@ -80,12 +79,15 @@ def _complete(model: Model, trials: Sequence[Trial], setting: Setting, tick: Cal
         tokens += len(trial.prompt) + len(completion.choices[0].token_ids) - 1
         completions.append(completion)
         tick(str(setting))
-    return Outputs(setting, completions, seconds, tokens, _since(before, model.stats, setting.policy))
-
-
-def _since(before: EngineStats, after: EngineStats, policy: str) -> PruneCounts:
-    """What the policy did between two reports."""
-    old, new = before.prunes.get(policy, _NOTHING), after.prunes.get(policy, _NOTHING)
-    return PruneCounts(
-        entries=new.entries - old.entries, pages=new.pages - old.pages, seconds=new.seconds - old.seconds
+    after = _counts(model.stats, setting.policy)
+    counts = PruneCounts(
+        entries=after.entries - before.entries,
+        pages=after.pages - before.pages,
+        seconds=after.seconds - before.seconds,
     )
+    return Outputs(setting, completions, seconds, tokens, counts)
+
+
+def _counts(stats: EngineStats, policy: str) -> PruneCounts:
+    """What the policy did up to now, as a value: the engine goes on counting in its own."""
+    return copy(stats.prunes.get(policy, PruneCounts()))

@@ -49,6 +49,8 @@ class Task:
     make: Maker
     measures: dict[str, Scorer]
     """Name of the measure -> its scorer."""
+    tail: bool = False
+    """Whether a tail is scored, and not an output."""
 
 
 def needle(material: Material, rng: np.random.Generator, place: Place) -> Trial:
@@ -169,10 +171,10 @@ def _check_room(place: Place, room: int) -> None:
 TASKS: dict[str, Task] = {
     "needle": Task(needle, {"needle": answered}),
     "multi-key": Task(multi_key, {"multi-key": answered}),
-    "multi-query": Task(multi_query, {"multi-query": recalled}),
-    "variables": Task(variables, {"variables": recalled_all}),
-    "copying": Task(copying, {"copying": copied}),
-    "loss": Task(continuing, {"loss": log_loss}),
+    "multi-query": Task(multi_query, {"multi-query": recalled}, tail=True),
+    "variables": Task(variables, {"variables": recalled_all}, tail=True),
+    "copying": Task(copying, {"copying": copied}, tail=True),
+    "loss": Task(continuing, {"loss": log_loss}, tail=True),
     "agreement": Task(agreement, {"agreement": agreeing, "agreement from start": agreeing_from_start}),
     "arithmetic": Task(arithmetic, {"arithmetic": answered}),
 }

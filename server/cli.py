@@ -311,6 +311,10 @@ def eval_pruning(
     refine: Annotated[
         str, typer.Option(help="Refinements of the scores, comma-separated.", rich_help_panel=_PRUNING)
     ] = "",
+    chunked: Annotated[
+        bool,
+        typer.Option(help="Prune after each chunk of the prompt, or at its end alone.", rich_help_panel=_PRUNING),
+    ] = True,
     floor: Annotated[int, typer.Option(help="Fewest entries per head that stay.", rich_help_panel=_PRUNING)] = 1,
     window: Annotated[int, typer.Option(help="Newest entries that always stay.", rich_help_panel=_PRUNING)] = 64,
     out: Annotated[Path, typer.Option(help="Folder for results.json and the plots.")] = Path("pruning-quality"),
@@ -323,7 +327,7 @@ def eval_pruning(
     """Measure what pruning costs in quality and gives in memory and time: recall, copying, loss, agreement."""
     from .evaluate import EvalOptions, evaluate, items
 
-    prune = {"budget": budget, "threshold": threshold, "floor": floor, "window": window}
+    prune = {"budget": budget, "threshold": threshold, "floor": floor, "window": window, "chunked": chunked}
     engine = {"device": device, "dtype": dtype, "runner": runner, "attention_backend": attention_backend}
     evaluate(
         EvalOptions(

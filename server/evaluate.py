@@ -22,6 +22,8 @@ from ..evaluation.tasks import TASKS
 from .llm import LLM
 
 Item = TypeVar("Item")
+TABLE_WIDTH = 200
+"""Characters; a narrower terminal folds lines, which beats cut figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ def evaluate(options: EvalOptions) -> None:
     text_format = options.text_format or ("code" if llm.info.model.name == str(embedded_model()) else "prose")
     sweep = Sweep(
         settings=settings(options, llm.info),
-        tasks=options.tasks or list(TASKS),
+        tasks=tasks(options),
         lengths=options.lengths or default_lengths(llm.info.max_model_len),
         samples=options.samples,
         chunk=options.chunk,
@@ -62,6 +64,7 @@ def evaluate(options: EvalOptions) -> None:
     results = options.out / "results.json"
     write_json(results, found, sweep, llm.info, text_format)
     console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
     for table in tables(found):
         console.print(table)
     for path in [results, *draw(options.out, found)]:
@@ -85,6 +88,16 @@ def settings(options: EvalOptions, info: EngineInfo) -> list[Setting]:
     except msgspec.ValidationError as error:
         raise InvalidRequestError(f"pruning: {error}") from error
     return [Setting(params.policy, params.keep, params) for params in asked if params.forgets]
+
+
+def tasks(options: EvalOptions) -> list[str]:
+    """Those asked for, or all that can be measured."""
+    scored = [name for name, task in TASKS.items() if task.tail]
+    if options.prune["chunked"]:
+        return options.tasks or list(TASKS)
+    for name in set(options.tasks).intersection(scored):
+        raise InvalidRequestError(f"task {name!r} looks at a cache that was pruned before the prompt's end: --chunked")
+    return options.tasks or [name for name in TASKS if name not in scored]
 
 
 def default_lengths(context: int) -> list[int]:
