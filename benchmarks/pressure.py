@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.stepping import Prompts, drain, load
 from quire.core.config import embedded_model
 from quire.core.ids import RequestId
-from quire.core.messages import EngineStats, Event, Failed, Finished, Tokens
+from quire.core.messages import EngineStats, Event, Failed, Finished, Tokens, single_events
 from quire.core.pruning import PruneParams
 from quire.core.request import Request
 from quire.scheduler.loop import EngineLoop
@@ -75,7 +75,7 @@ def arrive(loop: EngineLoop, requests: Sequence[Request], times: Sequence[float]
             loop.submit(waiting.pop(0)[1])
         if loop.has_work:
             report = loop.step()
-            watcher.watch(report.stats, report.events)
+            watcher.watch(report.stats, list(single_events(report.events)))
         else:
             time.sleep(max(0.0, waiting[0][0] - now))
     return [watcher.ended[one.id] - started - at for at, one in zip(times, requests, strict=True)]
@@ -175,9 +175,7 @@ def main() -> None:
 
 def show(found: dict[str, Outcome]) -> None:
     """A row per way to relieve pressure, then the ratio."""
-    table = Table(
-        "pressure", "in time/s", "in time", "requests/s", "preemptions", "rows/asked", "agreement", title=title
-    )
+    table = Table("pressure", "in time/s", "in time", "requests/s", "preemptions", "rows/asked", "agreement")
     for how, one in found.items():
         cells = [f"{one.goodput:.2f}", f"{one.in_time}", f"{one.throughput:.2f}", f"{one.preemptions}"]
         table.add_row(how, *cells, f"{one.recomputed:.2f}", f"{one.agreement:.0%}")

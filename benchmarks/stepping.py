@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quire.core.config import EngineConfig
 from quire.core.ids import RequestId
-from quire.core.messages import EngineStats, Event
+from quire.core.messages import EngineStats, Event, single_events
 from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
@@ -58,4 +58,4 @@ def drain(loop: EngineLoop, requests: Sequence[Request], watch: Watch) -> None:
         loop.submit(request)
     while loop.has_work:
         report = loop.step()
-        watch(report.stats, report.events)
+        watch(report.stats, list(single_events(report.events)))
