@@ -138,7 +138,7 @@ def main() -> None:
             console.print(table)
         return
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: install quire[bench]")
+        raise SystemExit("--plot needs matplotlib: install quire[plot]")
     result, summary = measure(args, console)
     for table in (latency_table(summary), load_table(summary), tenant_table(summary)):
         console.print(table)
