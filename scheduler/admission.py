@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from ..core.request import Request
 from .config import SchedulerConfig
+from .waiting import WaitingQueue
 
 
 def check_request(request: Request, config: SchedulerConfig) -> None:
@@ -20,6 +21,23 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
             f"n is {params.n:,} but at most {config.max_waiting:,} sequences can wait here", param="n"
         )
     _check_length(request, config)
+
+
+def check_room(request: Request, queue: WaitingQueue, config: SchedulerConfig, now: float) -> None:
+    """Raise `OverloadedError` if the queue has no room for all of the request's choices at clock time `now`.
+
+    A prompt longer than all that may wait is taken when none does: else it could never be served.
+    """
+    choices = request.params.n
+    places = len(queue) + choices - config.max_waiting
+    tokens = 0
+    if config.max_waiting_tokens is not None and queue.num_tokens:
+        tokens = queue.num_tokens + choices * len(request.prompt_ids) - config.max_waiting_tokens
+    if places <= 0 and tokens <= 0:
+        return
+    seconds = queue.retry_after(max(places, 0), max(tokens, 0), now)
+    waiting = f"{len(queue):,} sequences" if places > 0 else f"{queue.num_tokens:,} prompt tokens"
+    raise OverloadedError(f"the queue is full ({waiting} wait); try again in {seconds:.0f} s", retry_after=seconds)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -27,6 +27,11 @@ class BatchDraft:
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
 
+    @property
+    def size(self) -> int:
+        """Sequences in the step."""
+        return len(self.members) + len(self.decoders)
+
     def enter(self, sequence: SequenceState, shared: IntArray) -> None:
         """The sequence has just got its slot; its table begins with the pages `shared` [R, C]."""
         self._assignments.append(sequence.assignment())

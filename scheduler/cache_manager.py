@@ -133,6 +133,17 @@ class CacheManager:
         """Forget every prefix that no sequence uses."""
         self._pool.give(self._index.reclaim(self._config.num_pages))
 
+    def reclaim_leaked(self) -> int:
+        """While no sequence runs: take back the pages that belong to nobody; returns how many. O(1) if there are none.
+
+        A prefix that still counts users is forgotten too: the count is wrong, its pages could never be reclaimed.
+        """
+        leaked = self.used
+        if leaked:
+            self._index.forget_used()
+            self._pool.reset(np.concatenate([np.empty(0, np.int32), *(bundle.pages for bundle in self._index)]))
+        return leaked
+
     def check(self, running: Iterable[SequenceState]) -> None:
         """AssertionError unless pool, index and the tables of the `running` sequences agree; passes over all."""
         self._pool.check()

@@ -39,6 +39,14 @@ class SchedulerConfig:
     """See `core.model_spec.ModelSpec.rope_length`."""
     prefix_cache: bool = True
     """Keep computed prefixes for requests that begin alike."""
+    policy: str = "fcfs"
+    """Of `scheduler.policy.POLICIES`."""
+    max_itl: float | None = None
+    """Seconds that a step which decodes should stay within; None: no target."""
+    max_waiting_tokens: int | None = None
+    """Most prompt tokens that wait, unless one request alone has more."""
+    queue_timeout: float | None = None
+    """Seconds in which a request must start."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers

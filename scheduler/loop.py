@@ -53,16 +53,22 @@ class EngineLoop:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Run one step if there is work; the report carries its events and the state after it."""
+        """Run one step if there is work; the report carries its events and the state after it.
+
+        Without work it is a heartbeat, which looks for leaked pages.
+        """
         events, self._refused = self._refused, []
         if self.scheduler.has_work:
             started = time.perf_counter()
+            events += self.scheduler.tend()
             plan = self.scheduler.plan()
             if plan is not None:
                 output = self.engine.step(plan)
                 events += self.scheduler.commit(plan, output)
                 self._forward_seconds = output.forward_seconds
             self._step_seconds = time.perf_counter() - started
+        if not self.scheduler.has_work:
+            self.scheduler.reclaim_leaks()
         return StepReport(events, self.stats())
 
     def stats(self) -> EngineStats:
@@ -73,7 +79,16 @@ class EngineLoop:
 
 
 def scheduler_config(
-    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int, prefix_cache: bool = True
+    info: EngineInfo,
+    *,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    max_waiting: int,
+    prefix_cache: bool = True,
+    policy: str = "fcfs",
+    max_itl: float | None = None,
+    max_waiting_tokens: int | None = None,
+    queue_timeout: float | None = None,
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -91,4 +106,8 @@ def scheduler_config(
         model=info.model.name,
         rope_length=info.model.rope_length,
         prefix_cache=prefix_cache,
+        policy=policy,
+        max_itl=max_itl,
+        max_waiting_tokens=max_waiting_tokens,
+        queue_timeout=queue_timeout,
     )

@@ -27,7 +27,6 @@ from ..core.messages import (
     Ready,
     Shutdown,
     StartFailed,
-    StepReport,
     Submit,
 )
 from .loop import EngineLoop, scheduler_config
@@ -49,6 +48,10 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_batch_tokens=config.max_batch_tokens,
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
+        policy=config.policy,
+        max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
+        max_waiting_tokens=config.max_waiting_tokens,
+        queue_timeout=config.queue_timeout,
     )
     return EngineLoop(engine, Scheduler(limits))
 
@@ -106,7 +109,7 @@ def run(loop: EngineLoop, wire: Wire) -> None:
                 return
             _handle(loop, message)
             message = None if wire.inbox.empty() else wire.inbox.get()
-        wire.send(loop.step() if loop.has_work else StepReport([], loop.stats()))
+        wire.send(loop.step())
 
 
 def _handle(loop: EngineLoop, message: Submit | Abort) -> None:

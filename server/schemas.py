@@ -181,6 +181,10 @@ class GenerationBody(Body):
     user: str | None = None
     cache_salt: CacheSalt | None = None
     """Only requests of equal salt reuse each other's computed prefixes."""
+    priority: Int32 | None = None
+    """Lower is sooner; counts where the server serves by priority."""
+    timeout: float | None = None
+    """Seconds after which the request fails if it has not ended."""
 
 
 class CompletionBody(GenerationBody):

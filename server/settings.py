@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..core.errors import ModelNotFoundError
 from ..scheduler.client import EngineClient
+from .keys import ApiKey
 from .metrics import Metrics
 from .text import Tokenizer
 
@@ -15,8 +16,10 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...]
     """Names under which requests may ask for the model; the first one labels metrics."""
-    api_key: str | None = None
-    """Guards every route but /health and /ready."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Any of them opens every route but /health and /ready; without one all are open."""
+    isolate_keys: bool = False
+    """Requests reuse only those prefixes that came with a key of the same tenant."""
     max_body_bytes: int = 8 * 2**20
     """Largest request body."""
     seed: int | None = None

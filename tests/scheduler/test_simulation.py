@@ -40,6 +40,10 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         eos_token_ids=rng.choice([(), (0,), (0, 1)]),
         prefix_cache=rng.random() < 0.9,
         rope_length=rng.choice([None, None, None, 20]),
+        policy=rng.choice(["fcfs", "priority", "fair", "sjf"]),
+        queue_timeout=rng.choice([None, None, None, 0.9]),
+        max_waiting_tokens=rng.choice([None, None, 60]),
+        max_itl=rng.choice([None, None, 0.01]),
     )
 
 
@@ -70,6 +74,9 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         params=SamplingParams(**params),
         seed=rng.choice([7, rng.getrandbits(64)]),
         cache_salt=rng.choice(["", "", "", "a"]),
+        priority=rng.choice([0, 0, -1, 2]),
+        tenant=rng.choice(["", "a", "b"]),
+        timeout=rng.choice([None, None, None, None, rng.uniform(0.1, 9.0)]),
     )
 
 
