@@ -8,7 +8,6 @@ Plan and commit alternate; `add` and `abort` may come at any time between. No te
 """
 
 import itertools
-import logging
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,15 +26,12 @@ from .config import SchedulerConfig
 from .decodes import DecodeBatch
 from .outcome import accept, accept_tokens
 from .oversight import Oversight
+from .pace import Pace
 from .policy import POLICIES, position
+from .preemption import giving_way
 from .prefix import Bundle
 from .sequence import SequenceState
-from .step_cost import StepCost
 from .waiting import WaitingQueue
-
-MIN_CHUNK = 16
-"""Prompt tokens that a step takes however tight its time is: shorter chunks read the cache too often."""
-log = logging.getLogger("quire.scheduler")
 
 
 class Scheduler:
@@ -50,7 +46,7 @@ class Scheduler:
         self._clock = clock
         self._cache = CacheManager(config)
         self._policy = POLICIES[config.policy]()
-        self._step_cost = StepCost()
+        self._pace = Pace(config.max_itl, config.page_size)
         self._oversight = Oversight(config.queue_timeout)
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
@@ -58,12 +54,11 @@ class Scheduler:
         """The unfinished choices of each request."""
         self._waiting = WaitingQueue(self._policy)
         self._running: list[SequenceState] = []
-        """Holders of a slot, oldest arrival first."""
+        """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
-        self._leaked = 0
 
     @property
     def has_work(self) -> bool:
@@ -102,23 +97,22 @@ class Scheduler:
 
     def tend(self) -> list[Event]:
         """End the requests that are late or stuck, each with its error. Before a step, or while one is in flight."""
-        late = self._oversight.due(self._clock(), self._requests)
-        return [self._fail(request_id, error) for request_id, error in late]
+        due = self._oversight.due(self._clock(), self._requests)
+        return [self._fail(request_id, error) for request_id, error in due]
 
     def plan(self) -> BatchPlan | None:
         """Decide the next step: decodes, then begun prompts, then new sequences, up to `max_batch_tokens`.
 
-        None when there is no work, or when it cannot be planned: a fault that the next `tend` ends. The plan must be
-        committed before the next one.
+        None when there is no work, or by a fault, which the next `tend` ends. Commit the plan before the next one.
         """
         assert self._in_flight is None, "the last plan was not committed"
         if not self.has_work:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
-        if self._policy.takes_pages:
-            self._make_way()
+        for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
+            self._preempt(victim)
         prompts = self._plan_decodes(draft)
-        self._spare_decodes(draft)
+        draft.budget = min(draft.budget, self._pace.prompt_tokens(draft.size))
         for sequence in prompts:
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
@@ -127,7 +121,9 @@ class Scheduler:
         self._admit(draft)
         self._oversight.watchdog.planned(self._running, draft.size, draft.budget)
         if not draft.size:
-            self._cannot_plan()
+            stuck = self._running[0] if self._running else self._waiting.first()
+            if stuck is not None and not self.reclaim_leaks():
+                self._oversight.watchdog.unplannable(stuck)
             return None
         plan = draft.build()
         self._in_flight = plan, draft
@@ -139,9 +135,7 @@ class Scheduler:
         draft, self._in_flight = self._in_flight[1], None
         self._steps += 1
         self._batch_tokens = plan.num_tokens
-        if self.config.max_itl is not None:
-            decodes = len(plan.decodes) + sum(len(part.token_ids) == 1 for part in plan.sequences)
-            self._step_cost.learn(plan.num_tokens - decodes, decodes, output.forward_seconds + output.sample_seconds)
+        self._pace.learn(plan, output)
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
@@ -168,18 +162,12 @@ class Scheduler:
             waiting_priorities=dict(self._waiting.priorities),
             timeouts_total=dict(self._oversight.timeouts),
             watchdog_total=dict(self._oversight.stuck),
-            page_leaks_total=self._leaked,
+            page_leaks_total=self._cache.leaks,
         )
 
     def reclaim_leaks(self) -> int:
         """When nothing runs, no page may be in use: take back those that are; returns how many. To be called idle."""
-        if self._running:
-            return 0
-        leaked = self._cache.reclaim_leaked()
-        if leaked:
-            log.error("%d KV pages belonged to nobody while nothing ran; they are taken back", leaked)
-            self._leaked += leaked
-        return leaked
+        return 0 if self._running else self._cache.reclaim_leaked()
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
@@ -206,7 +194,7 @@ class Scheduler:
     def _plan_decodes(self, draft: BatchDraft) -> list[SequenceState]:
         """Plan the sequences that decode; returns those that have a prompt to compute.
 
-        First, in the policy's order, those that need more than a row of the decode batch: pages, or a part of their own.
+        First, in the policy's order, those that need more than a row of the decode batch: pages, or an own part.
         """
         lacking, others = self._decodes.without_room(), list[SequenceState]()
         if len(self._running) > len(self._decodes):
@@ -222,14 +210,6 @@ class Scheduler:
                 self._continue(sequence, draft)
         draft.decode(*self._decodes.plan(draft.budget))
         return prompts
-
-    def _spare_decodes(self, draft: BatchDraft) -> None:
-        """Cut what the step may yet compute beside its decodes to the time that they are to take."""
-        if self.config.max_itl is None or not draft.size:
-            return
-        least = -(-MIN_CHUNK // self.config.page_size) * self.config.page_size
-        fitting = self._step_cost.prompt_tokens_within(self.config.max_itl, draft.size, least)
-        draft.budget = min(draft.budget, fitting)
 
     def _grow_together(self, sequences: list[SequenceState], draft: BatchDraft) -> bool:
         """A new page for each head of all the steady decodes given; False, and nothing done, if that is not so simple.
@@ -276,7 +256,8 @@ class Scheduler:
         needed = int(lacking.sum())
         while needed > self._cache.available:
             # Never one that is in this step already: its tokens and pages are promised.
-            victim = max(self._preemptible(), key=lambda other: position(self._policy, other))
+            others = (other for other in self._running if not other.in_flight)
+            victim = max(others, key=lambda other: position(self._policy, other))
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
             self._preempt(victim)
             if victim is sequence:
@@ -294,36 +275,6 @@ class Scheduler:
         sequence.preemptions += 1
         self._preemptions += 1
         self._waiting.add(sequence)
-
-    def _preemptible(self) -> list[SequenceState]:
-        """Who may be preempted: not who is in this step already, with tokens and pages promised."""
-        return [sequence for sequence in self._running if not sequence.in_flight]
-
-    def _make_way(self) -> None:
-        """If the head of the queue lacks pages and outranks who has them, preempt the last of those, if that helps."""
-        head = self._waiting.first()
-        if head is None:
-            return
-        victims = [sequence for sequence in self._preemptible() if self._policy.outranks(head, sequence)]
-        if not victims:
-            return
-        needed = self._cache.cost(head, self._cache.find(head)) + self.config.watermark
-
-        def lacking() -> int:
-            owed = (self.config.pages_needed(len(s.tokens)) - s.table.num_pages for s in self._running)
-            return needed + sum(max(pages, 0) for pages in owed) - self._cache.available
-
-        if lacking() > sum(victim.table.num_pages for victim in victims):
-            return
-        victims.sort(key=lambda sequence: position(self._policy, sequence))
-        while victims and lacking() > 0:
-            self._preempt(victims.pop())
-
-    def _cannot_plan(self) -> None:
-        """There is work but no step: if lost pages are not the reason, let the watchdog end who should have run."""
-        stuck = self._running[0] if self._running else self._waiting.first()
-        if stuck is not None and not self.reclaim_leaks():
-            self._oversight.watchdog.unplannable(stuck)
 
     def _admit(self, draft: BatchDraft) -> None:
         """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.
@@ -359,7 +310,6 @@ class Scheduler:
         self._waiting.start(sequence, now)
         sequence.slot = self._free_slots.pop()
         self._running.append(sequence)
-        self._running.sort(key=lambda running: running.arrival)
         shared = self._cache.enter(sequence, hits)
         if sequence.started_at is None:
             sequence.started_at = now

@@ -1,6 +1,7 @@
 """The cost model finds synthetic costs again, and prompts are cut to them."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -73,7 +74,7 @@ class _TimedEngine(FakeEngine):
 
     def step(self, plan: BatchPlan) -> StepOutput:
         output = super().step(plan)
-        return StepOutput(output.sequences, forward_seconds=0.01 + 0.001 * plan.num_tokens)
+        return replace(output, forward_seconds=0.01 + 0.001 * plan.num_tokens)
 
 
 def test_a_long_prompt_beside_decodes_stays_within_the_target_once_known():
