@@ -347,10 +347,9 @@ class Scheduler:
         if sequence.done:
             self._leave(sequence)
             return []
-        request_id = sequence.request.id
         if result.error is not None:
             self._cache.withdraw(sequence)
-            return [self._fail(request_id, GenerationError(result.error))]
+            return [self._fail(sequence.request.id, GenerationError(result.error))]
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
         if count > 1 and self.config.row_windows is not None:
