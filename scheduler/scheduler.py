@@ -97,8 +97,7 @@ class Scheduler:
 
     def tend(self) -> list[Event]:
         """End the requests that are late or stuck, each with its error. Before a step, or while one is in flight."""
-        due = self._oversight.due(self._clock(), self._requests)
-        return [self._fail(request_id, error) for request_id, error in due]
+        return [self._fail(*late) for late in self._oversight.due(self._clock(), self._requests)]
 
     def plan(self) -> BatchPlan | None:
         """Decide the next step: decodes, then begun prompts, then new sequences, up to `max_batch_tokens`.

@@ -15,7 +15,7 @@ PROMPT = "def connect(host, port):\n    timeout_limit = 4817\n    return host, p
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     """One sequence at a time, so that a second one waits; two tenants."""
-    limits = ["--max-num-seqs", "1", "--queue-timeout", "0.3", "--policy", "priority", "--max-itl-ms", "50"]
+    limits = ["--max-num-seqs", "1", "--queue-timeout", "0.1", "--policy", "priority", "--max-itl-ms", "50"]
     running = start_server(*limits, "--api-key", "a=one", "--api-key", "two", "--isolate-keys")
     yield running
     assert running.stop() == 0
@@ -49,13 +49,13 @@ def test_a_request_past_its_timeout_ends_with_the_error_and_gives_its_pages_back
 
 def test_a_request_that_does_not_start_in_time_ends_while_another_goes_on(server: RunningServer) -> None:
     answers: list[httpx.Response] = []
-    long = threading.Thread(target=lambda: answers.append(complete(server, max_tokens=800)))
+    long = threading.Thread(target=lambda: answers.append(complete(server, max_tokens=200)))
     long.start()
     server.wait_until(lambda: pages_used(server) > 0)
     refused = complete(server, key="two", priority=5)
     long.join()
-    assert refused.status_code == 504 and "0.3 s in the queue" in refused.json()["error"]["message"]
-    assert answers[0].json()["usage"]["completion_tokens"] == 800
+    assert refused.status_code == 504 and "0.1 s in the queue" in refused.json()["error"]["message"]
+    assert answers[0].json()["usage"]["completion_tokens"] == 200
 
 
 def test_prefixes_are_not_shared_between_keys(server: RunningServer) -> None:
