@@ -1,5 +1,6 @@
 """The operator's settings, and the only place that reads the environment for them beside the command line."""
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """prune: before a sequence is preempted, those that allow it are pruned down to what they must keep."""
     trust_remote_code: bool = False
     """Allow a checkpoint's own Python code to run."""
+    policy: Literal["fcfs", "priority", "fair", "sjf"] = "fcfs"
+    """Who is served first: by arrival, by the request's priority, the tenant that got least, the shortest output."""
+    max_itl_ms: float | None = None
+    """Milliseconds that a step which decodes should stay within: prompt chunks are cut to it; None: no target."""
+    max_waiting_tokens: int | None = None
+    """Most prompt tokens that wait beside one request; beyond, requests are refused with a retry time."""
+    queue_timeout: float | None = None
+    """Seconds in which a request must start; None: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):
@@ -67,6 +76,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
                 param="max_batch_tokens",
             )
+        for name in ("max_itl_ms", "max_waiting_tokens", "queue_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive, got {value}", param=name)
         if self.kv_memory is not None and self.kv_memory < 1:
             raise ConfigError(f"kv_memory must be positive, got {self.kv_memory}", param="kv_memory")
 

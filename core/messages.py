@@ -16,6 +16,14 @@ from .pruning import CacheUse, PolicyInfo, PruneCounts, Refinement
 from .request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
+Deadline = Literal["queue", "request"]
+"""By when a request must have started (the operator's), and by when ended (its own)."""
+DEADLINES: tuple[Deadline, ...] = ("queue", "request")
+StuckReason = Literal["stalled", "overtaken", "unplannable"]
+"""How it shows that the scheduler has forgotten a sequence: see `scheduler.watchdog`."""
+WATCHDOG_REASONS: tuple[StuckReason, ...] = ("stalled", "overtaken", "unplannable")
+PRIORITY_LEVELS = ("above", "normal", "below")
+"""Priorities below 0 (served sooner), 0, and above 0."""
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -118,6 +126,16 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Totals by policy."""
     lossy_preemptions_total: int = 0
     """Preempted sequences that were pruned before: recomputed, they forget something else."""
+    waiting_tokens: int = 0
+    """Prompt tokens of the sequences that wait."""
+    waiting_priorities: dict[str, int] = {}
+    """How many of them there are of each of `PRIORITY_LEVELS`."""
+    timeouts_total: dict[str, int] = {}
+    """Requests that ended late, by `Deadline`."""
+    watchdog_total: dict[str, int] = {}
+    """Requests ended because the scheduler passed them over, by `StuckReason`."""
+    page_leaks_total: int = 0
+    """Pages found to belong to nobody while nothing ran, and taken back."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from ..core.errors import ConfigError, ContextLengthError, InvalidRequestError
+from ..core.errors import ConfigError, ContextLengthError, InvalidRequestError, OverloadedError
 from ..core.messages import EngineInfo
 from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..core.request import Request
 from .config import SchedulerConfig
+from .waiting import WaitingQueue
 
 
 def check_request(request: Request, config: SchedulerConfig) -> None:
@@ -56,6 +57,23 @@ def _pruning_fault(
     if missing:
         return f"the refinement {missing[0]!r} needs the output projection of attention, which this model hides"
     return None
+
+
+def check_room(request: Request, queue: WaitingQueue, config: SchedulerConfig, now: float) -> None:
+    """Raise `OverloadedError` if the queue has no room for all of the request's choices at clock time `now`.
+
+    A prompt longer than all that may wait is taken when none does: else it could never be served.
+    """
+    choices = request.params.n
+    places = len(queue) + choices - config.max_waiting
+    tokens = 0
+    if config.max_waiting_tokens is not None and queue.num_tokens:
+        tokens = queue.num_tokens + choices * len(request.prompt_ids) - config.max_waiting_tokens
+    if places <= 0 and tokens <= 0:
+        return
+    seconds = queue.retry_after(max(places, 0), max(tokens, 0), now)
+    waiting = f"{len(queue):,} sequences" if places > 0 else f"{queue.num_tokens:,} prompt tokens"
+    raise OverloadedError(f"the queue is full ({waiting} wait); try again in {seconds:.0f} s", retry_after=seconds)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -43,6 +43,16 @@ class BatchDraft:
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
 
+    @property
+    def size(self) -> int:
+        """Sequences in the step."""
+        return len(self.members) + len(self.decoders)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine would have nothing to do."""
+        return not (self.size or self.prunes or self.compactions or self._drops)
+
     def enter(self, sequence: SequenceState, shared: IntArray) -> None:
         """The sequence has just got its slot; its table begins with the pages `shared` [R, C]."""
         self._assignments.append(sequence.assignment())

@@ -11,6 +11,7 @@ A block that someone else has published meanwhile stays the sequence's own (None
 sliding windows, pages leave a table one head at a time, so there nothing is published.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 
@@ -21,6 +22,8 @@ from .config import SchedulerConfig
 from .pages import PagePool
 from .prefix import Bundle, PrefixIndex
 from .sequence import SequenceState
+
+log = logging.getLogger("quire.scheduler")
 
 
 class CacheManager:
@@ -37,11 +40,18 @@ class CacheManager:
         """Prompt tokens looked for in the prefix index, of sequences that started for the first time."""
         self.hits = 0
         """Those found."""
+        self.leaks = 0
+        """Pages that belonged to nobody, and were taken back."""
 
     @property
     def available(self) -> int:
         """Pages that can be taken now: free ones and those of prefixes that no sequence uses."""
         return self._pool.free + self._index.num_idle_pages
+
+    @property
+    def watermark(self) -> int:
+        """Pages that admission leaves for those that run."""
+        return self._config.watermark
 
     @property
     def cached(self) -> int:
@@ -75,6 +85,11 @@ class CacheManager:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
         in_use = sum(1 for bundle in hits if bundle.users)
         return self._config.pages_needed(sequence.most_entries(self._config)) - in_use * self._config.num_rows
+
+    def owed(self, sequences: Iterable[SequenceState]) -> int:
+        """How many more pages these sequences take until all their known tokens are computed."""
+        needed = (self._config.pages_needed(len(s.tokens)) - s.table.num_pages for s in sequences)
+        return sum(max(pages, 0) for pages in needed)
 
     def enter(self, sequence: SequenceState, hits: list[Bundle]) -> IntArray:
         """Let a sequence begin with `hits`; returns their pages, int32 [R, len(hits)]."""
@@ -162,6 +177,19 @@ class CacheManager:
     def reclaim_all(self) -> None:
         """Forget every prefix that no sequence uses."""
         self._pool.give(self._index.reclaim(self._config.num_pages))
+
+    def reclaim_leaked(self) -> int:
+        """While no sequence runs: take back the pages that belong to nobody; returns how many. O(1) if there are none.
+
+        A prefix that still counts users is forgotten too: the count is wrong, its pages could never be reclaimed.
+        """
+        leaked = self.used
+        if leaked:
+            log.error("%d KV pages belonged to nobody while nothing ran; they are taken back", leaked)
+            self.leaks += leaked
+            self._index.forget_used()
+            self._pool.reset(np.concatenate([np.empty(0, np.int32), *(bundle.pages for bundle in self._index)]))
+        return leaked
 
     def check(self, running: Iterable[SequenceState]) -> None:
         """AssertionError unless pool, index and the tables of the `running` sequences agree; passes over all."""

@@ -47,6 +47,14 @@ class SchedulerConfig:
     """Wrappers of their scores that work with the model."""
     prunes_under_pressure: bool = False
     """Before a sequence is preempted, those that allow it are pruned."""
+    policy: str = "fcfs"
+    """Of `scheduler.policy.POLICIES`."""
+    max_itl: float | None = None
+    """Seconds that a step which decodes should stay within; None: no target."""
+    max_waiting_tokens: int | None = None
+    """Most prompt tokens that wait, unless one request alone has more."""
+    queue_timeout: float | None = None
+    """Seconds in which a request must start."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers

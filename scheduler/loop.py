@@ -53,16 +53,22 @@ class EngineLoop:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Run one step if there is work; the report carries its events and the state after it."""
+        """Run one step if there is work; the report carries its events and the state after it.
+
+        Without work it is a heartbeat, which looks for leaked pages.
+        """
         events, self._refused = self._refused, []
         if self.scheduler.has_work:
             started = time.perf_counter()
+            events += self.scheduler.tend()
             plan = self.scheduler.plan()
             if plan is not None:
                 output = self.engine.step(plan)
                 events += self.scheduler.commit(plan, output)
                 self._forward_seconds = output.forward_seconds
             self._step_seconds = time.perf_counter() - started
+        if not self.scheduler.has_work:
+            self.scheduler.reclaim_leaks()
         return StepReport(events, self.stats())
 
     def stats(self) -> EngineStats:
@@ -80,6 +86,10 @@ def scheduler_config(
     max_waiting: int,
     prefix_cache: bool = True,
     prunes_under_pressure: bool = False,
+    policy: str = "fcfs",
+    max_itl: float | None = None,
+    max_waiting_tokens: int | None = None,
+    queue_timeout: float | None = None,
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -100,4 +110,8 @@ def scheduler_config(
         policies=info.policies,
         refinements=info.refinements,
         prunes_under_pressure=prunes_under_pressure,
+        policy=policy,
+        max_itl=max_itl,
+        max_waiting_tokens=max_waiting_tokens,
+        queue_timeout=queue_timeout,
     )

@@ -142,6 +142,10 @@ class PrefixIndex:
             freed.append(bundle.pages)
         return np.concatenate(freed) if freed else np.empty(0, np.int32)
 
+    def forget_used(self) -> None:
+        """Forget all blocks that count users."""
+        self._bundles = dict(self._idle)
+
     def check(self) -> None:
         """AssertionError unless exactly the unused blocks are idle."""
         assert all(bundle.digest == digest for digest, bundle in self._bundles.items())

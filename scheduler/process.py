@@ -27,7 +27,6 @@ from ..core.messages import (
     Ready,
     Shutdown,
     StartFailed,
-    StepReport,
     Submit,
 )
 from .admission import check_default_pruning
@@ -53,6 +52,10 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
         prunes_under_pressure=config.pressure == "prune",
+        policy=config.policy,
+        max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
+        max_waiting_tokens=config.max_waiting_tokens,
+        queue_timeout=config.queue_timeout,
     )
     return EngineLoop(engine, Scheduler(limits))
 
@@ -110,7 +113,7 @@ def run(loop: EngineLoop, wire: Wire) -> None:
                 return
             _handle(loop, message)
             message = None if wire.inbox.empty() else wire.inbox.get()
-        wire.send(loop.step() if loop.has_work else StepReport([], loop.stats()))
+        wire.send(loop.step())
 
 
 def _handle(loop: EngineLoop, message: Submit | Abort) -> None:

@@ -10,20 +10,25 @@ Plan and commit alternate; `add` and `abort` may come at any time between. No te
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 
-from ..core.errors import GenerationError, InvalidRequestError, OverloadedError, describe
+from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
 from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, PageGrants, SequenceOutput, StepOutput
 from ..core.request import Request
-from .admission import check_request
+from .admission import check_request, check_room
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
 from .outcome import accept, accept_tokens
+from .oversight import Oversight
+from .pace import Pace
+from .policy import POLICIES, position
+from .preemption import giving_way
 from .prefix import Bundle
 from .pruning import Pruning
 from .sequence import SequenceState
@@ -31,24 +36,27 @@ from .waiting import WaitingQueue
 
 
 class Scheduler:
-    """Continuous batching over a paged cache: first come, first served; preemption by recomputation.
+    """Continuous batching over a paged cache, in the order of a policy; preemption by recomputation.
 
-    Who is admitted fits alone, and the first sequence that a step plans may preempt all others: so every plan moves
-    at least one sequence forward, and every accepted request ends.
+    Who is admitted fits alone, and the policy's first sequence may preempt all others: so every plan moves at least
+    one sequence forward, and every accepted request ends.
     """
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
         self._cache = CacheManager(config)
+        self._policy = POLICIES[config.policy]()
+        self._pace = Pace(config.max_itl, config.page_size)
+        self._oversight = Oversight(config.queue_timeout)
         self._pruning = Pruning(config, self._cache)
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
         self._requests: dict[RequestId, list[SequenceState]] = {}
         """The unfinished choices of each request."""
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(self._policy)
         self._running: list[SequenceState] = []
-        """Holders of a slot, oldest arrival first."""
+        """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
@@ -69,47 +77,57 @@ class Scheduler:
         check_request(request, self.config)
         if request.id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.id!r} is already being served", param="id")
-        choices, now = request.params.n, self._clock()
-        too_many = len(self._waiting) + choices - self.config.max_waiting
-        if too_many > 0:
-            seconds = self._waiting.retry_after(too_many, now)
-            raise OverloadedError(
-                f"the queue is full ({len(self._waiting):,} sequences wait); try again in {seconds:.0f} s",
-                retry_after=seconds,
-            )
+        now = self._clock()
+        check_room(request, self._waiting, self.config, now)
         self._requests[request.id] = [
-            SequenceState.create(request, index, next(self._arrivals), now, self.config) for index in range(choices)
+            SequenceState.create(request, index, next(self._arrivals), now, self.config)
+            for index in range(request.params.n)
         ]
         for sequence in self._requests[request.id]:
+            self._policy.arrived(sequence)
             self._waiting.add(sequence)
+        self._oversight.arrived(self._requests[request.id], now)
 
     def abort(self, request_id: RequestId) -> bool:
         """Forget a request in whatever state; no event tells of it. False if it is unknown (or ended already)."""
         sequences = self._requests.pop(request_id, None)
         if sequences is None:
             return False
+        self._oversight.ended(request_id)
         for sequence in sequences:
             self._retire(sequence)
         return True
 
+    def tend(self) -> list[Event]:
+        """End the requests that are late or stuck, each with its error. Before a step, or while one is in flight."""
+        return [self._fail(*late) for late in self._oversight.due(self._clock(), self._requests)]
+
     def plan(self) -> BatchPlan | None:
         """Decide the next step: decodes, then begun prompts, then new sequences, up to `max_batch_tokens`.
 
-        None exactly when there is no work. The plan must be committed before the next one.
+        None when there is no work, or by a fault, which the next `tend` ends. Commit the plan before the next one.
         """
         assert self._in_flight is None, "the last plan was not committed"
         if not self.has_work:
             return None
         draft = BatchDraft(self.config.max_batch_tokens)
+        for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
+            self._preempt(victim)
         self._pruning.compact(draft)
         prompts = self._plan_decodes(draft)
+        draft.budget = min(draft.budget, self._pace.prompt_tokens(draft.size))
         for sequence in prompts:
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
-        # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
+        # After a preemption the victim does not fit: its pages went to who needed them.
         self._admit(draft)
-        assert draft.members or draft.decoders or draft.prunes, "there is work, but no sequence could be planned"
+        self._oversight.watchdog.planned(self._running, draft.size, draft.budget)
+        if draft.is_empty:
+            stuck = self._running[0] if self._running else self._waiting.first()
+            if stuck is not None and not self.reclaim_leaks():
+                self._oversight.watchdog.unplannable(stuck)
+            return None
         plan = draft.build()
         self._in_flight = plan, draft
         return plan
@@ -120,6 +138,7 @@ class Scheduler:
         draft, self._in_flight = self._in_flight[1], None
         self._steps += 1
         self._batch_tokens = plan.num_tokens
+        self._pace.learn(plan, output)
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
@@ -149,7 +168,16 @@ class Scheduler:
             batch_tokens=self._batch_tokens,
             prunes=self._pruning.totals,
             lossy_preemptions_total=self._lossy_preemptions,
+            waiting_tokens=self._waiting.num_tokens,
+            waiting_priorities=dict(self._waiting.priorities),
+            timeouts_total=dict(self._oversight.timeouts),
+            watchdog_total=dict(self._oversight.stuck),
+            page_leaks_total=self._cache.leaks,
         )
+
+    def reclaim_leaks(self) -> int:
+        """When nothing runs, no page may be in use: take back those that are; returns how many. To be called idle."""
+        return 0 if self._running else self._cache.reclaim_leaked()
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
@@ -176,14 +204,14 @@ class Scheduler:
     def _plan_decodes(self, draft: BatchDraft) -> list[SequenceState]:
         """Plan the sequences that decode; returns those that have a prompt to compute.
 
-        First, by arrival, those that need more than a row of the decode batch: pages, or a part of their own.
+        First, in the policy's order, those that need more than a row of the decode batch: pages, or an own part.
         """
         lacking, others = self._decodes.without_room(), list[SequenceState]()
         if len(self._running) > len(self._decodes):
             others = [sequence for sequence in self._running if not sequence.steady]
         if lacking and not self._grow_together(lacking, draft):
             others += lacking
-            others.sort(key=lambda sequence: sequence.arrival)
+        others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
         for sequence in others:
             if sequence.num_pending > 1 or self._pruning.repeats(sequence):
@@ -270,12 +298,13 @@ class Scheduler:
         return True
 
     def _victim(self) -> SequenceState:
-        """Who goes when pages are short: the youngest, of those that can be recomputed exactly if there are such.
+        """Who goes when pages are short: the last in line, of those that can be recomputed exactly if there are such.
 
         Never one that is in this step already: its tokens and pages are promised.
         """
-        idle = [sequence for sequence in reversed(self._running) if not sequence.in_flight]
-        return next((sequence for sequence in idle if sequence.is_exact), idle[0])
+        idle = [sequence for sequence in self._running if not sequence.in_flight]
+        exact = [sequence for sequence in idle if sequence.is_exact]
+        return max(exact or idle, key=lambda sequence: position(self._policy, sequence))
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
@@ -284,7 +313,7 @@ class Scheduler:
         sequence.num_computed = 0
         sequence.preemptions += 1
         self._preemptions += 1
-        self._waiting.put_back(sequence)
+        self._waiting.add(sequence)
 
     def _admit(self, draft: BatchDraft) -> None:
         """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.
@@ -296,35 +325,37 @@ class Scheduler:
             return
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         passed: set[RequestId] = set()
-        for sequence in list(itertools.islice(self._waiting, 2 * self.config.max_num_seqs)):
-            if sequence.request.id in passed:  # choices of one request wait for the same
-                continue
-            hits = self._cache.find(sequence)
-            if any(self._cache.awaits(sequence, hits, other) for other in prompts):
-                passed.add(sequence.request.id)
-                continue
-            needed = self._cache.cost(sequence, hits) + draft.owed
-            if self._running:
-                needed += self.config.watermark
-            if needed > self._cache.available:
-                return
-            self._start(sequence, hits, draft)
-            prompts.append(sequence)
-            if not (draft.budget and self._free_slots):
-                return
+        with closing(self._waiting.candidates(2 * self.config.max_num_seqs)) as candidates:
+            for sequence in candidates:
+                if sequence.request.id in passed:  # choices of one request wait for the same
+                    continue
+                hits = self._cache.find(sequence)
+                if any(self._cache.awaits(sequence, hits, other) for other in prompts):
+                    passed.add(sequence.request.id)
+                    continue
+                needed = self._cache.cost(sequence, hits) + draft.owed
+                if self._running:
+                    needed += self.config.watermark
+                if needed > self._cache.available:
+                    return
+                self._start(sequence, hits, draft)
+                prompts.append(sequence)
+                if not (draft.budget and self._free_slots):
+                    return
 
     def _start(self, sequence: SequenceState, hits: list[Bundle], draft: BatchDraft) -> None:
         """Lend a waiting sequence a slot; it begins with what the prefix cache has of it."""
         now = self._clock()
         self._waiting.start(sequence, now)
         sequence.slot = self._free_slots.pop()
-        if sequence.started_at is None:
-            sequence.started_at = now
         self._running.append(sequence)
-        self._running.sort(key=lambda running: running.arrival)
         if sequence.prune is not None:
             sequence.prune.enter(len(sequence.tokens))
         shared = self._cache.enter(sequence, hits)
+        if sequence.started_at is None:
+            sequence.started_at = now
+            self._policy.started(sequence)
+            self._oversight.started(sequence)
         draft.enter(sequence, shared)
         self._continue(sequence, draft)
 
@@ -343,6 +374,7 @@ class Scheduler:
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
         self._generation_tokens += len(members)
+        self._policy.generated(members)
         for sequence in filled:
             self._cache.publish(sequence)
         for sequence, token in ending:
@@ -356,11 +388,9 @@ class Scheduler:
         if sequence.done:
             self._leave(sequence)
             return []
-        request_id = sequence.request.id
         if result.error is not None:
             self._cache.withdraw(sequence)
-            self.abort(request_id)
-            return [Failed(request_id, describe(GenerationError(result.error)))]
+            return [self._fail(sequence.request.id, GenerationError(result.error))]
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
         if count > 1 and self.config.row_windows is not None:
@@ -368,6 +398,7 @@ class Scheduler:
             sequence.table.room = 0
         sequence.num_scored += len(result.prompt_logprobs)
         self._generation_tokens += len(result.token_ids)
+        self._policy.generated([sequence] * len(result.token_ids))
         events = accept(sequence, result, self.config)
         if events and isinstance(events[-1], Finished):
             self._finish(sequence)
@@ -381,16 +412,24 @@ class Scheduler:
         choices.remove(sequence)
         if not choices:
             del self._requests[sequence.request.id]
+            self._oversight.ended(sequence.request.id)
         self._retire(sequence)
+
+    def _fail(self, request_id: RequestId, error: QuireError) -> Failed:
+        """End a request with an error."""
+        self.abort(request_id)
+        return Failed(request_id, describe(error))
 
     def _retire(self, sequence: SequenceState) -> None:
         """End a sequence; what is in flight keeps slot and pages until the commit, for the engine writes there."""
         sequence.done = True
+        self._oversight.watchdog.left(sequence)
         self._decodes.leave(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
         elif not sequence.in_flight:
             self._leave(sequence)
+        self._policy.left(sequence)
 
     def _leave(self, sequence: SequenceState) -> None:
         """Take back slot and pages."""

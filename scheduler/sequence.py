@@ -141,7 +141,9 @@ class SequenceState:
             max_length=max_length,
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
-            hashes=BlockHashes((config.model, request.cache_salt, rotation), tokens, config.page_size),
+            hashes=BlockHashes(
+                (config.model, request.namespace, request.cache_salt, rotation), tokens, config.page_size
+            ),
             num_prompt=num_prompt,
             prune=_prune_state(request, config),
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..core.config import EngineConfig, embedded_model, parse_size
-from ..core.errors import QuireError
+from ..core.errors import ConfigError, QuireError
 from ..core.pruning import PruneParams
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app = typer.Typer(
 _MODEL = "Model"
 _MEMORY = "Memory and batching"
 _PRUNING = "Pruning"
+_ORDER = "Order and deadlines"
 ModelArgument = Annotated[
     str | None,
     typer.Argument(envvar="QUIRE_MODEL", help="Checkpoint folder or hub name; the embedded quire-mini if absent."),
@@ -149,6 +150,39 @@ Pressure = Annotated[
         rich_help_panel=_PRUNING,
     ),
 ]
+Policy = Annotated[
+    Literal["fcfs", "priority", "fair", "sjf"],
+    typer.Option(
+        envvar="QUIRE_POLICY",
+        help="Who comes first: fcfs by arrival; priority by the request's priority; fair the API key (or user) that "
+        "got least so far; sjf the shortest expected output. Waiting always counts too.",
+        rich_help_panel=_ORDER,
+    ),
+]
+MaxItlMs = Annotated[
+    float | None,
+    typer.Option(
+        envvar="QUIRE_MAX_ITL_MS",
+        help="Target time between tokens in milliseconds: prompts are computed in chunks small enough for it.",
+        rich_help_panel=_ORDER,
+    ),
+]
+MaxWaitingTokens = Annotated[
+    int | None,
+    typer.Option(
+        envvar="QUIRE_MAX_WAITING_TOKENS",
+        help="Most prompt tokens that wait; more are refused with a 429.",
+        rich_help_panel=_ORDER,
+    ),
+]
+QueueTimeout = Annotated[
+    float | None,
+    typer.Option(
+        envvar="QUIRE_QUEUE_TIMEOUT",
+        help="Seconds after which a request that was not started fails with a 504.",
+        rich_help_panel=_ORDER,
+    ),
+]
 _DEFAULTS = EngineConfig(model="")
 
 
@@ -173,8 +207,20 @@ def serve(
         ),
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(envvar="QUIRE_API_KEY", help="Ask this key of every route but /health and /ready.")
+        list[str] | None,
+        typer.Option(
+            envvar="QUIRE_API_KEY",
+            help="Ask a key of every route but /health and /ready; KEY or NAME=KEY, several are separate tenants.",
+        ),
     ] = None,
+    isolate_keys: Annotated[
+        bool,
+        typer.Option(
+            "--isolate-keys",
+            envvar="QUIRE_ISOLATE_KEYS",
+            help="Never reuse a computed prefix of another key's tenant.",
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     runner: Runner = "auto",
@@ -192,8 +238,13 @@ def serve(
     prune_keep: PruneKeep = 0.5,
     prune_min_keep: PruneMinKeep = 0.0,
     pressure: Pressure = _DEFAULTS.pressure,
+    policy: Policy = _DEFAULTS.policy,
+    max_itl_ms: MaxItlMs = None,
+    max_waiting_tokens: MaxWaitingTokens = None,
+    queue_timeout: QueueTimeout = None,
 ) -> None:
     """Serve MODEL over an OpenAI-style HTTP API."""
+    from .keys import parse_keys
     from .serving import ServeOptions, served_name
     from .serving import serve as run
     from .settings import ServerSettings
@@ -217,10 +268,21 @@ def serve(
         prune=prune,
         pressure=pressure,
         trust_remote_code=trust_remote_code,
+        policy=policy,
+        max_itl_ms=max_itl_ms,
+        max_waiting_tokens=max_waiting_tokens,
+        queue_timeout=queue_timeout,
     )
     names = tuple(served_model_name or [served_name(model)])
+    if isolate_keys and not api_key:
+        raise ConfigError("--isolate-keys needs at least one --api-key", param="isolate_keys")
     settings = ServerSettings(
-        served_model_names=names, api_key=api_key, seed=seed, prune=prune, prune_min_keep=prune_min_keep
+        served_model_names=names,
+        api_keys=parse_keys(api_key or ()),
+        isolate_keys=isolate_keys,
+        seed=seed,
+        prune=prune,
+        prune_min_keep=prune_min_keep,
     )
     run(ServeOptions(engine=config, http=settings, host=host, port=port))
 

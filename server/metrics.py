@@ -11,7 +11,7 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ..core.errors import QuireError
-from ..core.messages import EngineStats, FinishReason
+from ..core.messages import DEADLINES, PRIORITY_LEVELS, WATCHDOG_REASONS, EngineStats, FinishReason
 from ..core.pruning import PruneCounts
 from ..scheduler.client import EngineClient
 from .errors import ERROR_TABLE
@@ -41,6 +41,7 @@ class Metrics:
         self._define_requests()
         self._define_scheduler()
         self._define_pruning()
+        self._define_faults()
         self._define_engine(client)
         self._define_http()
         self._define_labels()
@@ -131,6 +132,30 @@ class Metrics:
             "quire:lossy_preemptions", "Pruned sequences sent back to the queue: recomputed, they forget other entries."
         )
 
+    def _define_faults(self) -> None:
+        """What the scheduler ended, and what it found wrong."""
+        self._waiting_tokens = self._gauge("quire:waiting_prompt_tokens", "Prompt tokens of the sequences that wait.")
+        labels = ["model_name"]
+        self._waiting_priorities = Gauge(
+            "quire:requests_waiting_by_priority",
+            "Waiting sequences whose priority comes before normal (a number below 0), is normal, or after it.",
+            [*labels, "priority"],
+            registry=self.registry,
+        )
+        self._timeouts = Counter(
+            "quire:request_timeouts",
+            "Requests not started in time (queue) or not ended in time (request).",
+            [*labels, "kind"],
+            registry=self.registry,
+        )
+        self._watchdog = Counter(
+            "quire:watchdog",
+            "Requests ended because the scheduler passed them over without reason: a fault of the server.",
+            [*labels, "reason"],
+            registry=self.registry,
+        )
+        self._leaks = self._counter("quire:page_leaks", "KV pages that belonged to nobody, and were taken back.")
+
     def _define_engine(self, client: EngineClient) -> None:
         """Values read from the client when the metrics are."""
         up = self._gauge("quire:engine_up", "1 while the engine takes requests.")
@@ -159,6 +184,12 @@ class Metrics:
             self._aborts.labels(self._model_name, state)
         for kind in ERROR_TABLE:
             self._failures.labels(self._model_name, kind.__name__)
+        for level in PRIORITY_LEVELS:
+            self._waiting_priorities.labels(self._model_name, level)
+        for deadline in DEADLINES:
+            self._timeouts.labels(self._model_name, deadline)
+        for fault in WATCHDOG_REASONS:
+            self._watchdog.labels(self._model_name, fault)
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -182,6 +213,16 @@ class Metrics:
         self._lossy_preemptions.inc(max(0, stats.lossy_preemptions_total - last.lossy_preemptions_total))
         for policy in self._client.info.policies if self._client.info else ():
             self._add_prunes(policy, stats.prunes.get(policy, PruneCounts()), last.prunes.get(policy, PruneCounts()))
+        self._waiting_tokens.set(stats.waiting_tokens)
+        for level in PRIORITY_LEVELS:
+            self._waiting_priorities.labels(self._model_name, level).set(stats.waiting_priorities.get(level, 0))
+        self._leaks.inc(max(0, stats.page_leaks_total - last.page_leaks_total))
+        for counter, now, before in (
+            (self._timeouts, stats.timeouts_total, last.timeouts_total),
+            (self._watchdog, stats.watchdog_total, last.watchdog_total),
+        ):
+            for label, total in now.items():
+                counter.labels(self._model_name, label).inc(max(0, total - before.get(label, 0)))
         if stats.steps_total > last.steps_total:
             self._steps.inc(stats.steps_total - last.steps_total)
             self._iteration.observe(stats.batch_tokens)

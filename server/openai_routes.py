@@ -61,7 +61,7 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse_body(CompletionBody, await request.body())
     heading = _heading(service, body, "cmpl", logprobs=body.logprobs is not None)
-    jobs = await completion_jobs(service, body, heading.id)
+    jobs = await completion_jobs(service, body, heading.id, request.state.tenant)
     return await _respond(request, body, _Answer(service, jobs, CompletionFormat(heading, service.tokenizer), arrived))
 
 
@@ -72,7 +72,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse_body(ChatBody, await request.body())
     heading = _heading(service, body, "chatcmpl", logprobs=bool(body.logprobs))
-    jobs = await chat_jobs(service, body, heading.id)
+    jobs = await chat_jobs(service, body, heading.id, request.state.tenant)
     return await _respond(request, body, _Answer(service, jobs, ChatFormat(heading, service.tokenizer), arrived))
 
 

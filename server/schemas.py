@@ -210,6 +210,10 @@ class GenerationBody(Body):
     """Only requests of equal salt reuse each other's computed prefixes."""
     prune: Pruning = None
     """How the KV cache of this request is pruned; false or null: not at all; absent: as the server is set up."""
+    priority: Int32 | None = None
+    """Lower is sooner; counts where the server serves by priority."""
+    timeout: float | None = None
+    """Seconds after which the request fails if it has not ended."""
 
 
 class CompletionBody(GenerationBody):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from ..core.errors import ConfigError, ModelNotFoundError
 from ..core.pruning import PruneParams
 from ..scheduler.client import EngineClient
+from .keys import ApiKey
 from .metrics import Metrics
 from .text import Tokenizer
 
@@ -16,8 +17,10 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...]
     """Names under which requests may ask for the model; the first one labels metrics."""
-    api_key: str | None = None
-    """Guards every route but /health and /ready."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Any of them opens every route but /health and /ready; without one all are open."""
+    isolate_keys: bool = False
+    """Requests reuse only those prefixes that came with a key of the same tenant."""
     max_body_bytes: int = 8 * 2**20
     """Largest request body."""
     seed: int | None = None

@@ -81,7 +81,8 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         vllm:e2e_request_latency_seconds_bucket vllm:request_queue_time_seconds_bucket vllm:prompt_tokens_total
         vllm:generation_tokens_total vllm:kv_cache_usage_perc vllm:num_preemptions_total quire:engine_up
         quire:engine_restarts quire:engine_heartbeat_age_seconds quire:requests_failed_total
-        quire:http_requests_total"""
+        quire:http_requests_total vllm:prefix_cache_hits_total vllm:prefix_cache_queries_total
+        quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total"""
     assert set(wanted.split()) <= shown
 
 

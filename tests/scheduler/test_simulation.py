@@ -51,6 +51,10 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         rope_length=rng.choice([None, None, None, 20]),
         policies=POLICIES if None in windows else {},
         prunes_under_pressure=rng.random() < 0.5,
+        policy=rng.choice(["fcfs", "priority", "fair", "sjf"]),
+        queue_timeout=rng.choice([None, None, None, 0.9]),
+        max_waiting_tokens=rng.choice([None, None, 60]),
+        max_itl=rng.choice([None, None, 0.01]),
     )
 
 
@@ -99,6 +103,9 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         cache_salt=rng.choice(["", "", "", "a"]),
         prune=random_pruning(rng, config),
         repeat_ids=(1, 2),
+        priority=rng.choice([0, 0, -1, 2]),
+        tenant=rng.choice(["", "a", "b"]),
+        timeout=rng.choice([None, None, None, None, rng.uniform(0.1, 9.0)]),
     )
 
 

@@ -81,7 +81,7 @@ def test_missing_matplotlib_and_an_unwritable_folder_are_said_at_once(
         CliRunner().invoke(cli.app, [*TINY, "--out", str(tmp_path / "file" / "x")], catch_exceptions=False)
     monkeypatch.undo()
     monkeypatch.setattr("quire.evaluation.plots.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"quire\[eval\]"):
+    with pytest.raises(ConfigError, match=r"quire\[plot\]"):
         CliRunner().invoke(cli.app, [*TINY, "--out", str(tmp_path)], catch_exceptions=False)
 
 
