@@ -58,6 +58,7 @@ class Simulation:
         self._live: dict[RequestId, _Live] = {}
         self._submitted = 0
         self.result = Result(device.name, traffic.tenants, device)
+        self.result.warm_up = limits.max_num_seqs
 
     def run(self, on_progress: Callable[[int], object] = lambda done: None) -> Result:
         """Run to the end; `on_progress` gets the number of requests that ended, now and then."""

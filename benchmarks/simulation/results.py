@@ -75,6 +75,8 @@ class Result:
         self.seconds = 0.0
         self.stats = EngineStats()
         self._model = model
+        self.warm_up = 0
+        """Requests that end before the rate under saturation is counted: the first batch is all prompts."""
         self._saturated_seconds = 0.0
         self._saturated_tokens = 0
 
@@ -97,7 +99,7 @@ class Result:
 
     def step(self, seconds: float, tokens: int, waiting: int) -> None:
         """One step gave so many tokens."""
-        if waiting:
+        if waiting and self.finished >= self.warm_up:
             self._saturated_seconds += seconds
             self._saturated_tokens += tokens
 
