@@ -1,10 +1,13 @@
 """Decode graphs with a fake capture: sizes, padding, laziness, and the same tokens as without them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import pytest
 
+from quire.core.plan import BatchPlan, Decodes, SequenceOutput, StepOutput
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
@@ -42,6 +45,21 @@ def with_graphs(
     return engine
 
 
+def in_columns(engine: Engine) -> None:
+    """Pure decode steps reach the engine as columns, as the scheduler sends them."""
+    step = engine.step
+
+    def convert(plan: BatchPlan) -> StepOutput:
+        if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
+            return step(plan)
+        columns = [(part.slot, part.start, part.token_ids[0]) for part in plan.sequences]
+        decodes = Decodes(*np.array(columns, np.int32).T)
+        output = step(replace(plan, sequences=(), decodes=decodes))
+        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
+
+    engine.step = convert  # type: ignore[method-assign]
+
+
 def run(engine: Engine, count: int = 9) -> list[list[int]]:
     """All prompts, joining one by one in odd slots, so that the batch grows; then they leave in another order."""
     harness = Harness(engine, drop_windows=True)
@@ -61,12 +79,15 @@ def test_sizes_cover_every_batch_and_are_at_most_sixteen() -> None:
         assert len(sizes) <= 16 and list(sizes) == sorted(set(sizes)) and sizes[-1] == min(limit, 256)
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_padded_replays_give_the_plain_tokens(backend: Literal["cpu", "reference"]) -> None:
+def test_padded_replays_give_the_plain_tokens(backend: Literal["cpu", "reference"], columns: bool) -> None:
     """Also beside sliding windows, with slots that are not the batch's rows, and for every way of drawing."""
     runner = FakeRunner()
     capture = FakeCapture()
     engine = with_graphs(runner, capture, backend)
+    if columns:
+        in_columns(engine)
     assert run(engine) == run(make_engine(runner))
     assert capture.captured == 4, "sizes 1, 2, 4 and 6, each at its first use"
     assert capture.replayed > 12
