@@ -132,6 +132,8 @@ class Sampler:
 
     def _draw_kind(self, kind: DrawKind, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows that are all drawn the same way."""
+        if self._fused and kind != "truncated":
+            return self._draw_fused(logits, slots, positions, penalised=False)
         if kind == "greedy":
             return sampling.greedy_tokens(logits)
         strengths, keys = self.table.strengths[slots], self.table.keys[slots]

@@ -1,5 +1,7 @@
 """The fused draw against `kernels.sampling`: the same tokens, whatever the rows' rules."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +13,13 @@ from .triton_interpreter import DEVICES, sampling_triton
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 TEMPERATURE = [0.0, 0.7, 1.0, 2.0, 1e-35, 1.5, 0.0]
 MIN_P = [0.0, 0.0, 0.1, 0.0, 0.0, 0.5, 0.9]
+
+
+def draw(*arguments: Tensor, penalties: Any = None) -> Tensor:
+    """`draw_triton`; logits, temperature, min_p, seeds, positions."""
+    logits, temperature, min_p, seeds, positions = arguments
+    result: Tensor = sampling_triton.draw_triton(logits, temperature, min_p, seeds, positions, penalties)
+    return result
 
 
 def expected(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
@@ -29,7 +38,7 @@ def test_tokens_are_the_references(device: str, vocabulary: int) -> None:
         logits = wide[:, step % 4 : step % 4 + vocabulary]
         positions = torch.arange(len(temperature)) * 1000 + step
         arguments = (logits, temperature, min_p, seeds, positions)
-        tokens = sampling_triton.draw_triton(*(x.to(device) for x in arguments))
+        tokens = draw(*(x.to(device) for x in arguments))
         assert tokens.tolist() == expected(*arguments).tolist()
 
 
@@ -45,7 +54,7 @@ def test_penalties_are_the_references(device: str) -> None:
     adjusted = sampling.adjust_penalties(logits, counts[slots], in_prompt[slots], *strengths.unbind(1))
     tables = sampling_triton.Penalties(*(x.to(device) for x in (slots, counts, in_prompt, strengths)))
     before = logits.clone()
-    tokens = sampling_triton.draw_triton(logits.to(device), *(x.to(device) for x in rows), tables)
+    tokens = draw(*(x.to(device) for x in (logits, *rows)), penalties=tables)
     assert tokens.tolist() == expected(adjusted, *rows).tolist() and torch.equal(logits, before)
 
 
@@ -57,14 +66,13 @@ def test_ties_go_to_the_lowest_token_and_nothing_leaves_the_vocabulary(device: s
     logits[2] = float("nan")
     zeros = torch.zeros(3, dtype=torch.int64, device=device)
     heat = torch.tensor([0.0, 1.0, 1.0], device=device)
-    tokens = sampling_triton.draw_triton(logits, heat, torch.zeros_like(heat), zeros, zeros).tolist()
+    tokens = draw(logits, heat, torch.zeros_like(heat), zeros, zeros).tolist()
     assert tokens[:2] == [77, 4098] and 0 <= tokens[2] < 4100
 
 
 def test_refusals(device: str) -> None:
     logits, heat = torch.zeros(2, 8, device=device), torch.ones(2, device=device)
     keys = torch.zeros(2, dtype=torch.int64, device=device)
-    draw = sampling_triton.draw_triton
     with pytest.raises(TypeError, match="logits must be float32"):
         draw(logits.half(), heat, heat, keys, keys)
     with pytest.raises(ValueError, match="min_p must have shape"):
@@ -73,4 +81,4 @@ def test_refusals(device: str) -> None:
         draw(logits, heat, heat, keys.int(), keys)
     tables = sampling_triton.Penalties(keys, torch.zeros(3, 7, dtype=torch.int32, device=device), logits > 0, logits)
     with pytest.raises(ValueError, match="output_counts must have shape"):
-        draw(logits, heat, heat, keys, keys, tables)
+        draw(logits, heat, heat, keys, keys, penalties=tables)
