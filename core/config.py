@@ -34,8 +34,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     runner: Literal["auto", "native", "transformers"] = "auto"
     """auto: native where the architecture is known to it, else transformers."""
-    attention_backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    attention_backend: Literal["auto", "reference", "cpu", "triton", "xformers"] = "auto"
     """Whose kernels compute; auto: C++ on a CPU, plain torch on a GPU."""
+    cuda_graphs: bool = True
+    """With the backend triton: replay decode steps as CUDA graphs, captured when first needed."""
     max_model_len: int | None = None
     """Tokens, prompt and output together; None: what the model was trained for."""
     max_num_seqs: int = 64

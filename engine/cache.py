@@ -12,6 +12,7 @@ from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, S
 from ..kernels.backend import Backend
 from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
+from .staging import upload
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
@@ -28,13 +29,19 @@ class KVCache:
         self.layout = layout
         self.num_pages = num_pages
         self.device = device
-        self.pool = _zeros((num_pages, 2, layout.page_size, layout.head_dim), layout.dtype, device)
-        """[P, 2, B, D]: keys (0) and values (1)."""
-        self.entry_positions = _zeros((num_pages, layout.page_size), torch.int32, device)
-        """[P, B]: logical position of each entry."""
-        self.page_table = _zeros((*heads, layout.max_pages), torch.int32, device)
+        self.pool = _zeros((num_pages + 1, 2, layout.page_size, layout.head_dim), layout.dtype, device)
+        """[P + 1, 2, B, D]: keys (0) and values (1). The last page is nobody's: padding writes there."""
+        self.entry_positions = _zeros((num_pages + 1, layout.page_size), torch.int32, device)
+        """[P + 1, B]: logical position of each entry."""
+        padded = (heads[0] + 1, *heads[1:])
+        self.padded_table = _zeros((*padded, layout.max_pages), torch.int32, device)
+        """[N + 1, L, K, max_pages]: `page_table`, and a slot of padding, all of whose pages are the last one."""
+        self.padded_table[-1] = num_pages
+        self.padded_kept = torch.zeros(padded, dtype=torch.int32, device=device)
+        """[N + 1, L, K]: `kept`, and 0 for padding."""
+        self.page_table = self.padded_table[:-1]
         """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
-        self.kept = torch.zeros(heads, dtype=torch.int32, device=device)
+        self.kept = self.padded_kept[:-1]
         """[N, L, K]: entries of each head."""
         self._kept_host: IntArray = np.zeros((heads[0], heads[1] * heads[2]), np.int32)
         """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
@@ -68,14 +75,14 @@ class KVCache:
         self._kept_host[slots] = np.asarray(cached, np.int32)[:, None]
         self._columns[slots] = 0
         self.computed[slots] = cached
-        indices, counts = torch.tensor([slots, cached], device=self.device)
+        indices, counts = upload(np.array([slots, cached], np.int64), self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""
         kept, entries = self._kept_host[drop.slot], drop.pages * self.layout.page_size
         assert drop.pages > 0 and (kept[drop.rows] >= entries).all(), "a drop takes pages that are not full"
-        rows = torch.from_numpy(drop.rows).long().to(self.device)
+        rows = upload(drop.rows, self.device).long()
         table = self.page_table[drop.slot].view(-1, self.layout.max_pages)
         used = int(self._columns[drop.slot])
         table[rows, : used - drop.pages] = table[rows, drop.pages : used]
@@ -88,7 +95,7 @@ class KVCache:
         assert grants.pages.min() >= 0 and grants.pages.max() < self.num_pages, "a page is granted that is none"
         np.maximum.at(self._columns, grants.slots, grants.columns + 1)
         stacked = np.stack([grants.slots, grants.rows, grants.columns, grants.pages])
-        slots, rows, columns, pages = torch.from_numpy(stacked).to(self.device).long()
+        slots, rows, columns, pages = upload(stacked, self.device).long()
         table = self.page_table.view(len(self._kept_host), -1, self.layout.max_pages)
         table[slots, rows, columns] = pages.int()
         return pages

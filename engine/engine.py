@@ -1,12 +1,12 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
 import logging
-import time
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
@@ -15,17 +15,20 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
 from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
 from ..core.request import SamplingParams
+from ..models.context import AttentionObserver, PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
 from .cache import KVCache
 from .device import choose_placement
-from .inputs import build_inputs
+from .graphs import CudaCapture, DecodeGraphs, graph_sizes
+from .inputs import LogitLayout, build_inputs, logit_layout
 from .page_selection import PageSelection
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, num_pages
+from .timer import StepTimer
 
 log = logging.getLogger("quire")
 
@@ -66,9 +69,15 @@ class Engine:
             raise ConfigError(
                 f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
             ) from error
-        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
+        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device, place.backend)
         self._pruner = Pruner(self.cache, runner, place.backend)
         self._selection = PageSelection(self.cache, runner.spec, place.backend)
+        self._timer = StepTimer(place.device)
+        self._graphs: DecodeGraphs | None = None
+        # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
+        if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
+            sizes = graph_sizes(config.max_num_seqs)
+            self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture())
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=spec,
@@ -129,20 +138,37 @@ class Engine:
 
     def _compute(self, plan: BatchPlan) -> StepOutput:
         """Forward pass and sampling."""
-        started = time.perf_counter()
+        self._timer.start()
+        watchers = (self._pruner.observer(plan), self._selection.selector(plan))
+        # What a graph computes nobody looks into.
+        replayed = self._decode(plan) if watchers == (None, None) else None
+        logits, layout = replayed or self._forward(plan, *watchers)
+        self._timer.computed()
+        decoded, outputs = self.sampler.run(plan, layout, logits)
+        return StepOutput(outputs, *self._timer.seconds(), decoded)
+
+    def _forward(
+        self, plan: BatchPlan, observer: AttentionObserver | None, selector: PageSelector | None
+    ) -> tuple[Tensor, LogitLayout]:
+        """Logits [R, V] of any batch; its entries are in the cache."""
         inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
-        inputs.context.observer = self._pruner.observer(plan)
-        inputs.context.selector = self._selection.selector(plan)
+        inputs.context.observer, inputs.context.selector = observer, selector
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
         )
         self._pruner.note(inputs.context.scorings)
         self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
-        if self._place.device.type == "cuda":
-            torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
-        computed = time.perf_counter()
-        decoded, outputs = self.sampler.run(plan, inputs.layout, logits)
-        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded)
+        return logits, inputs.layout
+
+    def _decode(self, plan: BatchPlan) -> tuple[Tensor, LogitLayout] | None:
+        """`_forward` by a graph, if there are any and they take the plan."""
+        if self._graphs is None or not self._graphs.takes(plan):
+            return None
+        step = self._graphs.run(plan, self._max_lengths)
+        if step is None:
+            return None
+        self.cache.advance(step.slots, step.new_entries, step.host_slots, (1,) * len(step.host_slots))
+        return step.logits, logit_layout(plan)
 
     def warm_up(self) -> None:
         """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core.plan import BatchPlan, IntArray
 from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
+from .staging import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     lengths = np.repeat(max_lengths[slots], counts)
     parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
-    packed = torch.from_numpy(np.concatenate([np.asarray(part, np.int64) for part in parts])).to(cache.device)
+    packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
         [len(host_ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
     )

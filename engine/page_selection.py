@@ -62,7 +62,7 @@ class PageSelection:
         """Find the bounds of the slot's pages that have become full."""
         cache, size = self._cache, self._cache.layout.page_size
         if self._bounds is None:
-            self._bounds = cache.pool.new_zeros(cache.num_pages, 2, cache.layout.head_dim)
+            self._bounds = cache.pool.new_zeros(len(cache.pool), 2, cache.layout.head_dim)
         full, first = int(cache.computed[slot]) // size, self._bounded[slot]
         if full > first:
             pages = cache.page_table[slot, self._layers, :, first:full].flatten()

@@ -68,6 +68,9 @@ class AttentionContext:
     when a backend asks for it (the C++ kernels do not)."""
     max_kept: int
     """Host upper bound of `kept + query length` over the batch."""
+    table_rows: Tensor | None = None
+    """[S] int64: `page_table` [N, L, K, M] and `kept` [N, L, K] are those of all slots, and these the sequences' rows
+    (`destinations` must then be given); None: they are the batch's own."""
     backend: Backend = "reference"
     """Which kernels append and attend."""
     observer: AttentionObserver | None = None
@@ -139,11 +142,13 @@ class AttentionContext:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            table_rows=self.table_rows,
             backend=self.backend,
         )
 
     def _plan(self) -> PagedStep:
-        tensors = (self.page_table, self.kept, self.query_start, self.positions)
+        rows = slice(None) if self.table_rows is None else self.table_rows
+        tensors = (self.page_table[rows], self.kept[rows], self.query_start, self.positions)
         check_paged(self.pool, self.entry_positions, *tensors)
         self._step = PagedStep(self.pool, self.entry_positions, *tensors)
         return self._step

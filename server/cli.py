@@ -53,10 +53,19 @@ Runner = Annotated[
     ),
 ]
 AttentionBackend = Annotated[
-    Literal["auto", "reference", "cpu", "triton"],
+    Literal["auto", "reference", "cpu", "triton", "xformers"],
     typer.Option(
         envvar="QUIRE_ATTENTION_BACKEND",
-        help="Whose kernels compute: reference is plain torch, cpu compiled C++; auto: cpu, or reference on a GPU.",
+        help="Whose kernels compute: reference is plain torch, cpu compiled C++, triton Quire's for NVIDIA GPUs (not "
+        "yet run on one), xformers the same with xformers' attention where it can; auto: cpu, or reference on a GPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        envvar="QUIRE_CUDA_GRAPHS",
+        help="With triton: replay decode steps as CUDA graphs, captured when first needed.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -225,6 +234,7 @@ def serve(
     dtype: Dtype = "auto",
     runner: Runner = "auto",
     attention_backend: AttentionBackend = "auto",
+    cuda_graphs: CudaGraphs = _DEFAULTS.cuda_graphs,
     max_model_len: MaxModelLen = None,
     trust_remote_code: TrustRemoteCode = False,
     seed: Seed = None,
@@ -258,6 +268,7 @@ def serve(
         dtype=dtype,
         runner=runner,
         attention_backend=attention_backend,
+        cuda_graphs=cuda_graphs,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
