@@ -6,6 +6,7 @@
 // sum's order depends on how many rows, sequences or threads there are.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -197,6 +198,24 @@ inline Vec transpose_sum(const Vec* sums) {
 inline void prefetch(const void* p, long bytes) {
   for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
+
+// Memory that is kept for the next call of this thread, because fresh memory costs a page fault per 4 KiB.
+class KeptMemory {
+ public:
+  ~KeptMemory() { free(memory_); }
+  void* get(size_t wanted) {
+    if (size_ < wanted) {
+      free(memory_);
+      size_ = (wanted + wanted / 2 + 63) / 64 * 64;
+      memory_ = aligned_alloc(64, size_);
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
 
 // Most rows of a tile: 4 x 4 dot products with 16 lanes (24 of 32 registers), 2 x 4 with 8.
 constexpr int kTileRows = kLanes / 4;
