@@ -17,8 +17,9 @@ namespace quire {
 
 constexpr long kTile = 16;               // outputs and rows of a tile
 constexpr long kTileInputs = 32;         // inputs of a tile
-constexpr long kInputChunk = 512;        // inputs of 32 weight rows that stay in L1 (32 KiB) while all rows pass by
+constexpr long kInputChunk = 256;        // inputs of 32 weight rows that stay in L1 (32 KiB) while all rows pass by
 constexpr long kPackedBytes = 1 << 20;   // packed rows that stay in L2 meanwhile
+constexpr long kAheadPack = 256;
 constexpr long kLeastRows = 128;         // but as many rows share one reading of the weights
 
 struct alignas(64) TileConfig {
@@ -66,7 +67,10 @@ inline void pack_tile(const bf16* x, long stride, long count, long wide, uint32_
     return;
   }
   __m512i v[16];
-  for (long r = 0; r < kTile; r++) v[r] = r < count ? read<__m512i>(x + r * stride) : __m512i{};
+  for (long r = 0; r < kTile; r++) {
+    v[r] = r < count ? read<__m512i>(x + r * stride) : __m512i{};
+    if (r < count) __builtin_prefetch(x + r * stride + kAheadPack, 0, 3);
+  }
   transpose_words(v);
   for (long pair = 0; pair < kTileInputs / 2; pair++) memcpy(packed + pair * kTile, v + pair, sizeof v[0]);
 }
@@ -74,12 +78,23 @@ inline void pack_tile(const bf16* x, long stride, long count, long wide, uint32_
 // One call's operands as the tile loops see them.
 struct TileJob {
   Layer<bf16> layer;
-  const char* packed;   // rows of the current block
+  char* packed;         // rows of the current block
   long group_bytes;     // of one group of 16 packed rows
   long step_bytes;      // of 32 inputs of a group
   long row, count;      // the current block of rows
   long wide;            // rows of a group: 16, or all rows if they are fewer
 };
+
+// One member's share of packing the current block.
+inline void pack_rows(const TileJob& job, long steps, long member, long members) {
+  const Layer<bf16>& l = job.layer;
+  const long tiles = job.count > 0 ? (job.count + kTile - 1) / kTile * steps : 0;
+  for (long i = tiles * member / members; i < tiles * (member + 1) / members; i++) {
+    const long first = i / steps * kTile;
+    pack_tile(l.x + (job.row + first) * l.x_stride + i % steps * kTileInputs, l.x_stride, job.count - first, job.wide,
+              (uint32_t*)(job.packed + i * job.step_bytes));
+  }
+}
 
 // Two tiles of weight rows: those of outputs n .. n + 15 and n + 16 .. n + 31, or gate and up of outputs n .. n + 15.
 struct Panel {
@@ -181,19 +196,21 @@ inline void finish_group(const TileJob& job, const Panel& panel, const TileSums*
   const Layer<bf16>& l = job.layer;
   __m512i rows[16];
   round_tiles<GATED>(l, panel, sums, rows);
-  for (long r = 0; r < count; r++) {
-    bf16 results[2][kTile];
-    memcpy(results, rows + r, sizeof results);
+  for (long r = 0; r < count; r++)
     for (int i = 0; i < (GATED ? 1 : 2); i++) {
       const long at = row + r, n = panel.output[i];
-      Vec v = load(results[i]);
-      if (l.residual) v += load(l.residual + at * l.residual_stride + n);
-      if (l.wide_y)
-        _mm512_mask_storeu_ps(l.wide_y + at * l.y_stride + n, panel.stored[i], (__m512)v);
-      else
-        _mm256_mask_storeu_epi16(l.y + at * l.y_stride + n, panel.stored[i], (__m256i)_mm512_cvtneps_pbh((__m512)v));
+      __m256i results = i ? _mm512_extracti64x4_epi64(rows[r], 1) : _mm512_castsi512_si256(rows[r]);
+      if (l.residual || l.wide_y) {
+        Vec v = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(results), 16);
+        if (l.residual) v += load(l.residual + at * l.residual_stride + n);
+        if (l.wide_y) {
+          _mm512_mask_storeu_ps(l.wide_y + at * l.y_stride + n, panel.stored[i], (__m512)v);
+          continue;
+        }
+        results = (__m256i)_mm512_cvtneps_pbh((__m512)v);
+      }
+      _mm256_mask_storeu_epi16(l.y + at * l.y_stride + n, panel.stored[i], results);
     }
-  }
 }
 
 // All rows of the block times one panel; sums [groups][2] wait between chunks of the inputs.
@@ -236,32 +253,55 @@ inline void configure_tiles(long wide) {
   _tile_loadconfig(&config);
 }
 
+// How many shares the rows are cut into, each computed by a team of threads that divide the outputs among themselves.
+inline long row_shares(long rows, long threads) {
+  long shares = 1;
+  for (long n = 2; n <= threads; n++)
+    if (threads % n == 0 && rows / n >= kLeastRows) shares = n;
+  return shares;
+}
+
+// How the rows are cut: a share per team of threads, whose members divide the outputs among themselves, and of each
+// share a block of rows at a time.
+struct RowShares {
+  long teams, members, rows, block;
+
+  RowShares(const Layer<bf16>& l, long threads) : teams(1) {
+    for (long n = 2; n <= threads; n++)
+      if (threads % n == 0 && l.rows / n >= kLeastRows) teams = n;
+    members = threads / teams;
+    rows = ((l.rows + teams - 1) / teams + kTile - 1) / kTile * kTile;
+    const long fitting = kPackedBytes / (l.in * (long)sizeof(bf16)) / (2 * kTile) * (2 * kTile);
+    block = fitting < kLeastRows ? kLeastRows : fitting;
+    block = block > rows ? rows : block;
+  }
+};
+
 template <bool GATED>
 void run_tiles(const Layer<bf16>& l, int threads) {
   static thread_local KeptMemory packed_memory;
-  const long panels = (l.out + (GATED ? 1 : 2) * kTile - 1) / ((GATED ? 1 : 2) * kTile);
-  const long wide = l.rows < kTile ? l.rows : kTile, steps = l.in / kTileInputs;
-  long block = kPackedBytes / (l.in * (long)sizeof(bf16)) / (2 * kTile) * (2 * kTile);
-  block = block < kLeastRows ? kLeastRows : block > kMostBlock ? kMostBlock : block;
-  const long most = (l.rows < block ? l.rows : block) + kTile - 1, step_bytes = 64 * wide;
-  char* packed = (char*)packed_memory.get(most / kTile * steps * step_bytes);
+  char* packed = nullptr;
+  const long outputs = (GATED ? 1 : 2) * kTile, panels = (l.out + outputs - 1) / outputs;
+  const long wide = l.rows < kTile ? l.rows : kTile, steps = l.in / kTileInputs, group_bytes = steps * 64 * wide;
 #pragma omp parallel num_threads(threads)
   {
+    const RowShares shares(l, omp_get_num_threads());  // may be fewer than were asked for
+    const long groups = shares.block / kTile;
+#pragma omp master
+    packed = (char*)packed_memory.get(shares.teams * groups * group_bytes);
+#pragma omp barrier
     static thread_local KeptMemory sums_memory;
-    TileSums* sums = (TileSums*)sums_memory.get(most / kTile * 2 * sizeof(TileSums));
-    const long share = omp_get_thread_num(), shares = omp_get_num_threads();
-    const long begin = panels * share / shares, end = panels * (share + 1) / shares;
+    TileSums* sums = (TileSums*)sums_memory.get(groups * 2 * sizeof(TileSums));
+    const long team = omp_get_thread_num() / shares.members, member = omp_get_thread_num() % shares.members;
+    const long begin = panels * member / shares.members, end = panels * (member + 1) / shares.members;
+    const long first = team * shares.rows, last = first + shares.rows < l.rows ? first + shares.rows : l.rows;
     configure_tiles(wide);
-    for (long row = 0; row < l.rows; row += block) {
-      const long count = row + block < l.rows ? block : l.rows - row, groups = (count + kTile - 1) / kTile;
-      const TileJob job{l, packed, steps * step_bytes, step_bytes, row, count, wide};
-#pragma omp for schedule(static)
-      for (long i = 0; i < groups * steps; i++) {
-        const long first = row + i / steps * kTile;
-        pack_tile(l.x + first * l.x_stride + i % steps * kTileInputs, l.x_stride, l.rows - first, wide,
-                  (uint32_t*)(packed + i * step_bytes));
-      }
-      for (long i = begin; i < end; i++)
+    for (long row = first; row < first + shares.rows; row += shares.block) {
+      const long count = last - row < shares.block ? last - row : shares.block;  // not above 0: others still work
+      const TileJob job{l, packed + team * groups * group_bytes, group_bytes, 64 * wide, row, count, wide};
+      pack_rows(job, steps, member, shares.members);
+#pragma omp barrier
+      for (long i = begin; i < end && count > 0; i++)
         compute_panel<GATED>(job, panel_at<GATED>(l, i), panel_at<GATED>(l, i + 1 < end ? i + 1 : i), sums);
 #pragma omp barrier
     }
