@@ -96,16 +96,25 @@ inline Vec rounded<bf16>(Vec v) {
   return (Vec)(bf16_bits(v) & 0xffff0000u);
 }
 
+// Lanes are folded in halves: few steps that wait for each other.
 inline float sum_lanes(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+#if defined(QUIRE_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 
+// The largest lane; NaN if there is one.
 inline float max_lanes(Vec v) {
+#if defined(QUIRE_AVX512)
+  const bool nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return nan ? __builtin_nanf("") : _mm512_reduce_max_ps((__m512)v);
+#else
   float top = v[0];
-  for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
+  for (int i = 1; i < kLanes; i++) top = v[i] > top || v[i] != v[i] ? v[i] : top;
   return top;
+#endif
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }

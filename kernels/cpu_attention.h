@@ -85,6 +85,7 @@ inline void fill_block(const Args& a, const int32_t* pages, long begin, long end
     }
     entry += here;
   }
+  if (!block.count) return;
   block.first = block.last = block.position[0];
   for (int i = 1; i < block.count; i++) {
     block.first = block.position[i] < block.first ? block.position[i] : block.first;
@@ -96,26 +97,25 @@ inline void fill_block(const Args& a, const int32_t* pages, long begin, long end
   }
 }
 
-// Ask for the keys (values) of entries begin .. end - 1 before they are needed: pages lie anywhere, so the hardware
-// cannot guess where the next one starts.
+// Ask for the key of an entry of the block that comes next, or for its value: pages lie anywhere, so the hardware cannot
+// guess where the next one starts. One entry at a time between the arithmetic, because a burst of requests would stall
+// it until most of them are answered.
 template <class T>
-inline void prefetch_entries(const Args& a, const int32_t* pages, long begin, long end, bool values) {
-  for (long entry = begin; entry < end;) {
-    const long page = pages[entry / a.page_size], offset = entry % a.page_size;
-    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
-    prefetch((const T*)a.pool + ((page * 2 + values) * a.page_size + offset) * a.width, here * a.width * sizeof(T));
-    entry += here;
-  }
+inline void prefetch_entry(const Block<T>& next, int entry, long offset, long width) {
+  if (entry < next.count) prefetch(next.key[entry] + offset, width * sizeof(T));
 }
 
-// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block.
+// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block; the first rows ask
+// for the next block's keys.
 template <class T, int ROWS>
-inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, long width, float (*scores)[kBlock]) {
+inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, const Block<T>& next, long width,
+                       float (*scores)[kBlock]) {
   constexpr int COLUMNS = kLanes / ROWS;
   const T* queries[ROWS];
   const int count = tile.rows - row < ROWS ? tile.rows - row : ROWS;
   for (int r = 0; r < ROWS; r++) queries[r] = tile.query[row + (r < count ? r : count - 1)];
   for (int e = 0; e < block.count; e += COLUMNS) {
+    for (int c = 0; row == 0 && c < COLUMNS; c++) prefetch_entry(next, e + c, 0, width);
     float lanes[kLanes];
     store(lanes, dot_tile<T, ROWS>(queries, block.key + e, width));
     for (int r = 0; r < count; r++) memcpy(scores[row + r] + e, lanes + r * COLUMNS, COLUMNS * sizeof(float));
@@ -123,15 +123,16 @@ inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, long
 }
 
 template <class T>
-inline void score_block(const Tile<T>& tile, const Block<T>& block, long width, float (*scores)[kBlock]) {
+inline void score_block(const Tile<T>& tile, const Block<T>& block, const Block<T>& next, long width,
+                        float (*scores)[kBlock]) {
   int row = 0;
-  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, width, scores);
+  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, next, width, scores);
   if (tile.rows - row == 1)
-    score_rows<T, 1>(tile, row, block, width, scores);
+    score_rows<T, 1>(tile, row, block, next, width, scores);
   else if (tile.rows - row == 2)
-    score_rows<T, 2>(tile, row, block, width, scores);
+    score_rows<T, 2>(tile, row, block, next, width, scores);
   else if (tile.rows > row)
-    score_rows<T, kTileRows>(tile, row, block, width, scores);
+    score_rows<T, kTileRows>(tile, row, block, next, width, scores);
 }
 
 // Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
@@ -156,7 +157,6 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
     best = s != s ? s : best;  // a NaN must not vanish in the maximum
   }
   float high = max_lanes(best);
-  for (int i = 0; i < kLanes; i++) high = best[i] != best[i] ? best[i] : high;
   high = high < top ? top : high;
   if (high == -INFINITY) {
     for (int e = 0; e < lanes; e += kLanes) store(scores + e, Vec{});
@@ -174,9 +174,11 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
   return shrink;
 }
 
-// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile.
+// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile. If
+// `ahead`, ask for as many columns of the next block's values.
 template <class T, int ROWS, int VECTORS>
-inline void accumulate(const Block<T>& block, long value_offset, float (*scores)[kBlock], float* sum, long padded) {
+inline void accumulate(const Block<T>& block, const Block<T>& next, bool ahead, long value_offset,
+                       float (*scores)[kBlock], float* sum, long padded) {
   Vec acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
@@ -184,6 +186,7 @@ inline void accumulate(const Block<T>& block, long value_offset, float (*scores)
     for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sum + r * padded + v * kLanes);
   for (int e = 0; e < block.count; e++) {
     const T* value = block.key[e] + value_offset;
+    if (ahead) prefetch_entry(next, e, value_offset, VECTORS * kLanes);
     Vec values[VECTORS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; v++) values[v] = load(value + v * kLanes);
@@ -199,18 +202,19 @@ inline void accumulate(const Block<T>& block, long value_offset, float (*scores)
 }
 
 template <class T, int ROWS>
-inline void accumulate_rows(const Args& a, const Block<T>& block, float (*scores)[kBlock], float* sum, long padded) {
+inline void accumulate_rows(const Args& a, const Block<T>& block, const Block<T>& next, bool ahead,
+                            float (*scores)[kBlock], float* sum, long padded) {
   // As many sums as half of the registers hold: with few rows there must be more columns, or additions wait for each
   // other.
   constexpr int WIDE = kLanes / (ROWS < 2 ? 2 : ROWS), NARROW = kLanes / 4;
   const long offset = a.page_size * a.width, stop = padded < a.width ? padded : a.width;
   long column = 0;
   for (; column + WIDE * kLanes <= stop; column += WIDE * kLanes)
-    accumulate<T, ROWS, WIDE>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, WIDE>(block, next, ahead, offset + column, scores, sum + column, padded);
   for (; column + NARROW * kLanes <= stop; column += NARROW * kLanes)
-    accumulate<T, ROWS, NARROW>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, NARROW>(block, next, ahead, offset + column, scores, sum + column, padded);
   for (; column + kLanes <= stop && column < a.value_width; column += kLanes)
-    accumulate<T, ROWS, 1>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, 1>(block, next, ahead, offset + column, scores, sum + column, padded);
   if (column < a.value_width) {  // a head dim that is no multiple of the vector
     for (int e = 0; e < block.count; e++) {
       const Vec value = load_some(block.key[e] + offset + column, a.width - column);
@@ -222,22 +226,24 @@ inline void accumulate_rows(const Args& a, const Block<T>& block, float (*scores
   }
 }
 
-// Entries begin .. end - 1 of one head into a fresh state.
+// Entries begin .. end - 1 of one head into a fresh state; the entries behind, up to `limit`, come next.
 template <class T>
-inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages, long begin, long end, State state) {
+inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages, long begin, long end, long limit,
+                        State state) {
   const long padded = padded_width(a);
   memset(state.sum, 0, tile.rows * padded * sizeof(float));
   for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
   alignas(64) float scores[kRows][kBlock];
-  for (long start = begin; start < end; start += kBlock) {
-    Block<T> block;
+  Block<T> blocks[2];
+  fill_block(a, pages, begin, begin + kBlock < end ? begin + kBlock : end, blocks[0]);
+  for (long start = begin, turn = 0; start < end; start += kBlock, turn ^= 1) {
+    const Block<T>& block = blocks[turn];
+    Block<T>& next = blocks[turn ^ 1];
     const long stop = start + kBlock < end ? start + kBlock : end;
-    fill_block(a, pages, start, stop, block);
+    fill_block(a, pages, stop, stop + kBlock < limit ? stop + kBlock : limit, next);
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
     const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
-    prefetch_entries<T>(a, pages, start, stop, true);
-    score_block(tile, block, a.width, scores);
-    prefetch_entries<T>(a, pages, stop, stop + kBlock < end ? stop + kBlock : end, false);
+    score_block(tile, block, next, a.width, scores);
     for (int r = 0; r < tile.rows; r++) {
       const float shrink =
           weigh_row(a, block, tile.position[r], masked, scores[r], state.top[r], state.mass[r]);
@@ -247,10 +253,11 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages
     }
     int row = 0;
     for (; row + 4 <= tile.rows; row += 4)
-      accumulate_rows<T, 4>(a, block, scores + row, state.sum + row * padded, padded);
+      accumulate_rows<T, 4>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
     for (; row + 2 <= tile.rows; row += 2)
-      accumulate_rows<T, 2>(a, block, scores + row, state.sum + row * padded, padded);
-    if (row < tile.rows) accumulate_rows<T, 1>(a, block, scores + row, state.sum + row * padded, padded);
+      accumulate_rows<T, 2>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
+    if (row < tile.rows)
+      accumulate_rows<T, 1>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
   }
 }
 
