@@ -8,6 +8,7 @@
 // and merge as they go. Both ways fold the same parts in the same order, so a row's result does not depend on the batch,
 // on how its prompt was cut into chunks, or on the number of threads.
 #include "cpu_attention.h"
+#include "cpu_attention_tiles.h"
 
 #include <stdlib.h>
 
@@ -58,26 +59,38 @@ inline long count_tasks(const Args& a, bool few, Task* tasks, long* scratch, int
   return count;
 }
 
-template <class T>
-inline void run_task(const Args& a, const Task& task, float* scratch, int scratch_rows, long padded) {
-  const long group = a.heads / a.kv_heads;
-  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
+template <class T, class Work>
+inline void compute_task(const Args& a, const Task& task, const Tile<T>& tile, float* scratch, int scratch_rows,
+                         long padded) {
   const int32_t* pages = a.page_table + task.sequence * a.table_sequence + task.kv_head * a.table_head;
-  Tile<T> tile;
-  fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
+  const Work work(a, tile);
   if (task.scratch >= 0) {
-    attend_part(a, tile, pages, task.begin, task.end, task.end, state_at(scratch, task.scratch, scratch_rows, padded));
+    const State state = state_at(scratch, task.scratch, scratch_rows, padded);
+    attend_part(a, tile, work, pages, task.begin, task.end, task.end, state);
     return;
   }
   static thread_local KeptMemory memory;
   float* own = (float*)memory.get(2 * kRows * (padded + 2 * kLanes) * sizeof(float));
   const State whole = state_at(own, 0, kRows, padded), part = state_at(own, 1, kRows, padded);
-  attend_part(a, tile, pages, 0, task.end < kPart ? task.end : kPart, task.end, whole);
-  for (long begin = kPart; begin < task.end; begin += kPart) {
-    attend_part(a, tile, pages, begin, begin + kPart < task.end ? begin + kPart : task.end, task.end, part);
-    merge(whole, part, tile.rows, padded);
+  for (long begin = 0; begin < task.end; begin += kPart) {
+    const long end = begin + kPart < task.end ? begin + kPart : task.end;
+    attend_part(a, tile, work, pages, begin, end, task.end, begin ? part : whole);
+    if (begin) merge(whole, part, tile.rows, padded);
   }
   write_tile(a, tile, whole, padded);
+}
+
+template <class T>
+inline void run_task(const Args& a, const Task& task, float* scratch, int scratch_rows, long padded) {
+  const long group = a.heads / a.kv_heads;
+  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
+  Tile<T> tile;
+  fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
+#if defined(QUIRE_TILES)
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (TileWork::fits(a)) return compute_task<T, TileWork>(a, task, tile, scratch, scratch_rows, padded);
+#endif
+  compute_task<T, VectorWork<T>>(a, task, tile, scratch, scratch_rows, padded);
 }
 
 template <class T>
@@ -123,6 +136,7 @@ void run(const Args& a, bool append, bool attend, int threads) {
     count = count_tasks(a, few, nullptr, &states, &rows);
     tasks = (Task*)task_memory.get(count * sizeof(Task));
     count_tasks(a, few, tasks, &states, &rows);
+    rows = rows <= kRows / 2 ? kRows / 2 : kRows;  // tile registers write whole groups of rows
     scratch = (float*)state_memory.get(states * rows * (padded + 2 * kLanes) * sizeof(float));
   }
 #pragma omp parallel num_threads(threads)

@@ -73,28 +73,34 @@ struct Block {
 
 template <class T>
 inline void fill_block(const Args& a, const int32_t* pages, long begin, long end, Block<T>& block) {
-  block.count = 0;
+  int count = 0;
   for (long entry = begin; entry < end;) {
     const long page = pages[entry / a.page_size], offset = entry % a.page_size;
-    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
+    const int here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
     const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
-    const int32_t* positions = a.entry_positions + page * a.page_size + offset;
-    for (long i = 0; i < here; i++) {
-      block.key[block.count] = keys + i * a.width;
-      block.position[block.count++] = positions[i];
-    }
+    for (int i = 0; i < here; i++) block.key[count + i] = keys + i * a.width;
+    memcpy(block.position + count, a.entry_positions + page * a.page_size + offset, here * sizeof(int32_t));
+    count += here;
     entry += here;
   }
-  if (!block.count) return;
-  block.first = block.last = block.position[0];
-  for (int i = 1; i < block.count; i++) {
-    block.first = block.position[i] < block.first ? block.position[i] : block.first;
-    block.last = block.position[i] > block.last ? block.position[i] : block.last;
+  block.count = count;
+  if (!count) return;
+  for (int i = count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
+    block.key[i] = block.key[count - 1];
+    block.position[i] = block.position[count - 1];
   }
-  for (int i = block.count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
-    block.key[i] = block.key[block.count - 1];
-    block.position[i] = INT32_MAX;
+  IntVec least = read<IntVec>(block.position), most = least;
+  for (int i = kLanes; i < count; i += kLanes) {
+    const IntVec at = read<IntVec>(block.position + i);
+    least = at < least ? at : least;
+    most = at > most ? at : most;
   }
+  block.first = block.last = least[0];
+  for (int i = 0; i < kLanes; i++) {
+    block.first = least[i] < block.first ? least[i] : block.first;
+    block.last = most[i] > block.last ? most[i] : block.last;
+  }
+  for (int i = count; i % kLanes; i++) block.position[i] = INT32_MAX;  // behind every query
 }
 
 // Ask for the key of an entry of the block that comes next, or for its value: pages lie anywhere, so the hardware cannot
@@ -226,10 +232,37 @@ inline void accumulate_rows(const Args& a, const Block<T>& block, const Block<T>
   }
 }
 
-// Entries begin .. end - 1 of one head into a fresh state; the entries behind, up to `limit`, come next.
+// How scores and sums of a tile are computed on vector registers; TileWork of cpu_attention_tiles.h is the other way.
 template <class T>
-inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages, long begin, long end, long limit,
-                        State state) {
+class VectorWork {
+ public:
+  VectorWork(const Args& a, const Tile<T>& tile) : args_(a), tile_(tile) {}
+
+  // scores[row][entry] of the whole block; asks for the next block's keys.
+  void score(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock]) const {
+    score_block(tile_, block, next, args_.width, scores);
+  }
+
+  // sum[row][column] += weights x values of the block; asks for the next block's values.
+  void accumulate(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
+    int row = 0;
+    for (; row + 4 <= tile_.rows; row += 4)
+      accumulate_rows<T, 4>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+    for (; row + 2 <= tile_.rows; row += 2)
+      accumulate_rows<T, 2>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+    if (row < tile_.rows)
+      accumulate_rows<T, 1>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+  }
+
+ private:
+  const Args& args_;
+  const Tile<T>& tile_;
+};
+
+// Entries begin .. end - 1 of one head into a fresh state; the entries behind, up to `limit`, come next.
+template <class T, class Work>
+inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, const int32_t* pages, long begin,
+                        long end, long limit, State state) {
   const long padded = padded_width(a);
   memset(state.sum, 0, tile.rows * padded * sizeof(float));
   for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
@@ -243,7 +276,7 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages
     fill_block(a, pages, stop, stop + kBlock < limit ? stop + kBlock : limit, next);
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
     const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
-    score_block(tile, block, next, a.width, scores);
+    work.score(block, next, scores);
     for (int r = 0; r < tile.rows; r++) {
       const float shrink =
           weigh_row(a, block, tile.position[r], masked, scores[r], state.top[r], state.mass[r]);
@@ -251,13 +284,7 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages
       float* sum = state.sum + r * padded;
       for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
     }
-    int row = 0;
-    for (; row + 4 <= tile.rows; row += 4)
-      accumulate_rows<T, 4>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
-    for (; row + 2 <= tile.rows; row += 2)
-      accumulate_rows<T, 2>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
-    if (row < tile.rows)
-      accumulate_rows<T, 1>(a, block, next, row == 0, scores + row, state.sum + row * padded, padded);
+    work.accumulate(block, next, scores, state.sum, padded);
   }
 }
 
