@@ -100,7 +100,7 @@ inline void fill_block(const Args& a, const int32_t* pages, long begin, long end
     block.first = least[i] < block.first ? least[i] : block.first;
     block.last = most[i] > block.last ? most[i] : block.last;
   }
-  for (int i = count; i % kLanes; i++) block.position[i] = INT32_MAX;  // behind every query
+  for (int i = count; i < kBlock; i++) block.position[i] = INT32_MAX;  // behind every query
 }
 
 // Ask for the key of an entry of the block that comes next, or for its value: pages lie anywhere, so the hardware cannot
@@ -142,39 +142,42 @@ inline void score_block(const Tile<T>& tile, const Block<T>& block, const Block<
 }
 
 // Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
-// Returns the factor by which the row's earlier sums shrink.
+// Returns the factor by which the row's earlier sums shrink. Behind the block's last entry, where scores hold anything,
+// weights are zero.
 template <class T>
 inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, bool masked, float* scores, float& top,
                        float& mass) {
+  constexpr int kParts = kBlock / kLanes;
   const Vec nothing = broadcast(-INFINITY);
   const IntVec latest = broadcast_int(position);
   const IntVec earliest = broadcast_int(a.window ? position - a.window : INT32_MIN);
-  const int lanes = (block.count + kLanes - 1) / kLanes * kLanes;
-  Vec best = nothing;
-  for (int e = 0; e < lanes; e += kLanes) {
-    Vec s = load(scores + e) * a.scale;
+  Vec parts[kParts], best = nothing;
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i++) {
+    Vec s = load(scores + i * kLanes) * a.scale;
     if (a.softcap != 0) s = a.softcap * tanh(s / a.softcap);
-    if (masked || e + kLanes > block.count) {
-      const IntVec at = read<IntVec>(block.position + e);
+    if (masked || block.count < kBlock) {
+      const IntVec at = read<IntVec>(block.position + i * kLanes);
       s = ((at <= latest) & (at > earliest)) ? s : nothing;
     }
-    store(scores + e, s);
     best = s > best ? s : best;
     best = s != s ? s : best;  // a NaN must not vanish in the maximum
+    parts[i] = s;
   }
   float high = max_lanes(best);
   high = high < top ? top : high;
   if (high == -INFINITY) {
-    for (int e = 0; e < lanes; e += kLanes) store(scores + e, Vec{});
+    memset(scores, 0, kBlock * sizeof(float));
     return 1.0f;
   }
   Vec total = {};
-  for (int e = 0; e < lanes; e += kLanes) {
-    const Vec weight = exp(load(scores + e) - high);
-    store(scores + e, weight);
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i++) {
+    const Vec weight = exp(parts[i] - high);
+    store(scores + i * kLanes, weight);
     total += weight;
   }
-  const float shrink = exp(broadcast(top - high))[0];
+  const float shrink = top == high ? 1.0f : exp(broadcast(top - high))[0];
   mass = mass * shrink + sum_lanes(total);
   top = high;
   return shrink;

@@ -43,22 +43,24 @@ class TileWork {
   // scores[row][entry] of the whole block; asks for the next block's keys.
   void score(const Block<bf16>& block, const Block<bf16>& next, float (*scores)[kBlock]) const {
     const long stride = args_.width * sizeof(bf16);
-    for (int e = 0; e < block.count; e += kTile) {
-      for (long g = 0; g < groups_; g++) {
-        alignas(64) __m512i words[kTile];
+    alignas(64) __m512i products[kBlock / kTile][kTile];
+    for (long g = 0; g < groups_; g++) {
+      const __m512i* query = query_ + g * args_.width / 2;
+      for (int e = 0; e < block.count; e += kTile) {
         _tile_zero(0);
         for (long d = 0; d < args_.width; d += kTileInputs) {
           _tile_loadd(4, block.key[e] + d, stride);
-          _tile_loadd(5, query_ + (g * args_.width + d) / 2, 64);
+          _tile_loadd(5, query + d / 2, 64);
           _tile_dpbf16ps(0, 4, 5);
-          if (g == 0)
-            for (int i = 0; i < kTile; i++)
-              if (e + i < next.count) __builtin_prefetch(next.key[e + i] + d, 0, 2);
         }
-        _tile_stored(0, words, 64);
-        transpose_words(words);
-        for (long r = g * kTile; r < tile_.rows && r < (g + 1) * kTile; r++)
-          memcpy(scores[r] + e, words + r % kTile, sizeof words[0]);
+        _tile_stored(0, products[e / kTile], 64);
+        if (g == 0 && e < next.count) prefetch(next.key[e], kTile * stride);
+      }
+      const long first = g * kTile, rows = tile_.rows - first < kTile ? tile_.rows - first : kTile;
+      for (int e = 0; e < block.count; e += kTile) {  // apart, so that no tile waits for the one before
+        __m512i* product = products[e / kTile];
+        transpose_words(product);
+        for (long r = 0; r < rows; r++) memcpy(scores[first + r] + e, product + r, sizeof product[0]);
       }
     }
   }
@@ -68,7 +70,7 @@ class TileWork {
                   long padded) const {
     const long steps = (block.count + kTileInputs - 1) / kTileInputs;
     interleave_values(block, next, steps);
-    for (int r = 0; r < tile_.rows; r++) split_weights(scores[r], block.count);
+    for (int r = 0; r < tile_.rows; r++) split_weights(scores[r]);
     for (long g = 0; g < groups_; g++) {
       const char* weights = (const char*)scores[g * kTile];
       _tile_loadd(2, weights, sizeof scores[0]);
@@ -93,11 +95,11 @@ class TileWork {
   }
 
  private:
-  // kBlock weights become as many in bfloat16, then the remainders; behind the last entry they are zero.
-  static void split_weights(float* weights, int count) {
+  // kBlock weights become as many in bfloat16, then the remainders.
+  static void split_weights(float* weights) {
     __m512bh parts[2 * kBlock / kTileInputs];
     for (int e = 0; e < kBlock; e += kTileInputs) {
-      const Vec low = e < count ? load(weights + e) : Vec{}, high = e + kTile < count ? load(weights + e + kTile) : Vec{};
+      const Vec low = load(weights + e), high = load(weights + e + kTile);
       const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
       const Vec low_part = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256((__m512i)both)), 16);
       const Vec high_part = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64((__m512i)both, 1)), 16);
