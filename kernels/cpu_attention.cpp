@@ -15,6 +15,7 @@
 namespace quire {
 namespace {
 
+constexpr long kRunsPerThread = 8;
 constexpr long kEnoughHeads = 4;  // per thread: so many heads keep all threads busy, each read in one go
 
 struct Task {
@@ -59,38 +60,42 @@ inline long count_tasks(const Args& a, bool few, Task* tasks, long* scratch, int
   return count;
 }
 
+inline Span span_of(const Args& a, const Task& task) {
+  return {a.page_table + task.sequence * a.table_sequence + task.kv_head * a.table_head, task.begin, task.end};
+}
+
 template <class T, class Work>
-inline void compute_task(const Args& a, const Task& task, const Tile<T>& tile, float* scratch, int scratch_rows,
-                         long padded) {
-  const int32_t* pages = a.page_table + task.sequence * a.table_sequence + task.kv_head * a.table_head;
+inline void compute_task(const Args& a, const Task& task, Span following, const Tile<T>& tile, float* scratch,
+                         int scratch_rows, long padded) {
+  const Span all = span_of(a, task);
   const Work work(a, tile);
   if (task.scratch >= 0) {
-    const State state = state_at(scratch, task.scratch, scratch_rows, padded);
-    attend_part(a, tile, work, pages, task.begin, task.end, task.end, state);
+    attend_part(a, tile, work, all, following, state_at(scratch, task.scratch, scratch_rows, padded));
     return;
   }
   static thread_local KeptMemory memory;
   float* own = (float*)memory.get(2 * kRows * (padded + 2 * kLanes) * sizeof(float));
   const State whole = state_at(own, 0, kRows, padded), part = state_at(own, 1, kRows, padded);
-  for (long begin = 0; begin < task.end; begin += kPart) {
-    const long end = begin + kPart < task.end ? begin + kPart : task.end;
-    attend_part(a, tile, work, pages, begin, end, task.end, begin ? part : whole);
+  for (long begin = 0; begin < all.end; begin += kPart) {
+    const long end = begin + kPart < all.end ? begin + kPart : all.end;
+    const Span rest = {all.pages, end, all.end};
+    attend_part(a, tile, work, {all.pages, begin, end}, end < all.end ? rest : following, begin ? part : whole);
     if (begin) merge(whole, part, tile.rows, padded);
   }
   write_tile(a, tile, whole, padded);
 }
 
 template <class T>
-inline void run_task(const Args& a, const Task& task, float* scratch, int scratch_rows, long padded) {
+inline void run_task(const Args& a, const Task& task, Span following, float* scratch, int scratch_rows, long padded) {
   const long group = a.heads / a.kv_heads;
   const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
   Tile<T> tile;
   fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
 #if defined(QUIRE_TILES)
   if constexpr (sizeof(T) == sizeof(bf16))
-    if (TileWork::fits(a)) return compute_task<T, TileWork>(a, task, tile, scratch, scratch_rows, padded);
+    if (TileWork::fits(a)) return compute_task<T, TileWork>(a, task, following, tile, scratch, scratch_rows, padded);
 #endif
-  compute_task<T, VectorWork<T>>(a, task, tile, scratch, scratch_rows, padded);
+  compute_task<T, VectorWork<T>>(a, task, following, tile, scratch, scratch_rows, padded);
 }
 
 template <class T>
@@ -146,8 +151,14 @@ void run(const Args& a, bool append, bool attend, int threads) {
       for (long s = 0; s < a.sequences; s++) append_sequence<T>(a, s);
     }
     if (attend) {
+      // Several in a row for each thread, so that it knows what to ask memory for next; enough to share out the rest.
+      const long run = count / (threads * kRunsPerThread) + 1;
 #pragma omp for schedule(dynamic, 1)
-      for (long i = 0; i < count; i++) run_task<T>(a, tasks[i], scratch, rows, padded);
+      for (long first = 0; first < count; first += run)
+        for (long i = first; i < first + run && i < count; i++) {
+          const Span following = i + 1 < first + run && i + 1 < count ? span_of(a, tasks[i + 1]) : Span{};
+          run_task<T>(a, tasks[i], following, scratch, rows, padded);
+        }
       if (states) {
 #pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < count; i++)

@@ -62,6 +62,12 @@ inline void fill_tile(const Args& a, long s, long k, long item, long end, Tile<T
   }
 }
 
+// Entries begin .. end - 1 of a head.
+struct Span {
+  const int32_t* pages;
+  long begin, end;
+};
+
 // Keys and positions of up to kBlock entries of one head; a value lies page_size * width behind its key.
 template <class T>
 struct Block {
@@ -71,10 +77,13 @@ struct Block {
   int32_t first, last;
 };
 
+// The first kBlock entries of a span, or as many as it has.
 template <class T>
-inline void fill_block(const Args& a, const int32_t* pages, long begin, long end, Block<T>& block) {
+inline void fill_block(const Args& a, Span span, Block<T>& block) {
+  const int32_t* pages = span.pages;
+  const long end = span.begin + kBlock < span.end ? span.begin + kBlock : span.end;
   int count = 0;
-  for (long entry = begin; entry < end;) {
+  for (long entry = span.begin; entry < end;) {
     const long page = pages[entry / a.page_size], offset = entry % a.page_size;
     const int here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
     const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
@@ -262,21 +271,20 @@ class VectorWork {
   const Tile<T>& tile_;
 };
 
-// Entries begin .. end - 1 of one head into a fresh state; the entries behind, up to `limit`, come next.
+// All entries of `span` into a fresh state; those of `following` are what this thread reads next.
 template <class T, class Work>
-inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, const int32_t* pages, long begin,
-                        long end, long limit, State state) {
+inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Span span, Span following, State state) {
   const long padded = padded_width(a);
   memset(state.sum, 0, tile.rows * padded * sizeof(float));
   for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
   alignas(64) float scores[kRows][kBlock];
   Block<T> blocks[2];
-  fill_block(a, pages, begin, begin + kBlock < end ? begin + kBlock : end, blocks[0]);
-  for (long start = begin, turn = 0; start < end; start += kBlock, turn ^= 1) {
+  fill_block(a, span, blocks[0]);
+  for (int turn = 0; span.begin < span.end; span.begin += kBlock, turn ^= 1) {
     const Block<T>& block = blocks[turn];
     Block<T>& next = blocks[turn ^ 1];
-    const long stop = start + kBlock < end ? start + kBlock : end;
-    fill_block(a, pages, stop, stop + kBlock < limit ? stop + kBlock : limit, next);
+    const Span rest = {span.pages, span.begin + kBlock, span.end};
+    fill_block(a, rest.begin < rest.end ? rest : following, next);
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
     const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
     work.score(block, next, scores);
