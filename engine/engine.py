@@ -66,7 +66,7 @@ class Engine:
             raise ConfigError(
                 f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
             ) from error
-        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
+        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device, place.backend)
         self._pruner = Pruner(self.cache, runner, place.backend)
         self._selection = PageSelection(self.cache, runner.spec, place.backend)
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)

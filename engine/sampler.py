@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, TokenLogprob
 from ..kernels import sampling
+from ..kernels.backend import Backend
 from .inputs import LogitLayout
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 
@@ -33,9 +34,12 @@ class _LogprobRequest:
 class Sampler:
     """Draws next tokens and scores prompts; owns the slots' parameters and token counts."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference"
+    ) -> None:
         self.table = SlotTable(num_slots, vocab_size, device)
         self.device = device
+        self.backend = backend
 
     def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
         """Tokens [D] of the plan's decodes and outputs of its sequences, from logits [R, V] float32 laid out so.
@@ -49,7 +53,7 @@ class Sampler:
         slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
         ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
         tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
-        flat = torch.cat([tokens, sampling.finite_rows(logits).long()]).cpu().numpy()
+        flat = torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]).cpu().numpy()
         drawn, finite = flat[: len(slots)], flat[len(slots) :] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
@@ -111,7 +115,7 @@ class Sampler:
     def _draw_kind(self, kind: DrawKind, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows that are all drawn the same way."""
         if kind == "greedy":
-            return sampling.greedy_tokens(logits)
+            return sampling.greedy_tokens(logits, self.backend)
         strengths, keys = self.table.strengths[slots], self.table.keys[slots]
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         seeds, top_k = keys.unbind(1)

@@ -183,8 +183,9 @@ template <bool GATED>
 inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& next, TileSums* sums) {
   const Layer<bf16>& l = job.layer;
   const long stride = l.in * sizeof(bf16), row_bytes = 4 * job.wide, groups = (job.count + kTile - 1) / kTile;
-  for (long start = 0; start < l.in; start += kInputChunk) {
-    const long length = l.in - start < kInputChunk ? l.in - start : kInputChunk, steps = length / kTileInputs;
+  const long chunk = groups > 2 ? kInputChunk : l.in;  // two groups of rows use each weight only once
+  for (long start = 0; start < l.in; start += chunk) {
+    const long length = l.in - start < chunk ? l.in - start : chunk, steps = length / kTileInputs;
     const char *w0 = panel.weight[0] + start * sizeof(bf16), *w1 = panel.weight[1] + start * sizeof(bf16);
     for (long g = 0; g < groups; g += 2) {
       TileSums* sum = sums + 2 * g;
