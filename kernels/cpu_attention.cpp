@@ -15,7 +15,7 @@
 namespace quire {
 namespace {
 
-constexpr long kRunsPerThread = 8;
+constexpr long kRunsPerThread = 16;
 constexpr long kEnoughHeads = 4;  // per thread: so many heads keep all threads busy, each read in one go
 
 struct Task {

@@ -189,7 +189,7 @@ inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& n
     const char *w0 = panel.weight[0] + start * sizeof(bf16), *w1 = panel.weight[1] + start * sizeof(bf16);
     for (long g = 0; g < groups; g += 2) {
       TileSums* sum = sums + 2 * g;
-      const bool pair = g + 1 < groups, ahead = g == 0;
+      const bool pair = g + 1 < groups, ahead = groups <= 2;
       const char* x0 = job.packed + g * job.group_bytes + start / kTileInputs * job.step_bytes;
       const char* x1 = x0 + job.group_bytes;
       const char* next0 = ahead ? next.weight[0] + start * kTile * sizeof(bf16) : nullptr;
