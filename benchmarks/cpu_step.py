@@ -2,9 +2,9 @@
 
     python benchmarks/cpu_step.py [--batches 1 8 32] [--rounds 20] [--markdown FILE]
 
-Two models in bfloat16: quire-mini, and one of the shape of Qwen2-0.5B with random weights. Sequences have prompts of 128
-tokens. Each round takes steps, then reads memory and multiplies the same matrices, packed once by
-oneDNN, so that a machine whose speed drifts does not favour one; times are medians over the rounds.
+Two models in bfloat16: quire-mini, and one of the shape of Qwen2-0.5B with random weights. Sequences have prompts of
+128 tokens. Each round takes steps, then reads memory and multiplies the same matrices, packed once by oneDNN, so that a
+machine whose speed drifts does not favour one; times are medians over the rounds.
 
 `of the bandwidth bound`: the time to read all weights and the cache once, over the step's. `of packed products`: the
 time of oneDNN's products alone, over the step's.
@@ -243,16 +243,14 @@ def main() -> None:
     for title, load in loads.items():
         engine = load()
         columns = {
-            f"decode, batch {size}": column(
-                engine, decode_steps(engine, size, args.rounds), size, args.rounds, numbers
-            )
+            f"decode, batch {size}": column(engine, decode_steps(engine, size, args.rounds), size, args.rounds, numbers)
             for size in args.batches
         }
         columns[f"prompt, {CHUNK} tokens"] = column(engine, prompt_steps(engine), 0, args.rounds, numbers)
         lines += table(title, columns)
     print("\n".join(lines))
     if args.markdown:
-        args.markdown.write_text("\n".join(lines))
+        args.markdown.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,7 @@ class _LogprobRequest:
 class Sampler:
     """Draws next tokens and scores prompts; owns the slots' parameters and token counts."""
 
-    def __init__(
-        self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference"
-    ) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference") -> None:
         self.table = SlotTable(num_slots, vocab_size, device)
         self.device = device
         self.backend = backend

@@ -1,5 +1,6 @@
 // Linear layers over the plain weight matrix [out, in] as the checkpoint stores it: nothing is re-packed, per call or at
-// all, and an embedding can be the output head at the same time.
+// all, and an embedding can be the output head at the same time. Where the CPU has tile registers, bfloat16 goes to
+// cpu_linear_tiles.h.
 //
 // Both operands are contiguous along `in`, so everything is dot products. A tile of 4 rows x 4 outputs keeps 16 sums in
 // registers and needs 8 loads per 16 multiplications. One or two rows take more outputs instead (1 x 16, 2 x 8), so
