@@ -38,6 +38,7 @@ class Sampler:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference") -> None:
         self.table = SlotTable(num_slots, vocab_size, device)
         self.device = device
+        self.backend = backend
         self._fused = backend in TRITON_BACKENDS
 
     def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
@@ -52,7 +53,7 @@ class Sampler:
         slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
         ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
         tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
-        flat = torch.cat([tokens, sampling.finite_rows(logits).long()]).cpu().numpy()
+        flat = torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]).cpu().numpy()
         drawn, finite = flat[: len(slots)], flat[len(slots) :] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
@@ -135,7 +136,7 @@ class Sampler:
         if self._fused and kind != "truncated":
             return self._draw_fused(logits, slots, positions, penalised=False)
         if kind == "greedy":
-            return sampling.greedy_tokens(logits)
+            return sampling.greedy_tokens(logits, self.backend)
         strengths, keys = self.table.strengths[slots], self.table.keys[slots]
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         seeds, top_k = keys.unbind(1)

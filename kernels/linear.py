@@ -77,7 +77,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> None
 def _linear_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, *, gated: bool, wide: bool
 ) -> Tensor:
-    """cpu_linear.cpp over the plain weights."""
+    """cpu_linear.cpp over the plain weights; which instructions it uses depends on the weight, never on the rows."""
     rows, inputs = x.shape
     x_stride, residual_stride, residual_pointer = x.stride(0), 0, None
     if x.stride(1) != 1:
