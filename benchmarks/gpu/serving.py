@@ -5,6 +5,7 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,11 @@ def random_engine(network: Network, device: torch.device, dtype: torch.dtype, ba
 
 def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
     """Serve the load: (seconds until all prompts are computed, seconds of each step that only decodes)."""
-    limits = {"max_num_seqs": load.requests, "max_batch_tokens": max(2048, load.requests), "max_waiting": 1024}
+    limits: dict[str, Any] = {
+        "max_num_seqs": load.requests,
+        "max_batch_tokens": max(2048, load.requests),
+        "max_waiting": 1024,
+    }
     loop = EngineLoop(engine, Scheduler(scheduler_config(engine.info, **limits, prefix_cache=False)))
     seeds = random.Random(0)
     params = SamplingParams(temperature=0.0, max_tokens=load.output, ignore_eos=True)
