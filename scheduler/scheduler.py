@@ -52,8 +52,8 @@ class Scheduler:
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
-        self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
         self._lossy_preemptions = 0
+        self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
 
     @property
     def has_work(self) -> bool:
@@ -235,9 +235,7 @@ class Scheduler:
         ids, count = self._pruning.repetition(sequence, draft.budget)
         if not count or (len(ids) > sequence.table.room and not self._grow(sequence, len(ids), draft)):
             return
-        assert sequence.prune is not None
-        sequence.prune.repeating = count
-        draft.add(sequence, sequence.plan_repetition(ids))
+        draft.add(sequence, sequence.plan_repetition(ids, count))
         self._pruning.order_if_due(sequence, draft)
 
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
@@ -254,8 +252,8 @@ class Scheduler:
         while needed > self._cache.available:
             waits = self._pruning.relieve(needed, self._running, draft)
             victim = sequence if waits else self._victim()
-            others_go_on = any(other.in_flight for other in self._running)
-            if victim is sequence and (waits or (others_go_on and not sequence.is_exact)):
+            goes_on = any(other.in_flight for other in self._running)
+            if victim is sequence and (waits or (goes_on and not sequence.is_exact)):
                 draft.change_pages(sequence, drops, PageGrants.none())
                 return False
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
