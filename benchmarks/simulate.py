@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     known.add_argument("--slo-tpot", type=float, default=0.1, help="seconds per output token")
     known.add_argument("--seed", type=int, default=0)
     known.add_argument("--json", type=Path)
-    known.add_argument("--plot", type=Path, help="PNG; needs the extra `bench`")
+    known.add_argument("--plot", type=Path, help="PNG; needs the extra `plot`")
     known.add_argument("--plan-cost", action="store_true", help="only measure the scheduler's own time")
     return known
 
@@ -138,7 +138,7 @@ def main() -> None:
             console.print(table)
         return
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise SystemExit("--plot needs matplotlib: install quire[bench]")
+        raise SystemExit("--plot needs matplotlib: install quire[plot]")
     result, summary = measure(args, console)
     for table in (latency_table(summary), load_table(summary), tenant_table(summary)):
         console.print(table)

@@ -1,4 +1,4 @@
-"""The command line `quire`: serve, chat, complete. Each option has an environment name `QUIRE_...`.
+"""The command line `quire`: serve, chat, complete, eval-pruning. Each option has an environment name `QUIRE_...`.
 
 Whatever goes wrong is one line on standard error and a non-zero exit code.
 """
@@ -6,6 +6,7 @@ Whatever goes wrong is one line on standard error and a non-zero exit code.
 import logging
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -272,6 +273,78 @@ def chat(
     from .chat import Conversation, run_chat
 
     run_chat(Conversation(url, model, api_key, system, temperature, max_tokens))
+
+
+_SWEEP = "Sweep"
+_PRUNING = "Pruning"
+
+
+@app.command()
+def eval_pruning(
+    model: ModelArgument = None,
+    policies: Annotated[
+        str, typer.Option(help="Policies, comma-separated; all that suit the model if absent.", rich_help_panel=_SWEEP)
+    ] = "",
+    keeps: Annotated[
+        str, typer.Option(help="Shares of the entries that stay, comma-separated.", rich_help_panel=_SWEEP)
+    ] = "1,0.75,0.5,0.35,0.25,0.125",
+    tasks: Annotated[str, typer.Option(help="Tasks, comma-separated; all if absent.", rich_help_panel=_SWEEP)] = "",
+    lengths: Annotated[
+        str,
+        typer.Option(help="Prompt tokens, comma-separated; what fits the model if absent.", rich_help_panel=_SWEEP),
+    ] = "",
+    samples: Annotated[int, typer.Option(help="Trials per task, length and setting.", rich_help_panel=_SWEEP)] = 25,
+    chunk: Annotated[
+        int, typer.Option(help="Tokens computed, and pruned after, at a time.", rich_help_panel=_SWEEP)
+    ] = 256,
+    text_format: Annotated[
+        Literal["code", "prose"] | None,
+        typer.Option("--format", help="Text of the trials; code for quire-mini, else prose.", rich_help_panel=_SWEEP),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Other trials for another seed.", rich_help_panel=_SWEEP)] = 0,
+    budget: Annotated[
+        str, typer.Option(help="Division of the entries among layers and heads.", rich_help_panel=_PRUNING)
+    ] = "uniform",
+    threshold: Annotated[
+        float | None, typer.Option(help="With the budget threshold: drops what scores less.", rich_help_panel=_PRUNING)
+    ] = None,
+    refine: Annotated[
+        str, typer.Option(help="Refinements of the scores, comma-separated.", rich_help_panel=_PRUNING)
+    ] = "",
+    chunked: Annotated[
+        bool,
+        typer.Option(help="Prune after each chunk of the prompt, or at its end alone.", rich_help_panel=_PRUNING),
+    ] = True,
+    floor: Annotated[int, typer.Option(help="Fewest entries per head that stay.", rich_help_panel=_PRUNING)] = 1,
+    window: Annotated[int, typer.Option(help="Newest entries that always stay.", rich_help_panel=_PRUNING)] = 64,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and the plots.")] = Path("pruning-quality"),
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    runner: Runner = "auto",
+    attention_backend: AttentionBackend = "auto",
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure what pruning costs in quality and gives in memory and time: recall, copying, loss, agreement."""
+    from .evaluate import EvalOptions, evaluate, items
+
+    prune = {"budget": budget, "threshold": threshold, "floor": floor, "window": window, "chunked": chunked}
+    engine = {"device": device, "dtype": dtype, "runner": runner, "attention_backend": attention_backend}
+    evaluate(
+        EvalOptions(
+            model=model,
+            policies=items(policies, str, "--policies"),
+            keeps=items(keeps, float, "--keeps"),
+            prune=prune | {"refine": tuple(items(refine, str, "--refine"))},
+            tasks=items(tasks, str, "--tasks"),
+            lengths=items(lengths, int, "--lengths"),
+            samples=samples,
+            chunk=chunk,
+            seed=seed,
+            text_format=text_format,
+            out=out,
+            engine=engine | {"trust_remote_code": trust_remote_code},
+        )
+    )
 
 
 def main() -> None:

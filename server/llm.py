@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..core.config import EngineConfig, embedded_model
 from ..core.errors import InvalidRequestError, revive
 from ..core.ids import RequestId
-from ..core.messages import EngineInfo, Event, Failed, FinishReason, Logprob, Tokens, single_events
+from ..core.messages import EngineInfo, EngineStats, Event, Failed, FinishReason, Logprob, Tokens, single_events
 from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request, SamplingParams
 from ..scheduler.client import load_in_process
@@ -78,6 +78,11 @@ class LLM:
     def info(self) -> EngineInfo:
         """What the engine settled on."""
         return self._loop.engine.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters of scheduler and engine, up to now."""
+        return self._loop.stats()
 
     def generate(
         self,

@@ -63,7 +63,7 @@ def tenant_table(summary: dict[str, Any]) -> Table:
 
 
 def plot(result: Result, summary: dict[str, Any], path: Path) -> None:
-    """Distributions of the latencies and the tenants' slowdowns, as PNG; needs matplotlib (the extra `bench`)."""
+    """Distributions of the latencies and the tenants' slowdowns, as PNG; needs matplotlib (the extra `plot`)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3), layout="constrained")
