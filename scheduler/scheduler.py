@@ -52,7 +52,6 @@ class Scheduler:
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
-        self._lossy_preemptions = 0
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
 
     @property
@@ -147,8 +146,8 @@ class Scheduler:
             prefix_queries_total=self._cache.queries,
             prefix_hits_total=self._cache.hits,
             batch_tokens=self._batch_tokens,
-            prunes=self._pruning.totals,
-            lossy_preemptions_total=self._lossy_preemptions,
+            prunes=self._pruning.counts(),
+            lossy_preemptions_total=self._pruning.lossy_preemptions,
         )
 
     def check_integrity(self) -> None:
@@ -277,7 +276,7 @@ class Scheduler:
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
-        self._lossy_preemptions += not sequence.is_exact
+        self._pruning.lossy_preemptions += not sequence.is_exact
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
