@@ -11,6 +11,8 @@ Between the choice and the compaction the sequence computes nothing.
 
 from collections.abc import Iterable, Sequence
 
+from msgspec.structs import replace
+
 from ..core.plan import Compaction, IntArray, PruneOrder
 from ..core.pruning import PruneCounts
 from .batch import BatchDraft
@@ -34,8 +36,14 @@ class Pruning:
         self._cache = cache
         self._chosen: list[SequenceState] = []
         """Whose counts came with the last commit."""
-        self.totals: dict[str, PruneCounts] = {}
+        self._totals: dict[str, PruneCounts] = {}
         """By policy."""
+        self.lossy_preemptions = 0
+        """Sequences preempted after they were pruned."""
+
+    def counts(self) -> dict[str, PruneCounts]:
+        """What each policy has done so far; does not change any more."""
+        return {name: replace(total, prunes=dict(total.prunes)) for name, total in self._totals.items()}
 
     def compact(self, draft: BatchDraft) -> None:
         """Take back what the sequences that were just asked can spare; first of all in a plan."""
@@ -185,7 +193,7 @@ class Pruning:
         return self._cache.gain(sequence, state.params.target(len(sequence.tokens)))
 
     def _total(self, state: PruneState) -> PruneCounts:
-        return self.totals.setdefault(state.params.policy, PruneCounts())
+        return self._totals.setdefault(state.params.policy, PruneCounts())
 
     def _count(self, state: PruneState, entries: int, pages: int) -> None:
         total = self._total(state)

@@ -61,7 +61,6 @@ class Scheduler:
         """Those of them that decode steadily."""
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
-        self._lossy_preemptions = 0
 
     @property
     def has_work(self) -> bool:
@@ -166,8 +165,8 @@ class Scheduler:
             prefix_queries_total=self._cache.queries,
             prefix_hits_total=self._cache.hits,
             batch_tokens=self._batch_tokens,
-            prunes=self._pruning.totals,
-            lossy_preemptions_total=self._lossy_preemptions,
+            prunes=self._pruning.counts(),
+            lossy_preemptions_total=self._pruning.lossy_preemptions,
             waiting_tokens=self._waiting.num_tokens,
             waiting_priorities=dict(self._waiting.priorities),
             timeouts_total=dict(self._oversight.timeouts),
@@ -263,9 +262,7 @@ class Scheduler:
         ids, count = self._pruning.repetition(sequence, draft.budget)
         if not count or (len(ids) > sequence.table.room and not self._grow(sequence, len(ids), draft)):
             return
-        assert sequence.prune is not None
-        sequence.prune.repeating = count
-        draft.add(sequence, sequence.plan_repetition(ids))
+        draft.add(sequence, sequence.plan_repetition(ids, count))
         self._pruning.order_if_due(sequence, draft)
 
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
@@ -282,8 +279,8 @@ class Scheduler:
         while needed > self._cache.available:
             waits = self._pruning.relieve(needed, self._running, draft)
             victim = sequence if waits else self._victim()
-            others_go_on = any(other.in_flight for other in self._running)
-            if victim is sequence and (waits or (others_go_on and not sequence.is_exact)):
+            goes_on = any(other.in_flight for other in self._running)
+            if victim is sequence and (waits or (goes_on and not sequence.is_exact)):
                 draft.change_pages(sequence, drops, PageGrants.none())
                 return False
             assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
@@ -308,7 +305,7 @@ class Scheduler:
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
-        self._lossy_preemptions += not sequence.is_exact
+        self._pruning.lossy_preemptions += not sequence.is_exact
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1

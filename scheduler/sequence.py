@@ -236,9 +236,10 @@ class SequenceState:
             scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
         return SequencePlan(self.slot, start, tuple(self.tokens[start:end]), end == len(self.tokens), scores)
 
-    def plan_repetition(self, token_ids: tuple[int, ...]) -> SequencePlan:
-        """This sequence's part of a batch: tokens behind its own, only to see what they attend to."""
-        assert self.slot is not None
+    def plan_repetition(self, token_ids: tuple[int, ...], count: int) -> SequencePlan:
+        """This sequence's part of a batch: tokens behind its own, which repeat `count` of them, only to be observed."""
+        assert self.slot is not None and self.prune is not None
+        self.prune.repeating = count
         return SequencePlan(self.slot, self.num_computed, token_ids, sample=False, scratch=True)
 
     def assignment(self) -> SlotAssignment:

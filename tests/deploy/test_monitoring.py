@@ -43,8 +43,9 @@ def _script() -> ModuleType:
 def _exported() -> dict[str, set[str]]:
     """Sample name -> label names, of a server to which everything has happened once."""
     listeners: list[Callable[[EngineStats], None]] = []
+    info = SimpleNamespace(policies=("window",))
     client = SimpleNamespace(
-        status="ready", info=None, heartbeat_age=0.0, restarts=0, add_stats_listener=listeners.append
+        status="ready", heartbeat_age=0.0, restarts=0, info=info, add_stats_listener=listeners.append
     )
     metrics = Metrics(cast(EngineClient, client), "m", "vllm:")
     listeners[0](EngineStats(running=1, steps_total=1, pages_total=4))
