@@ -131,7 +131,9 @@ _hidden: dict[int, Tensor] = {}
 """Layer -> [K, T, T] bool: query, entry."""
 
 
-def _forgetful_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, s_aux=None, **_):
+def _forgetful_attention(
+    module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, s_aux=None, **_
+):
     groups = query.shape[1] // key.shape[1]
     scores = query[0] @ key[0].repeat_interleave(groups, 0).transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
     place = torch.arange(scores.shape[-1])

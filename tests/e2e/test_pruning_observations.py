@@ -139,5 +139,5 @@ def test_a_models_sinks_take_their_part_of_what_is_seen(tmp_path: Path) -> None:
     (view,) = views  # the other layer has a window
     reference_pass(serving, PROMPT, Life(0))
     expected = attended[view.layer][:, -5:].view(KV_HEADS, -1, 5, len(PROMPT))
-    assert (expected.sum(-1) < 0.95).all()
+    assert expected.sum(-1).mean() < 0.8
     torch.testing.assert_close(mean_attention(view, 5), expected.mean((1, 2)), atol=1e-4, rtol=1e-4)
