@@ -1,6 +1,6 @@
 """From the options of `quire serve` to the settings of engine and HTTP layer."""
 
-from typing import Any
+from typing import Any, Literal
 
 from ..core.config import EngineConfig, embedded_model, parse_size
 from ..core.errors import ConfigError
@@ -21,7 +21,7 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
     policy, keep, min_keep = (engine.pop(name) for name in ("prune_policy", "prune_keep", "prune_min_keep"))
     if isolate and not keys:
         raise ConfigError("--isolate-keys needs at least one --api-key", param="isolate_keys")
-    when = "pressure" if engine["pressure"] == "prune" else "always"
+    when: Literal["always", "pressure"] = "pressure" if engine["pressure"] == "prune" else "always"
     prune = PruneParams(policy=policy, keep=keep, when=when) if policy else None
     model = engine["model"] or str(embedded_model())
     memory = parse_size(engine["kv_memory"]) if engine["kv_memory"] else None
