@@ -87,9 +87,10 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     layout = logit_layout(plan)
     chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
     host_ids = np.concatenate([decodes.token_ids, chunks])
-    ends = np.cumsum(counts)
-    positions = np.arange(len(host_ids)) + np.repeat(starts - (ends - counts), counts)
-    lengths = np.repeat(max_lengths[slots], counts)
+    rows = np.array(counts, np.int64)
+    ends = rows.cumsum()
+    positions = np.arange(len(host_ids)) + (starts - (ends - rows)).repeat(rows)
+    lengths = max_lengths[slots].repeat(rows)
     parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)

@@ -7,6 +7,7 @@ dim, F feed-forward size, R rotated entries of a head.
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,12 +65,14 @@ class DecoderCPU:
             raise ValueError(f"cos and sin must be {x.dtype} [{rows}, <= {width // 2}], got {list(cos.shape)}")
         if (args.kv_heads, args.width) != (kv_heads, width):
             raise ValueError(f"the cache must have {kv_heads} heads of {width}, has {args.kv_heads} of {args.width}")
-        widths = [self._hidden, self._heads_width, heads * width, self._feed_forward]
         # One allocation, because fresh memory costs a page fault per 4 KiB.
-        buffers = torch.empty(rows * sum(widths), dtype=x.dtype).split([rows * part for part in widths])
-        normed, qkv, mixed, gated = (buffer.data_ptr() for buffer in buffers)
-        args.query, args.key = qkv, qkv + heads * width * x.itemsize
-        args.value = args.key + kv_heads * width * x.itemsize
+        widths = (self._hidden, self._heads_width, heads * width, self._feed_forward)
+        buffers = torch.empty(rows * sum(widths), dtype=x.dtype)
+        normed, qkv, mixed, gated = accumulate(
+            (rows * part * x.itemsize for part in widths[:-1]), initial=buffers.data_ptr()
+        )
+        key = qkv + heads * width * x.itemsize
+        args.query, args.key, args.value = qkv, key, key + kv_heads * width * x.itemsize
         args.query_stride = args.key_stride = args.value_stride = self._heads_width
         args.output, args.sinks, args.softcap = mixed, None, 0.0
         args.heads, args.value_width, args.scale = heads, width, width**-0.5

@@ -161,8 +161,10 @@ class AttentionContext:
         )
 
     def _plan(self) -> PagedStep:
-        rows = slice(None) if self.table_rows is None else self.table_rows
-        tensors = (self.page_table[rows], self.kept[rows], self.query_start, self.positions)
+        table, kept, rows = self.page_table, self.kept, self.table_rows
+        if rows is not None:
+            table, kept = table[rows], kept[rows]
+        tensors = (table, kept, self.query_start, self.positions)
         check_paged(self.pool, self.entry_positions, *tensors)
         self._step = PagedStep(self.pool, self.entry_positions, *tensors)
         return self._step
