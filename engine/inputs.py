@@ -84,8 +84,9 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
     stored = (1,) * len(decodes) + tuple(0 if part.scratch else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
-    ids, positions, ends = _rows(plan, counts)
-    parts = (ids, positions, np.repeat(max_lengths[slots], counts), slots, stored, layout.rows, [0], ends)
+    rows = np.array(counts, np.int64)
+    ids, positions, ends = _rows(plan, rows)
+    parts = (ids, positions, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
@@ -110,11 +111,11 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     )
 
 
-def _rows(plan: BatchPlan, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids [T] and positions [T] of the flattened batch, and the row after each sequence's last [S]."""
+def _rows(plan: BatchPlan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids [T] and positions [T] of the flattened batch, and the row after each sequence's last [S]; counts [S] int64."""
     decodes, others = plan.decodes, plan.sequences
     starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
     chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
     ids = np.concatenate([decodes.token_ids, chunks])
-    ends = np.cumsum(counts)
-    return ids, np.arange(len(ids)) + np.repeat(starts - (ends - counts), counts), ends
+    ends = counts.cumsum()
+    return ids, np.arange(len(ids)) + (starts - (ends - counts)).repeat(counts), ends
