@@ -7,7 +7,8 @@ Two models in bfloat16: quire-mini, and one of the shape of Qwen2-0.5B with rand
 machine whose speed drifts does not favour one; times are medians over the rounds.
 
 `of the bandwidth bound`: the time to read all weights and the cache once, over the step's. `of packed products`: the
-time of oneDNN's products alone, over the step's.
+time of oneDNN's products alone, over the step's. All decoder layers are one call; what it consists of is measured in
+further steps that call the same kernels one by one.
 """
 
 import argparse
@@ -42,8 +43,9 @@ from quire.scheduler.scheduler import Scheduler
 
 Times = defaultdict[str, float]
 PROMPT, CHUNK = 128, 512
-KERNELS = ("linear", "attention", "rms_norm", "rotate")
-PARTS = (*KERNELS, "other forward", "inputs", "sampling", "scheduling")
+KERNELS = {"decoder": "decoder layers", "linear": "output head"}
+APART = ("linear", "attention", "rms_norm", "rotate")
+PARTS = (*KERNELS.values(), "other forward", "inputs", "sampling", "scheduling")
 
 
 def half_billion(config: EngineConfig) -> Engine:
@@ -138,8 +140,8 @@ def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
     """Seconds of one step, in parts."""
     spent = Times(float)
     with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(timed(loaded_library(), name, spent, name))
+        for name, label in KERNELS.items():
+            stack.enter_context(timed(loaded_library(), name, spent, label))
         stack.enter_context(timed(engine_module, "build_inputs", spent, "inputs"))
         stack.enter_context(timed(engine.cache, "apply", spent, "inputs"))
         stack.enter_context(timed(engine._runner, "forward", spent, "forward"))
@@ -153,7 +155,22 @@ def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
         spent["step"] = time.perf_counter() - began
     spent["scheduling"] = spent["step"] - (left - planned)
     spent["sampling"] = output.sample_seconds
-    spent["other forward"] = spent.pop("forward") - sum(spent[name] for name in KERNELS)
+    spent["other forward"] = spent.pop("forward") - sum(spent[label] for label in KERNELS.values())
+    return spent
+
+
+def timed_kernels(engine: Engine, scheduler: Scheduler) -> Times:
+    """Seconds of the layers' kernels in one step that calls them one by one, final norm and output head included."""
+    spent, decoder = Times(float), decoder_of(engine)
+    plan = scheduler.plan()
+    assert plan is not None
+    decoder._fusible = False
+    with ExitStack() as stack:
+        stack.callback(setattr, decoder, "_fusible", True)
+        for name in APART:
+            stack.enter_context(timed(loaded_library(), name, spent, f"layers: {name}"))
+        output = engine.step(plan)
+    scheduler.commit(plan, output)
     return spent
 
 
@@ -165,20 +182,27 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def decode_steps(engine: Engine, size: int, rounds: int) -> Callable[[], Times]:
-    """Steps in which `size` sequences bring a token each; the second of two, as steps follow each other in service."""
-    scheduler = new_scheduler(engine, size, PROMPT, 2 * rounds + 2)
+    """Steps in which `size` sequences bring a token each; the second of two counts, as steps follow each other."""
+    scheduler = new_scheduler(engine, size, PROMPT, 4 * rounds + 2)
     timed_step(engine, scheduler)
 
     def run() -> Times:
+        timed_kernels(engine, scheduler)
+        apart = timed_kernels(engine, scheduler)
         timed_step(engine, scheduler)
-        return timed_step(engine, scheduler)
+        return Times(float, timed_step(engine, scheduler) | apart)
 
     return run
 
 
 def prompt_steps(engine: Engine) -> Callable[[], Times]:
     """Steps that compute `CHUNK` tokens of a prompt, from the start."""
-    return lambda: timed_step(engine, new_scheduler(engine, 1, CHUNK, 1))
+
+    def run() -> Times:
+        apart = timed_kernels(engine, new_scheduler(engine, 1, CHUNK, 1))
+        return Times(float, timed_step(engine, new_scheduler(engine, 1, CHUNK, 1)) | apart)
+
+    return run
 
 
 def column(engine: Engine, step: Callable[[], Times], size: int, rounds: int, numbers: Tensor) -> dict[str, str]:
@@ -194,12 +218,14 @@ def column(engine: Engine, step: Callable[[], Times], size: int, rounds: int, nu
     whole, bandwidth = median["step"], numbers.nbytes / median["reading"]
     median["rest"] = whole - sum(median[part] for part in PARTS)
     cells = {part: f"{median[part] * 1e3:.2f} ms ({median[part] / whole:.0%})" for part in (*PARTS, "rest")}
+    for part in (f"layers: {name}" for name in APART):
+        cells[part] = f"{median[part] * 1e3:.2f} ms"
     cells["whole step"] = f"{whole * 1e3:.2f} ms"
     cells["of packed products"] = f"{median['products'] / whole:.0%}"
     cells["memory is read at"] = f"{bandwidth / 1e9:.1f} GB/s"
     if size:
         spec = engine.spec
-        entries = size * (PROMPT + rounds) * spec.num_layers * spec.num_kv_heads  # in the middle of the rounds
+        entries = size * (PROMPT + 2 * rounds) * spec.num_layers * spec.num_kv_heads  # in the middle of the rounds
         weights = sum(weight.nbytes for weight in decoder_of(engine).parameters())
         bound = (weights + entries * 2 * spec.head_dim * 2) / bandwidth
         cells["of the bandwidth bound"] = f"{bound / whole:.0%}"

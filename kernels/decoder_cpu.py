@@ -49,7 +49,6 @@ class DecoderCPU:
         self._num_heads = first.output[0].shape[1] // head_dim
         self._num_kv_heads, self._head_dim, self._epsilon = num_kv_heads, head_dim, epsilon
         self._dtype = first.down[0].dtype
-        self._function = loaded_library().decoder
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep) -> None:
         """Replace x [T, E], contiguous, by the last layer's output; the keys and values go into the step's cache.
@@ -82,7 +81,7 @@ class DecoderCPU:
             table_layer=step.table_layer, kept_layer=step.kept_layer, epsilon=self._epsilon,
             is_bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
-        self._function(ctypes.addressof(self._array), len(self._layers), shared, args)
+        loaded_library().decoder(ctypes.addressof(self._array), len(self._layers), shared, args)
 
 
 def _layer_args(layer: LayerWeights) -> DecoderLayerArgs:
