@@ -11,7 +11,7 @@ _TINY = 1e-12
 class KeyDiffPolicy:
     """Needs no query, so it may prune a prompt before the question is known."""
 
-    needs = Needs()
+    needs = Needs(values=False)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

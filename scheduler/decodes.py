@@ -106,7 +106,8 @@ class DecodeBatch:
         self._tokens[slots] = sampled
         self._lengths[slots] = lengths
         self._room[slots] -= 1
-        over = (lengths >= np.minimum(self._max_lengths[slots], self._wakes[slots])) | (sampled == NO_TOKEN) | ~self._joined[slots]
+        ends = np.minimum(self._max_lengths[slots], self._wakes[slots])
+        over = (lengths >= ends) | (sampled == NO_TOKEN) | ~self._joined[slots]
         if self._stops.shape[1]:
             is_stop = (self._stops[slots] == sampled[:, None]).any(axis=1)
             over |= is_stop & (lengths > self._min_lengths[slots])

@@ -72,8 +72,9 @@ class Pruning:
         reason = self._due(sequence, state)
         if reason and (self._ratio(sequence, state) > 1 or state.params.budget == "threshold"):
             self._order(sequence, state, reason, draft)
-        elif reason == "decode":
-            state.last = sequence.num_stored  # a look that found too little to forget counts as one
+        elif reason and sequence.num_computed >= state.prefill_end:
+            # A look that found too little to forget counts as one.
+            state.last, state.denied = sequence.num_stored, False
 
     def repeats(self, sequence: SequenceState) -> bool:
         """Whether the model must repeat more of the sequence before it goes on.
