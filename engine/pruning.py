@@ -191,6 +191,7 @@ class Pruner:
                     lengths=lengths[index],
                     valid=valid[index, :, :entries],
                     num_tokens=num_tokens,
+                    shortest=int(host[index].min()),
                     scale=scoring.scale,
                     softcap=scoring.softcap,
                     sink_logits=scoring.sinks,

@@ -54,6 +54,8 @@ class LayerView:
     """n, the position of the next token."""
     scale: float
     """Of the scores: q.k * scale."""
+    shortest: int = 0
+    """Every head has at least so many entries: a number of the host, to spare masks where nothing is hidden."""
     softcap: float | None = None
     sink_logits: Tensor | None = None
     """[H]: one more logit per query head, which takes mass from the entries (gpt-oss)."""

@@ -57,10 +57,10 @@ def _candidates(scores: Tensor, view: LayerView, limits: Limits) -> Candidates:
 
 def _best(scores: Tensor, counts: Tensor) -> Tensor:
     """Indices [N, max(counts)] int32 of the counts [N] best of scores [N, E], ascending; ties go to the older entry."""
-    rows, entries = scores.shape
+    rows = len(scores)
     fewest, width = torch.stack([counts.min(), counts.max()]).tolist()
     if fewest == width:
-        bar = scores.kthvalue(entries - width + 1, dim=1, keepdim=True).values
+        bar = scores.topk(width, dim=1, sorted=False).values.amin(1, keepdim=True)
     else:
         bar = scores.sort(dim=1, descending=True).values.gather(1, (counts - 1).clamp(min=0)[:, None])
     better, equal = scores > bar, scores == bar
