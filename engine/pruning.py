@@ -24,8 +24,8 @@ from .observe import Observations, StepObserver
 from .query_rings import QueryRings
 from .staging import upload
 
-_BLOCK = 1 << 24
-"""Bytes of keys, and as many of values, that are read at a time."""
+_BLOCK = 1 << 22
+"""Bytes of keys, and as many of values, that are read at a time, or a layer's."""
 
 
 def offered_policies(runner: ModelRunner) -> dict[str, PolicyInfo]:

@@ -12,15 +12,16 @@ _CPU_BLOCK, _BLOCK = 2**19, 2**24
 def mean_attention(view: LayerView, rows: int) -> Tensor:
     """Probability that the newest `rows` observed queries give each entry, mean over them and over a group's heads.
 
-    Returns [K, E] float32, 0 past a head's length. Rows see no entry newer than themselves. Products are rounded to the
-    cache's type, as in the library's eager attention; the softmax is in float32. Raises `ValueError` where the view
-    has no queries.
+    Returns [K, E] float32, 0 past a head's length. Rows see no entry newer than themselves. In float32:
+    on a CPU oneDNN compiles its bfloat16 product anew for every number of entries, which takes longer than a small
+    product. Raises `ValueError` where the view has no queries.
     """
     if view.queries is None or view.query_positions is None:
         raise ValueError("the view has no queries: the policy must name them in its needs")
     queries, positions = view.queries[-rows:], view.query_positions[-rows:]
     (kv_heads, entries, dim), count = view.keys.shape, len(queries)
-    grouped = queries.to(view.keys.dtype).view(count, kv_heads, -1, dim).transpose(0, 1)
+    keys = view.keys.float().mT
+    grouped = (queries.float() * view.scale).view(count, kv_heads, -1, dim).transpose(0, 1)
     # An entry that `count` newer ones follow is older than all of the rows.
     first = max(0, view.shortest - count)
     hidden = (view.positions[:, None, first:] > positions[None, :, None]) | ~view.valid[:, None, first:]
@@ -29,7 +30,7 @@ def mean_attention(view: LayerView, rows: int) -> Tensor:
     total = torch.zeros(kv_heads, entries, device=view.keys.device)
     for start in range(0, count, step):
         part = grouped[:, start : start + step]
-        logits = (part.flatten(1, 2) @ view.keys.mT).float().mul_(view.scale).unflatten(1, part.shape[1:3])
+        logits = (part.flatten(1, 2) @ keys).unflatten(1, part.shape[1:3])
         total += _sum(logits, hidden[:, start : start + step, None], view.softcap, view.sink_logits)
     return total.div_(count * grouped.shape[2])
 

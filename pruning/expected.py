@@ -45,15 +45,13 @@ def _expected_logits(view: LayerView, turn: Tensor | None) -> Tensor:
         raise ValueError("the view has no moments of queries: the policy must name them in its needs")
     mean, covariance = view.query_mean, view.query_covariance
     keys = view.keys.float()
-    # The dearest product, of E * D^2 per query head. bfloat16 holds any covariance, float16 might not.
-    factor = view.keys if view.keys.dtype == torch.bfloat16 else keys
     kv_heads, dim = keys.shape[0], keys.shape[2]
     if turn is not None:
         mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
     logits = view.scale * (mean.view(kv_heads, -1, dim) @ keys.mT)
-    spread = covariance.view(kv_heads, -1, dim, dim).to(factor.dtype)
+    spread = covariance.view(kv_heads, -1, dim, dim)
     for head in range(spread.shape[1]):
-        logits[:, head] += view.scale**2 / 2 * torch.linalg.vecdot((factor @ spread[:, head]).float(), keys)
+        logits[:, head] += view.scale**2 / 2 * torch.linalg.vecdot(keys @ spread[:, head], keys)
     return logits
 
 

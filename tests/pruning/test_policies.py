@@ -253,16 +253,13 @@ def test_a_missing_observation_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_bfloat16_cache(name: str) -> None:
-    """Scores are float32 and close to those of the same numbers in float32.
-
-    Policies of attention round their products to bfloat16: 2^-9 of logits that here stay below 8.
-    """
+    """Scores are float32 and close to those of the same numbers in float32."""
     view = observed_view([30, 21], num_tokens=40)
     half = replace(view, **{field: getattr(view, field).bfloat16() for field in ("keys", "values", "queries")})
     same = replace(half, **{field: getattr(half, field).float() for field in ("keys", "values", "queries")})
     scores = fresh(name).scores(half, LIMITS)
     assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=2e-2, atol=1e-5)
+    torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=1e-3, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
