@@ -37,6 +37,8 @@ class Observations:
     """Where the newest queries are, for policies that need them or their moments."""
     row: int = 0
     """There."""
+    newest: tuple[Tensor, Tensor] | None = None
+    """The newest queries [L', W, H, D], oldest first, and their positions [W], when they were last asked for."""
     rotation: Rotation | None = None
     mass: dict[int, Tensor] = field(default_factory=dict)
     """[K, at least E] float32."""
@@ -54,12 +56,13 @@ class Observations:
             if layer in table:
                 table[layer] = table[layer].gather(1, index.long().masked_fill(unused, 0)).masked_fill_(unused, 0.0)
 
-    def newest(self, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
-        """The newest queries [L', W, H, D], oldest first, and their positions [W]."""
-        if self.rings is None or not self.needs.queries:
-            return None
-        positions = torch.arange(max(self.first, num_tokens - self.window), num_tokens, device=device)
-        return self.rings.read(self.row, positions), positions
+    def prepare(self, num_tokens: int, device: torch.device) -> None:
+        """Make `newest` and `moments` those of the first `num_tokens`."""
+        if self.rings is not None and self.needs.queries:
+            positions = torch.arange(max(self.first, num_tokens - self.window), num_tokens, device=device)
+            self.newest = self.rings.read(self.row, positions), positions
+        if self.needs.moments:
+            self.sum_ring(num_tokens, device)
 
     def moments(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
         """Mean [H, D] and covariance [H, D, D] of the queries in the layer with this index; None if none counted."""
@@ -156,10 +159,10 @@ class StepObserver:
                     entries = longest(slot) + count
                     self._watched.append(_Watched(index, slice(row, row + count), start, scratch, entries, seen))
             row += count
-        self._single = {
-            rings: _RingRows(*upload(np.array(found, np.int64).T.copy(), device), queries=[])
-            for rings, found in single.items()
-        }
+        self._single: dict[QueryRings, _RingRows] = {}
+        for rings, found in single.items():
+            batch_rows, ring_rows, positions = upload(np.array(found, np.int64).T.copy(), device)
+            self._single[rings] = _RingRows(batch_rows, ring_rows, positions, [])
 
     @property
     def is_idle(self) -> bool:

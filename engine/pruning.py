@@ -156,57 +156,56 @@ class Pruner:
 
     def _views(self, slot: SlotId) -> Iterator[LayerView]:
         """The layers without a window, read block by block: a long context is held once, not twice."""
-        cache, seen = self._cache, self._seen.get(slot)
-        needs, num_tokens = self._policies[slot][1].needs, int(cache.computed[slot])
+        cache, seen, needs = self._cache, self._seen.get(slot), self._policies[slot][1].needs
+        num_tokens = int(cache.computed[slot])
         host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)[self._layers].astype(np.int64)
-        longest = int(host.max())
-        lengths = upload(host, cache.device)
+        longest, lengths = int(host.max()), upload(host, cache.device)
         valid = torch.arange(longest, device=cache.device) < lengths[..., None]
         tables = cache.page_table[slot, self._layers]
         positions = read_heads(cache.entry_positions, tables, longest)
-        newest = None if seen is None else seen.newest(num_tokens, cache.device)
-        if seen is not None and needs.moments:
-            seen.sum_ring(num_tokens, cache.device)
-        size = max(1, _BLOCK // (longest * positions.shape[1] * cache.pool[0, 0, 0].nbytes))
-        for first in range(0, len(self._layers), size):
-            part = tables[first : first + size]
-            keys, values = (
-                read_heads(cache.pool[:, half], part, longest if wanted else 0)
-                for half, wanted in enumerate((needs.keys, needs.values))
+        if seen is not None:
+            seen.prepare(num_tokens, cache.device)
+        blocks = self._keys_and_values(tables, longest, needs)
+        for index, (layer, (keys, values)) in enumerate(zip(self._layers, blocks, strict=True)):
+            entries, scoring = int(host[index].max()), self._scorings[layer]
+            of_layer = positions[index, :, :entries]
+            yield LayerView(
+                layer=layer,
+                keys=keys[:, :entries],
+                values=values[:, :entries],
+                positions=of_layer,
+                lengths=lengths[index],
+                valid=valid[index, :, :entries],
+                num_tokens=num_tokens,
+                shortest=int(host[index].min()),
+                scale=scoring.scale,
+                softcap=scoring.softcap,
+                sink_logits=scoring.sinks,
+                output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
+                **({} if seen is None else _observed(seen, layer, index, of_layer, num_tokens)),
             )
-            for offset in range(len(part)):
-                index = first + offset
-                layer, entries = self._layers[index], int(host[index].max())
-                scoring = self._scorings[layer]
-                observed = (
-                    {} if seen is None else _observed(seen, layer, index, positions[index, :, :entries], num_tokens)
-                )
-                if newest is not None:
-                    observed |= {"queries": newest[0][index], "query_positions": newest[1]}
-                yield LayerView(
-                    layer=layer,
-                    keys=keys[offset, :, :entries],
-                    values=values[offset, :, :entries],
-                    positions=positions[index, :, :entries],
-                    lengths=lengths[index],
-                    valid=valid[index, :, :entries],
-                    num_tokens=num_tokens,
-                    shortest=int(host[index].min()),
-                    scale=scoring.scale,
-                    softcap=scoring.softcap,
-                    sink_logits=scoring.sinks,
-                    output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
-                    **observed,
-                )
+
+    def _keys_and_values(self, tables: Tensor, longest: int, needs: Needs) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per layer of tables [L', K, M] its keys and values [K, longest, D], or [K, 0, D] where not needed."""
+        pool = self._cache.pool
+        size = max(1, _BLOCK // (longest * tables.shape[1] * pool[0, 0, 0].nbytes))
+        for part in tables.split(size):
+            yield from zip(
+                read_heads(pool[:, 0], part, longest if needs.keys else 0),
+                read_heads(pool[:, 1], part, longest if needs.values else 0),
+                strict=True,
+            )
 
 
 def _observed(seen: Observations, layer: int, index: int, positions: Tensor, num_tokens: int) -> dict[str, Any]:
-    """The fields of a layer's view that were observed, but for queries; positions [K, E] of its entries.
+    """The fields of a layer's view that were observed; positions [K, E] of its entries.
 
     `index`: which of the layers without a window it is.
     """
     fields: dict[str, Any] = {"rotation": seen.rotation}
-    moments = seen.moments(index, num_tokens)
+    newest, moments = seen.newest, seen.moments(index, num_tokens)
+    if newest is not None:
+        fields |= {"queries": newest[0][index], "query_positions": newest[1]}
     if moments is not None:
         fields |= {"query_mean": moments[0], "query_covariance": moments[1]}
     entries = positions.shape[1]

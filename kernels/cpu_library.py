@@ -80,8 +80,8 @@ class CpuLibrary:
         self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
-        functions = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.row_maxima, self.compact)
-        for function in functions:
+        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder)
+        for function in (*layers, self.row_maxima, self.compact):
             function.restype = None
 
 
