@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
-from ..kernels.backend import Backend
+from ..kernels.backend import TRITON_BACKENDS, Backend
+from ..kernels.compaction_cpu import compact_kv_cpu
 from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
 from .staging import upload
@@ -114,19 +115,23 @@ class KVCache:
         """
         slot, heads, size = compaction.slot, self.layout.num_kv_heads, self.layout.page_size
         before, old = self._kept_host[slot].reshape(-1, heads), self.page_table[slot]
+        layers = list(layers)
         if compaction.pages is not None:
             assert len(layers) == self.layout.num_layers
             old = old.clone()
             self._hang(slot, -(-compaction.counts // size), compaction.pages)
         move = compact_kv
-        if backend == "triton":
+        if backend in TRITON_BACKENDS:
             from ..kernels.compaction_triton import compact_kv_triton as move  # triton is there beside a GPU only
-        counts = torch.from_numpy(compaction.counts).to(self.device).view(-1, heads)
-        for index, layer in enumerate(layers):
-            columns = -(-int(before[layer].max()) // size)
-            source, target = (table[layer, :, :columns] for table in (old, self.page_table[slot]))
-            in_place = compaction.pages is None
-            move(self.pool, self.entry_positions, source, target, keep[index], counts[layer], in_place=in_place)
+        elif backend == "cpu":
+            move = compact_kv_cpu
+        counts = upload(compaction.counts, self.device).view(-1, heads)
+        columns = -(-int(before[layers].max()) // size)
+        every = list(layers) == list(range(self.layout.num_layers))
+        chosen = slice(None) if every else torch.tensor(layers, device=self.device)
+        source, target = (table[chosen, :, :columns].flatten(0, 1) for table in (old, self.page_table[slot]))
+        kept, in_place = keep.flatten(0, 1), compaction.pages is None
+        move(self.pool, self.entry_positions, source, target, kept, counts[chosen].flatten(), in_place=in_place)
         self.kept[slot] = counts
         self._kept_host[slot] = compaction.counts
 
@@ -169,14 +174,17 @@ class KVCache:
         self.computed[:] = 0
 
 
-def read_heads(pool: Tensor, table: Tensor, entries: int) -> Tensor:
-    """Keys (or, with the pool's other half, values) of heads side by side: [K, entries, D].
+def read_heads(pages: Tensor, table: Tensor, entries: int) -> Tensor:
+    """What the pages [P, B, ...] hold of heads, side by side: [*N, entries, ...], a copy.
 
-    pool [P, B, D], one half of the pool; table [K, M] int32. What lies past a head's own length is arbitrary.
+    pages: a half of the pool (keys or values) or the positions; table [*N, M] int32. What lies past a head's own length
+    is arbitrary.
     """
-    columns = -(-entries // pool.shape[1])
-    read = pool[table[:, :columns].long()]
-    return read.flatten(1, 2)[:, :entries]
+    columns = -(-entries // pages.shape[1])
+    read = pages.index_select(0, table[..., :columns].flatten())
+    return read.view(*table.shape[:-1], columns * pages.shape[1], *pages.shape[2:])[
+        (slice(None),) * (table.dim() - 1) + (slice(entries),)
+    ]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

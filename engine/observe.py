@@ -7,21 +7,24 @@ Gathered per slot while the layers attend, and only for slots whose policy asks 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.ids import SlotId
-from ..core.plan import SequencePlan
+from ..core.plan import BatchPlan
 from ..kernels.attention_columns import attention_columns
 from ..kernels.rotary import rotate_reference
 from ..models.context import AttentionContext, Scoring
 from ..pruning.policy import Needs, Rotation
 from .cache import read_heads
+from .query_rings import QueryRings
+from .staging import upload
 
 
 @dataclass(slots=True)
 class Observations:
-    """Of one sequence; the lists and mappings are by layer."""
+    """Of one sequence; the mappings are by layer."""
 
     needs: Needs
     window: int
@@ -30,15 +33,21 @@ class Observations:
     """First positions, whose queries say nothing of the others."""
     first: int
     """Position of the first query that was, or will be, seen."""
+    rings: QueryRings | None = None
+    """Where the newest queries are, for policies that need them or their moments."""
+    row: int = 0
+    """There."""
+    newest: tuple[Tensor, Tensor] | None = None
+    """The newest queries [L', W, H, D], oldest first, and their positions [W], when they were last asked for."""
     rotation: Rotation | None = None
-    queries: dict[int, Tensor] = field(default_factory=dict)
-    """[window, H, D]: the query at position p lies at p % window."""
     mass: dict[int, Tensor] = field(default_factory=dict)
     """[K, at least E] float32."""
     repeated: dict[int, Tensor] = field(default_factory=dict)
     """[K, at least E] float32."""
-    sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Sum of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
+    sums: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
+    """[L'] sums of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
+    summed: int = 0
+    """Position up to which queries are in `sums`; what follows is still in the ring."""
 
     def keep(self, layer: int, index: Tensor, counts: Tensor) -> None:
         """The entries `index` [K, E'] of a layer's heads stay, in this order, as far as counts [K]."""
@@ -47,34 +56,76 @@ class Observations:
             if layer in table:
                 table[layer] = table[layer].gather(1, index.long().masked_fill(unused, 0)).masked_fill_(unused, 0.0)
 
-    def newest(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """The newest queries [W, H, D], oldest first, and their positions [W]."""
-        if layer not in self.queries:
-            return None
-        ring = self.queries[layer]
-        positions = torch.arange(max(self.first, num_tokens - self.window), num_tokens, device=ring.device)
-        return ring[positions % self.window], positions
+    def prepare(self, num_tokens: int, device: torch.device) -> None:
+        """Make `newest` and `moments` those of the first `num_tokens`."""
+        if self.rings is not None and self.needs.queries:
+            positions = torch.arange(max(self.first, num_tokens - self.window), num_tokens, device=device)
+            self.newest = self.rings.read(self.row, positions), positions
+        if self.needs.moments:
+            self.sum_ring(num_tokens, device)
 
     def moments(self, layer: int, num_tokens: int) -> tuple[Tensor, Tensor] | None:
-        """Mean [H, D] and covariance [H, D, D] of the queries; None if none was counted."""
-        count = num_tokens - max(self.first, self.sinks)
-        if layer not in self.sums or count < 1:
+        """Mean [H, D] and covariance [H, D, D] of the queries in the layer with this index; None if none counted."""
+        count, sums = num_tokens - max(self.first, self.sinks), self.sums[layer] if self.sums else None
+        if sums is None or count < 1:
             return None
-        mean, outer = (total / count for total in self.sums[layer])
+        mean, outer = (total / count for total in sums)
         return mean, outer - mean[:, :, None] * mean[:, None, :]
+
+    def sum_ring(self, end: int, device: torch.device) -> None:
+        """Count the queries that wait in the ring, up to position `end`."""
+        start, self.summed = self.summed, end
+        if start >= end:
+            return
+        assert self.rings is not None
+        waiting = self.rings.read(self.row, torch.arange(start, end, device=device))
+        for layer, queries in enumerate(waiting):
+            self.add_moments(layer, start, queries)
+
+    def add_moments(self, layer: int, start: int, query: Tensor) -> None:
+        """Count the rows [n, H, D] that are not the sinks'; turned back to what they were before rotation."""
+        assert self.rotation is not None, "the policy needs a rotary embedding that we know"
+        skipped = max(self.sinks - start, 0)
+        query = query[skipped:].float()
+        if not len(query):
+            return
+        first = start + skipped
+        cos, sin = self.rotation(torch.arange(first, first + len(query), device=query.device))
+        # A sharpened embedding (YaRN) also stretches: cos^2 + sin^2 is the square of that.
+        stretch = cos[:1, :1].square() + sin[:1, :1].square()
+        plain = rotate_reference(query, cos / stretch, -sin / stretch).transpose(0, 1)
+        total, outer, known = plain.sum(1), plain.mT @ plain, self.sums[layer]
+        if known is None:
+            self.sums[layer] = total, outer
+        else:
+            known[0].add_(total)
+            known[1].add_(outer)
 
 
 @dataclass(frozen=True, slots=True)
 class _Watched:
-    """A sequence of the step that is observed."""
+    """A sequence of the step whose rows are looked at layer by layer."""
 
     index: int
     """In the batch."""
     rows: slice
+    start: int
+    """Position of the first row."""
+    scratch: bool
     entries: int
     """Of its longest head, the new ones included."""
-    plan: SequencePlan
     seen: Observations
+
+
+@dataclass(frozen=True, slots=True)
+class _RingRows:
+    """Sequences of one row each, whose queries go to the same rings; [S] int64 each."""
+
+    batch_rows: Tensor
+    ring_rows: Tensor
+    positions: Tensor
+    queries: list[Tensor]
+    """[S, H, D] of the layers so far."""
 
 
 class StepObserver:
@@ -82,69 +133,70 @@ class StepObserver:
 
     def __init__(
         self,
-        plans: Sequence[SequencePlan],
+        plan: BatchPlan,
         slots: dict[SlotId, Observations],
-        layers: frozenset[int],
+        layers: Sequence[int],
         longest: Callable[[SlotId], int],
+        device: torch.device,
     ) -> None:
-        """`layers`: those without a window; `longest`: entries of a slot's longest head before the step."""
-        self._layers = layers
+        """`layers`: those without a window, ascending; `longest`: entries of a slot's longest head before the step."""
+        self._layers = {layer: index for index, layer in enumerate(layers)}
         self._watched: list[_Watched] = []
-        start = 0
-        for index, plan in enumerate(plans):
-            end = start + len(plan.token_ids)
-            if plan.slot in slots:
-                entries = longest(plan.slot) + end - start
-                self._watched.append(_Watched(index, slice(start, end), entries, plan, slots[plan.slot]))
-            start = end
+        single: dict[QueryRings, list[tuple[int, int, int]]] = {}
+        """By ring: (row of the batch, row of the ring, position)."""
+        slots_of, starts = plan.decodes.slots.tolist(), plan.decodes.starts.tolist()
+        parts = [(slot, start, 1, False) for slot, start in zip(slots_of, starts, strict=True)]
+        parts += [(part.slot, part.start, len(part.token_ids), part.scratch) for part in plan.sequences]
+        row = 0
+        for index, (slot, start, count, scratch) in enumerate(parts):
+            seen = slots.get(slot)
+            if seen is not None:
+                if seen.rings is not None and not scratch:
+                    self._prepare(seen, start, count, device)
+                    if count == 1:
+                        single.setdefault(seen.rings, []).append((row, seen.row, start))
+                if scratch or seen.needs.mass or (seen.rings is not None and count > 1):
+                    entries = longest(slot) + count
+                    self._watched.append(_Watched(index, slice(row, row + count), start, scratch, entries, seen))
+            row += count
+        self._single: dict[QueryRings, _RingRows] = {}
+        for rings, found in single.items():
+            batch_rows, ring_rows, positions = upload(np.array(found, np.int64).T.copy(), device)
+            self._single[rings] = _RingRows(batch_rows, ring_rows, positions, [])
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is to be seen."""
+        return not (self._watched or self._single)
 
     def observe(self, context: AttentionContext, layer: int, query: Tensor, scoring: Scoring) -> None:
         """See `AttentionObserver`."""
-        if layer not in self._layers:
+        index = self._layers.get(layer)
+        if index is None:
             return
+        for rings, rows in self._single.items():
+            rows.queries.append(query[rows.batch_rows])
+            if len(rows.queries) == len(self._layers):
+                rings.write_rows(rows.ring_rows, rows.positions, torch.stack(rows.queries))
         for watched in self._watched:
-            needs, rows = watched.seen.needs, query[watched.rows]
-            if watched.plan.scratch:
-                _add_columns(watched, watched.seen.repeated, context, layer, rows, scoring)
+            seen, rows_seen = watched.seen, query[watched.rows]
+            if watched.scratch:
+                _add_columns(watched, seen.repeated, context, layer, rows_seen, scoring)
                 continue
-            if needs.queries:
-                _remember(watched, layer, rows)
-            if needs.moments:
-                _add_moments(watched, layer, rows)
-            if needs.mass:
-                _add_columns(watched, watched.seen.mass, context, layer, rows, scoring)
+            if seen.rings is not None and len(rows_seen) > 1:
+                if seen.needs.moments:
+                    seen.add_moments(index, watched.start, rows_seen)
+                if seen.needs.queries:
+                    seen.rings.write_chunk(index, seen.row, watched.start, rows_seen)
+            if seen.needs.mass:
+                _add_columns(watched, seen.mass, context, layer, rows_seen, scoring)
 
-
-def _remember(watched: _Watched, layer: int, query: Tensor) -> None:
-    """The last of the rows [n, H, D] take the place of the oldest in the ring."""
-    window, start = watched.seen.window, watched.plan.start
-    ring = watched.seen.queries.get(layer)
-    if ring is None:
-        ring = watched.seen.queries[layer] = query.new_zeros(window, *query.shape[1:])
-    newest = query[-window:]
-    last = start + len(query)
-    ring[torch.arange(last - len(newest), last, device=query.device) % window] = newest
-
-
-def _add_moments(watched: _Watched, layer: int, query: Tensor) -> None:
-    """Count the rows [n, H, D] that are not the sinks'; turned back to what they were before rotation."""
-    seen, start = watched.seen, watched.plan.start
-    assert seen.rotation is not None, "the policy needs a rotary embedding that we know"
-    skipped = max(seen.sinks - start, 0)
-    query = query[skipped:].float()
-    if not len(query):
-        return
-    first = start + skipped
-    cos, sin = seen.rotation(torch.arange(first, first + len(query), device=query.device))
-    # A sharpened embedding (YaRN) also stretches: cos^2 + sin^2 is the square of that.
-    stretch = cos[:1, :1].square() + sin[:1, :1].square()
-    plain = rotate_reference(query, cos / stretch, -sin / stretch)
-    total, outer = plain.sum(0), torch.einsum("nhd,nhe->hde", plain, plain)
-    if layer in seen.sums:
-        seen.sums[layer][0].add_(total)
-        seen.sums[layer][1].add_(outer)
-    else:
-        seen.sums[layer] = total, outer
+    def _prepare(self, seen: Observations, start: int, count: int, device: torch.device) -> None:
+        """Sum what the ring has no more room for, or what precedes a chunk that is summed directly."""
+        assert seen.rings is not None
+        if seen.needs.moments and (count > 1 or start - seen.summed >= seen.rings.window):
+            seen.sum_ring(start, device)
+            seen.summed = start + count if count > 1 else start
 
 
 def _add_columns(
@@ -160,15 +212,15 @@ def _add_columns(
     new = attention_columns(
         query,
         read_heads(context.pool[:, 0], table, entries),
-        read_heads(context.entry_positions[..., None], table, entries)[..., 0],
+        read_heads(context.entry_positions, table, entries),
         context.kept[watched.index, layer] + len(query),
         context.positions[watched.rows],
-        reduce="max" if watched.plan.scratch else "sum",
+        reduce="max" if watched.scratch else "sum",
         scale=scoring.scale,
         softcap=scoring.softcap,
         sinks=scoring.sinks,
     )
-    if watched.plan.scratch:  # its own entries do not stay
+    if watched.scratch:  # its own entries do not stay
         new = new[:, : entries - len(query)]
     known = tables.get(layer)
     if known is None or known.shape[1] < new.shape[1]:
@@ -178,7 +230,7 @@ def _add_columns(
             wider[:, :width] = known
         known = tables[layer] = wider
     part = known[:, : new.shape[1]]
-    if watched.plan.scratch:
+    if watched.scratch:
         torch.maximum(part, new, out=part)
     else:
         part += new

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.ids import SlotId
-from ..core.plan import BatchPlan, Compaction, IntArray, PruneOrder, SequencePlan, SlotAssignment
+from ..core.plan import BatchPlan, Compaction, IntArray, PruneOrder, SlotAssignment
 from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..kernels.backend import Backend
 from ..models.context import Scoring
@@ -21,6 +21,11 @@ from ..pruning.select import Selection, select
 from ..pruning.table import make_policy, policy_infos
 from .cache import KVCache, read_heads
 from .observe import Observations, StepObserver
+from .query_rings import QueryRings
+from .staging import upload
+
+_BLOCK = 1 << 22
+"""Bytes of keys, and as many of values, that are read at a time, or a layer's."""
 
 
 def offered_policies(runner: ModelRunner) -> dict[str, PolicyInfo]:
@@ -61,31 +66,37 @@ class Pruner:
         self._rotary = None if runner.rope is None else RotaryEmbedding(runner.rope, cache.device)
         self._policies: dict[SlotId, tuple[PruneParams, Policy]] = {}
         self._seen: dict[SlotId, Observations] = {}
+        self._rings: dict[int, QueryRings] = {}
+        """By window."""
         self._chosen: dict[SlotId, Selection] = {}
         self._scorings: dict[int, Scoring] = {}
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot."""
         slot, params = assignment.slot, assignment.prune
-        for table in (self._policies, self._seen, self._chosen):
-            table.pop(slot, None)
+        self._forget(slot)
         if params is None or policy_infos()[params.policy].selects or not params.forgets:
             return
         policy = make_policy(params)
         self._policies[slot] = params, policy
         needs = policy.needs
-        rotation = self._rotation(assignment.max_length)
-        seen = Observations(needs, params.window, params.sinks, assignment.cached, rotation)
-        if needs.queries or needs.mass or needs.moments or needs.repeat:
-            self._seen[slot] = seen
+        if not (needs.queries or needs.mass or needs.moments or needs.repeat):
+            return
+        rotation, first = self._rotation(assignment.max_length), assignment.cached
+        seen = Observations(needs, params.window, params.sinks, first, rotation=rotation, summed=first)
+        if needs.queries or needs.moments:
+            seen.rings = self._rings.setdefault(params.window, QueryRings(len(self._layers), params.window))
+            seen.row = seen.rings.take()
+        if needs.moments:
+            seen.sums = [None] * len(self._layers)
+        self._seen[slot] = seen
 
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
         if not self._seen:
             return None
-        parts = list(plan.parts())
-        watched = {part.slot: self._seen[part.slot] for part in parts if self._watches(part)}
-        return StepObserver(parts, watched, frozenset(self._layers), self._longest) if watched else None
+        observer = StepObserver(plan, self._seen, self._layers, self._longest, self._cache.device)
+        return None if observer.is_idle else observer
 
     def note(self, scorings: dict[int, Scoring]) -> None:
         """How the layers of the last forward pass made logits."""
@@ -119,12 +130,16 @@ class Pruner:
 
     def clear(self) -> None:
         """Forget all slots."""
-        for table in (self._policies, self._seen, self._chosen):
+        for table in (self._policies, self._seen, self._chosen, self._rings):
             table.clear()
 
-    def _watches(self, part: SequencePlan) -> bool:
-        seen = self._seen.get(part.slot)
-        return seen is not None and (part.scratch or seen.needs.queries or seen.needs.mass or seen.needs.moments)
+    def _forget(self, slot: SlotId) -> None:
+        """The slot's sequence is gone."""
+        self._policies.pop(slot, None)
+        self._chosen.pop(slot, None)
+        seen = self._seen.pop(slot, None)
+        if seen is not None and seen.rings is not None:
+            seen.rings.give(seen.row)
 
     def _longest(self, slot: SlotId) -> int:
         return int(self._cache.counts(slot).max())
@@ -140,37 +155,57 @@ class Pruner:
         return rotate
 
     def _views(self, slot: SlotId) -> Iterator[LayerView]:
-        """The layers without a window, made one by one: a long context is held once, not twice."""
-        cache, seen = self._cache, self._seen.get(slot)
+        """The layers without a window, read block by block: a long context is held once, not twice."""
+        cache, seen, needs = self._cache, self._seen.get(slot), self._policies[slot][1].needs
         num_tokens = int(cache.computed[slot])
-        host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)
-        for layer in self._layers:
-            entries, table = int(host[layer].max()), cache.page_table[slot, layer]
-            lengths = torch.from_numpy(host[layer].astype(np.int64)).to(cache.device)
-            positions = read_heads(cache.entry_positions[..., None], table, entries)[..., 0]
-            scoring = self._scorings[layer]
+        host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)[self._layers].astype(np.int64)
+        longest, lengths = int(host.max()), upload(host, cache.device)
+        valid = torch.arange(longest, device=cache.device) < lengths[..., None]
+        tables = cache.page_table[slot, self._layers]
+        positions = read_heads(cache.entry_positions, tables, longest)
+        if seen is not None:
+            seen.prepare(num_tokens, cache.device)
+        blocks = self._keys_and_values(tables, longest, needs)
+        for index, (layer, (keys, values)) in enumerate(zip(self._layers, blocks, strict=True)):
+            entries, scoring = int(host[index].max()), self._scorings[layer]
+            of_layer = positions[index, :, :entries]
             yield LayerView(
                 layer=layer,
-                keys=read_heads(cache.pool[:, 0], table, entries),
-                values=read_heads(cache.pool[:, 1], table, entries),
-                positions=positions,
-                lengths=lengths,
-                valid=torch.arange(entries, device=cache.device) < lengths[:, None],
+                keys=keys[:, :entries],
+                values=values[:, :entries],
+                positions=of_layer,
+                lengths=lengths[index],
+                valid=valid[index, :, :entries],
                 num_tokens=num_tokens,
+                shortest=int(host[index].min()),
                 scale=scoring.scale,
                 softcap=scoring.softcap,
                 sink_logits=scoring.sinks,
-                output_weight=output_weight(self._runner, layer),
-                **({} if seen is None else _observed(seen, layer, positions, num_tokens)),
+                output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
+                **({} if seen is None else _observed(seen, layer, index, of_layer, num_tokens)),
+            )
+
+    def _keys_and_values(self, tables: Tensor, longest: int, needs: Needs) -> Iterator[tuple[Tensor, Tensor]]:
+        """Per layer of tables [L', K, M] its keys and values [K, longest, D], or [K, 0, D] where not needed."""
+        pool = self._cache.pool
+        size = max(1, _BLOCK // (longest * tables.shape[1] * pool[0, 0, 0].nbytes))
+        for part in tables.split(size):
+            yield from zip(
+                read_heads(pool[:, 0], part, longest if needs.keys else 0),
+                read_heads(pool[:, 1], part, longest if needs.values else 0),
+                strict=True,
             )
 
 
-def _observed(seen: Observations, layer: int, positions: Tensor, num_tokens: int) -> dict[str, Any]:
-    """The fields of a layer's view that were observed; positions [K, E] of its entries."""
+def _observed(seen: Observations, layer: int, index: int, positions: Tensor, num_tokens: int) -> dict[str, Any]:
+    """The fields of a layer's view that were observed; positions [K, E] of its entries.
+
+    `index`: which of the layers without a window it is.
+    """
     fields: dict[str, Any] = {"rotation": seen.rotation}
-    newest, moments = seen.newest(layer, num_tokens), seen.moments(layer, num_tokens)
+    newest, moments = seen.newest, seen.moments(index, num_tokens)
     if newest is not None:
-        fields |= {"queries": newest[0], "query_positions": newest[1]}
+        fields |= {"queries": newest[0][index], "query_positions": newest[1]}
     if moments is not None:
         fields |= {"query_mean": moments[0], "query_covariance": moments[1]}
     entries = positions.shape[1]

@@ -78,7 +78,10 @@ class CpuLibrary:
         self.decoder.argtypes = [_POINTER, _LONG, ctypes.POINTER(DecoderStepArgs), ctypes.POINTER(AttentionArgs)]
         self.row_maxima = library.quire_row_maxima
         self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
-        for function in (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.row_maxima):
+        self.compact = library.quire_compact
+        self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
+        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder)
+        for function in (*layers, self.row_maxima, self.compact):
             function.restype = None
 
 

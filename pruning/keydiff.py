@@ -11,13 +11,14 @@ _TINY = 1e-12
 class KeyDiffPolicy:
     """Needs no query, so it may prune a prompt before the question is known."""
 
-    needs = Needs()
+    needs = Needs(values=False)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""
-        keys = view.keys.float().masked_fill(~view.valid[:, :, None], 0)
+        keys = view.keys.to(torch.float32, copy=True)
+        keys[:, view.shortest :].masked_fill_(~view.valid[:, view.shortest :, None], 0)
         norms = torch.linalg.vector_norm(keys, dim=-1).clamp(min=_TINY)
         anchor = (1 / norms)[:, None] @ keys
         # The anchor's own length is the same for all keys of a head, but other heads have others.
         anchor = anchor / torch.linalg.vector_norm(anchor, dim=-1, keepdim=True).clamp(min=_TINY)
-        return -(keys @ anchor.transpose(1, 2)).squeeze(2) / norms
+        return -(anchor @ keys.mT).squeeze(1) / norms

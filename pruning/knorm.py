@@ -9,7 +9,7 @@ from .policy import LayerView, Limits, Needs
 class KNormPolicy:
     """score = -||k||_2."""
 
-    needs = Needs()
+    needs = Needs(values=False)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

@@ -13,7 +13,7 @@ from .policy import LayerView, Limits, Needs
 class KVzipPolicy:
     """The paper drops the lowest of all heads and layers; the budget `ada` does so within a layer."""
 
-    needs = Needs(repeat=True)
+    needs = Needs(keys=False, values=False, repeat=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

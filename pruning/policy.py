@@ -16,8 +16,13 @@ Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the engine must gather for a policy while it serves; the default, keys and values alone, costs nothing."""
+    """What the engine must gather for a policy while it serves; the default, keys and values alone, costs nothing.
 
+    A policy that does without keys or values says so: they are not read for it.
+    """
+
+    keys: bool = True
+    values: bool = True
     queries: bool = False
     """The newest queries, `PruneParams.window` of them."""
     mass: bool = False
@@ -36,9 +41,9 @@ class LayerView:
 
     layer: int
     keys: Tensor
-    """[K, E, D] in the cache's type, rotated at the entries' own positions."""
+    """[K, E, D] in the cache's type, rotated at the entries' own positions; [K, 0, D] where `Needs` does without."""
     values: Tensor
-    """[K, E, D]."""
+    """[K, E, D], or the same."""
     positions: Tensor
     """[K, E] int32: logical positions, ascending within a head."""
     lengths: Tensor
@@ -49,6 +54,8 @@ class LayerView:
     """n, the position of the next token."""
     scale: float
     """Of the scores: q.k * scale."""
+    shortest: int = 0
+    """Every head has at least so many entries: a number of the host, to spare masks where nothing is hidden."""
     softcap: float | None = None
     sink_logits: Tensor | None = None
     """[H]: one more logit per query head, which takes mass from the entries (gpt-oss)."""

@@ -31,7 +31,7 @@ class ValueNormPolicy:
     @property
     def needs(self) -> Needs:
         """The inner policy's, and the output projection."""
-        return replace(self.inner.needs, output_weight=True)
+        return replace(self.inner.needs, values=True, output_weight=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.pruning import PruneParams
 from .budgets import BUDGETS, Candidates
@@ -30,20 +31,19 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     Entries at positions below `params.sinks` and at the newest `params.window` positions stay, even beyond the budget.
     Apart from them the counts add up to at most target * K * L' (budget `threshold`: to what its threshold lets
     through), and a head shorter than its share keeps all. NaN ranks last. The views are read once and in order, so
-    they may be made one by one. Waits for the device.
+    they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
     layers = [_candidates(policy.scores(view, limits), view, limits) for view in views]
     if not layers:
         raise ValueError("select needs at least one layer")
-    shares = BUDGETS[params.budget](layers, params, target)
-    counts = [
-        share.clamp(min=layer.protected).clamp(max=layer.lengths) for share, layer in zip(shares, layers, strict=True)
-    ]
-    table = torch.stack(counts)
-    width = int(table.max())
-    keep = [_best(layer.scores, count, width) for layer, count in zip(layers, counts, strict=True)]
-    return Selection(torch.stack(keep), table.int())
+    shares = torch.stack(BUDGETS[params.budget](layers, params, target))
+    least, most = (torch.stack(bound) for bound in zip(*((one.protected, one.lengths) for one in layers), strict=True))
+    counts = torch.minimum(shares.clamp(min=least), most)
+    longest = max(layer.scores.shape[1] for layer in layers)
+    padded = [pad(layer.scores, (0, longest - layer.scores.shape[1]), value=float("-inf")) for layer in layers]
+    keep = _best(torch.cat(padded), counts.flatten())
+    return Selection(keep.unflatten(0, counts.shape), counts.int())
 
 
 def _candidates(scores: Tensor, view: LayerView, limits: Limits) -> Candidates:
@@ -55,10 +55,18 @@ def _candidates(scores: Tensor, view: LayerView, limits: Limits) -> Candidates:
     return Candidates(ranked, view.lengths.long(), stays.sum(1), view.num_tokens)
 
 
-def _best(scores: Tensor, counts: Tensor, width: int) -> Tensor:
-    """Indices [K, width] int32 of the counts [K] best of scores [K, E], ascending; ties go to the older entry."""
-    length = scores.shape[1]
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :width]
-    order = torch.nn.functional.pad(order, (0, width - order.shape[1]))
+def _best(scores: Tensor, counts: Tensor) -> Tensor:
+    """Indices [N, max(counts)] int32 of the counts [N] best of scores [N, E], ascending; ties go to the older entry."""
+    rows = len(scores)
+    fewest, width = torch.stack([counts.min(), counts.max()]).tolist()
+    if fewest == width:
+        bar = scores.topk(width, dim=1, sorted=False).values.amin(1, keepdim=True)
+    else:
+        bar = scores.sort(dim=1, descending=True).values.gather(1, (counts - 1).clamp(min=0)[:, None])
+    better, equal = scores > bar, scores == bar
+    spare = counts - better.sum(1)
+    chosen = (better | (equal & (equal.cumsum(1) <= spare[:, None]))).nonzero()[:, 1].int()
+    if fewest == width:
+        return chosen.view(rows, width)
     real = torch.arange(width, device=scores.device) < counts[:, None]
-    return order.masked_fill(~real, length).sort(dim=1).values.int()
+    return torch.zeros(rows, width, dtype=torch.int32, device=scores.device).masked_scatter_(real, chosen)

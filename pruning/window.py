@@ -8,7 +8,7 @@ from .policy import LayerView, Limits, Needs
 class WindowPolicy:
     """The newer, the better. Entries keep their own positions; see `pruning.positions` for contiguous ones."""
 
-    needs = Needs()
+    needs = Needs(keys=False, values=False)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.plan import NO_TOKEN, Decodes, IntArray
-from .sequence import SequenceState
+from .sequence import NEVER, SequenceState
 
 Rows = npt.NDArray[np.intp]
 
@@ -35,6 +35,8 @@ class DecodeBatch:
         """[N, widest]: end tokens, padded with what is none."""
         self._room: IntArray = np.zeros(num_slots, np.int32)
         """[N]: as `PageTable.room`."""
+        self._wakes: IntArray = np.full(num_slots, NEVER, np.int32)
+        """[N]: known tokens at which the sequence wants more than a row: `PruneState.wakes`."""
         self._arrivals = np.zeros(num_slots, np.int64)
         self._joined = np.zeros(num_slots, np.bool_)
 
@@ -54,6 +56,7 @@ class DecodeBatch:
         self._min_lengths[slot] = sequence.num_prompt + sequence.request.params.min_tokens
         self._set_stops(slot, sequence.stop_ids)
         self._room[slot] = sequence.table.room
+        self._wakes[slot] = NEVER if sequence.prune is None else sequence.prune.wakes
         self._arrivals[slot] = sequence.arrival
         self._joined[slot] = sequence.steady = True
 
@@ -94,7 +97,7 @@ class DecodeBatch:
         return Decodes(slots, self._lengths[slots] - 1, self._tokens[slots]), members
 
     def settle(self, decodes: Decodes, sampled: IntArray) -> Rows:
-        """Take in the tokens [D] of a step; returns the rows that ended, failed or left meanwhile, ascending.
+        """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending.
 
         Of these nothing is taken in: they are no steady decodes any more.
         """
@@ -103,7 +106,8 @@ class DecodeBatch:
         self._tokens[slots] = sampled
         self._lengths[slots] = lengths
         self._room[slots] -= 1
-        over = (lengths >= self._max_lengths[slots]) | (sampled == NO_TOKEN) | ~self._joined[slots]
+        ends = np.minimum(self._max_lengths[slots], self._wakes[slots])
+        over = (lengths >= ends) | (sampled == NO_TOKEN) | ~self._joined[slots]
         if self._stops.shape[1]:
             is_stop = (self._stops[slots] == sampled[:, None]).any(axis=1)
             over |= is_stop & (lengths > self._min_lengths[slots])
@@ -118,6 +122,7 @@ class DecodeBatch:
             assert (self._slots[row], self._rows[slot]) == (slot, row)
             assert self._tokens[slot] == member.tokens[-1] and self._lengths[slot] == len(member.tokens)
             assert self._room[slot] == member.table.room and member.decodes_plainly
+            assert self._wakes[slot] == (NEVER if member.prune is None else member.prune.wakes)
 
     def _set_stops(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self._stops.shape[1]

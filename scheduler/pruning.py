@@ -45,13 +45,15 @@ class Pruning:
         """What each policy has done so far; does not change any more."""
         return {name: replace(total, prunes=dict(total.prunes)) for name, total in self._totals.items()}
 
-    def compact(self, draft: BatchDraft) -> None:
-        """Take back what the sequences that were just asked can spare; first of all in a plan."""
+    def compact(self, draft: BatchDraft) -> list[SequenceState]:
+        """Take back what the sequences that were just asked can spare; first of all in a plan. Returns who they are."""
         chosen, self._chosen = self._chosen, []
+        asked = []
         for sequence in chosen:
             state = sequence.prune
             if sequence.slot is None or state is None or state.counts is None:
                 continue
+            asked.append(sequence)
             counts, state.counts = state.counts, None
             dropped, before = int(sequence.table.kept.sum() - counts.sum()), self._cache.available
             done, pages = self._cache.compact(sequence, counts) if dropped else (False, None)
@@ -60,6 +62,7 @@ class Pruning:
                 state.pruned = True
                 draft.compactions[sequence] = Compaction(sequence.slot, counts, pages)
                 self._count(state, dropped, self._cache.available - before)
+        return asked
 
     def order_if_due(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Order the prune that the sequence's parameters ask for after what it computes in this step."""
@@ -69,6 +72,9 @@ class Pruning:
         reason = self._due(sequence, state)
         if reason and (self._ratio(sequence, state) > 1 or state.params.budget == "threshold"):
             self._order(sequence, state, reason, draft)
+        elif reason and sequence.num_computed >= state.prefill_end:
+            # A look that found too little to forget counts as one.
+            state.last, state.denied = sequence.num_stored, False
 
     def repeats(self, sequence: SequenceState) -> bool:
         """Whether the model must repeat more of the sequence before it goes on.

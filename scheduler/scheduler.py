@@ -112,7 +112,9 @@ class Scheduler:
         draft = BatchDraft(self.config.max_batch_tokens)
         for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
             self._preempt(victim)
-        self._pruning.compact(draft)
+        for sequence in self._pruning.compact(draft):
+            if sequence.decodes_plainly:
+                self._decodes.join(sequence)
         prompts = self._plan_decodes(draft)
         draft.budget = min(draft.budget, self._pace.prompt_tokens(draft.size))
         for sequence in prompts:
@@ -375,6 +377,7 @@ class Scheduler:
         for sequence in filled:
             self._cache.publish(sequence)
         for sequence, token in ending:
+            self._decodes.leave(sequence)
             result = SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
             events += self._settle(sequence, 1, result)
         return events

@@ -14,6 +14,8 @@ from .table import NO_WINDOW, PageTable
 
 MAX_SCORED_ROWS = 256
 """Most prompt tokens scored in one step: 150 MB of float32 logits at a vocabulary of 150,000."""
+NEVER = 2**31 - 1
+"""More tokens than any sequence has."""
 _MASK = 2**64 - 1
 
 
@@ -32,9 +34,11 @@ def choice_seed(seed: int, index: int) -> int:
 
 @dataclass(slots=True)
 class PruneState:
-    """How far a sequence has forgotten. All but `params` begins anew when the sequence re-enters."""
+    """How far a sequence has forgotten. All but its first fields begins anew when the sequence re-enters."""
 
     params: PruneParams
+    repeats: bool = False
+    """As `PolicyInfo.repeats`."""
     prefill_end: int = 0
     """Tokens known when it (re-)entered: what is computed below this is prompt, or recomputed."""
     last: int = 0
@@ -53,9 +57,15 @@ class PruneState:
     """Tokens that it repeats in the step in flight."""
 
     @property
-    def rests(self) -> bool:
-        """Whether it forgets nothing unless pages run short, and they have not yet."""
-        return self.params.when == "pressure" and self.counts is None and not (self.pruned or self.denied)
+    def wakes(self) -> int:
+        """Tokens known at which a sequence that decodes must be looked at again; until then it is like any other."""
+        if self.counts is not None or self.denied:
+            return 0
+        if self.params.when == "pressure":
+            return NEVER
+        if self.repeats:
+            return 0 if self.repeated < self.prefill_end else NEVER
+        return max(self.last, self.prefill_end) + self.params.every if self.params.every else NEVER
 
     def enter(self, known: int) -> None:
         """The sequence begins (again) with no page and `known` tokens."""
@@ -69,7 +79,7 @@ def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None
     params = request.prune
     if params is None or not params.forgets or config.policies[params.policy].selects:
         return None
-    return PruneState(params)
+    return PruneState(params, config.policies[params.policy].repeats)
 
 
 @dataclass(slots=True, eq=False)
@@ -162,9 +172,9 @@ class SequenceState:
     @property
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
-        # What decode steps may forget, or what is told of it, takes more than a column.
-        forgets = self.prune is not None and not self.prune.rests
-        plain = self.request.params.logprobs is None and not forgets
+        # What a step is to choose, or what is told of it, takes more than a column.
+        wakes = self.prune is not None and len(self.tokens) >= self.prune.wakes
+        plain = self.request.params.logprobs is None and not wakes
         return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property
