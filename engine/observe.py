@@ -37,6 +37,8 @@ class Observations:
     """[K, at least E] float32."""
     repeated: dict[int, Tensor] = field(default_factory=dict)
     """[K, at least E] float32."""
+    unread: int = 0
+    """First position that no repetition could look at."""
     sums: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """Sum of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
 
@@ -105,6 +107,7 @@ class StepObserver:
         for watched in self._watched:
             needs, rows = watched.seen.needs, query[watched.rows]
             if watched.plan.scratch:
+                watched.seen.unread = watched.plan.start
                 _add_columns(watched, watched.seen.repeated, context, layer, rows, scoring)
                 continue
             if needs.queries:
