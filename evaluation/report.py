@@ -61,8 +61,8 @@ def _distinct(found: Sequence[Cell], name: str) -> list[Any]:
 
 
 def describe(sweep: Sweep, info: EngineInfo, text_format: str) -> dict[str, Any]:
-    """What was asked for, and of which model and machine."""
-    return {
+    """What was asked for, and of which model and machine, as JSON gives it back."""
+    about = {
         "quire": version("quire"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -78,6 +78,8 @@ def describe(sweep: Sweep, info: EngineInfo, text_format: str) -> dict[str, Any]
             "settings": [msgspec.to_builtins(setting) for setting in sweep.settings],
         },
     }
+    described: dict[str, Any] = json.loads(json.dumps(about))
+    return described
 
 
 def write_json(path: Path, found: Sequence[Cell], about: dict[str, Any]) -> None:
