@@ -73,6 +73,11 @@ class Cell:
     """Of the time, what choosing took."""
 
     @property
+    def key(self) -> tuple[str, int, str, float]:
+        """What it is a cell of."""
+        return self.measure, self.length, self.policy, self.keep
+
+    @property
     def loss(self) -> bool:
         """Whether the score is a loss and not a share."""
         return self.measure in LOSSES

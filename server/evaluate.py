@@ -55,6 +55,7 @@ def eval_options(options: dict[str, Any]) -> EvalOptions:
     engine = {name: rest.pop(name) for name in ("device", "dtype", "runner", "attention_backend", "trust_remote_code")}
     for name, kind in (("policies", str), ("keeps", float), ("tasks", str), ("lengths", int), ("refine", str)):
         rest[name] = items(rest[name], kind, f"--{name}")
+    rest["unseen"] = rest.pop("question") == "unseen"
     return EvalOptions(prune=prune | {"refine": tuple(rest.pop("refine"))}, engine=engine, **rest)
 
 
@@ -149,5 +150,6 @@ def _run(llm: LLM, material: Material, sweep: Sweep, results: Path) -> list[Cell
 
         for more in sweep.run(llm, material, tick, known):
             found += more
-            write_json(results, [*found, *(cell for cell in known if cell not in found)], about)
+            done = {cell.key for cell in found}
+            write_json(results, [*found, *(cell for cell in known if cell.key not in done)], about)
     return found
