@@ -89,7 +89,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     view, linear = random_view(options.entries, dtype, device), linear_seconds(options.entries, dtype, device)
-    budgets: tuple[Budget, ...] = ("pyramid", "prefix", "ada")
+    budgets: tuple[Budget, ...] = ("pyramid", "prefix", "ada", "global")
     cases = {name: PruneParams(policy=name) for name in POLICIES}
     cases |= {f"h2o, {budget}": PruneParams(policy="h2o", budget=budget) for budget in budgets}
     cases |= {

@@ -7,7 +7,7 @@ import msgspec
 
 from .errors import InvalidRequestError
 
-Budget = Literal["uniform", "pyramid", "prefix", "ada", "threshold"]
+Budget = Literal["uniform", "pyramid", "prefix", "ada", "global", "threshold"]
 Refinement = Literal["value-norm", "chunk"]
 MAX_WINDOW = 4096
 
@@ -36,13 +36,21 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Wrappers of the scores: by the norm of the projected values (CriticalKV), by whole chunks (ChunkKV)."""
     chunked: bool = True
     """Also after each chunk of the prompt, so that the peak falls; else only from the end of the prompt on."""
+    context: int = 0
+    """Leading prompt tokens that are pruned before what follows is read, so that no question at the prompt's end has a
+    say in what stays of a document; 0, or more than there are: the whole prompt."""
     every: int = 64
     """Generated tokens after which to prune again; 0: never while decoding."""
     when: Literal["always", "pressure"] = "always"
     """pressure: only where otherwise somebody would be preempted."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("floor", 1, None), ("window", 1, MAX_WINDOW), ("sinks", 0, MAX_WINDOW)):
+        for name, low, high in (
+            ("floor", 1, None),
+            ("window", 1, MAX_WINDOW),
+            ("sinks", 0, MAX_WINDOW),
+            ("context", 0, None),
+        ):
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
                 span = f"at least {low}" if high is None else f"from {low} to {high}"

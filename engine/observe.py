@@ -44,6 +44,8 @@ class Observations:
     """[K, at least E] float32."""
     repeated: dict[int, Tensor] = field(default_factory=dict)
     """[K, at least E] float32."""
+    unread: int = 0
+    """First position that no repetition could look at."""
     sums: list[tuple[Tensor, Tensor] | None] = field(default_factory=list)
     """[L'] sums of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
     summed: int = 0
@@ -181,6 +183,7 @@ class StepObserver:
         for watched in self._watched:
             seen, rows_seen = watched.seen, query[watched.rows]
             if watched.scratch:
+                seen.unread = watched.start
                 _add_columns(watched, seen.repeated, context, layer, rows_seen, scoring)
                 continue
             if seen.rings is not None and len(rows_seen) > 1:

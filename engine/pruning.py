@@ -213,6 +213,7 @@ def _observed(seen: Observations, layer: int, index: int, positions: Tensor, num
         fields |= {"mass": seen.mass[layer][:, :entries], "seen": (num_tokens - positions).float()}
     if layer in seen.repeated:
         repeated = seen.repeated[layer][:, :entries]
-        # What came after the repetition has not been seen.
-        fields["repeated"] = torch.nn.functional.pad(repeated, (0, entries - repeated.shape[1]))
+        padded = torch.nn.functional.pad(repeated, (0, entries - repeated.shape[1]))
+        # Of what came after the repetition nothing is known, so nothing of it falls before what is.
+        fields["repeated"] = padded.masked_fill(positions >= seen.unread, 1.0)
     return fields

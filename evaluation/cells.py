@@ -19,6 +19,7 @@ class Setting:
     """How the cache is pruned; the policy is "none" where it is not."""
 
     policy: str = "none"
+    """As it was asked for: the policy, and behind a slash its own budget if it has one."""
     keep: float = 1.0
     params: PruneParams | None = None
 
@@ -44,7 +45,7 @@ class Cell:
 
     measure: str
     length: int
-    """Of the prompts in tokens, at most; contexts before a scored tail are cut to whole chunks."""
+    """Of the prompts in tokens."""
     policy: str
     keep: float
     score: float
@@ -70,6 +71,11 @@ class Cell:
     """Tokens per second over those of the unpruned trials."""
     prune_share: float
     """Of the time, what choosing took."""
+
+    @property
+    def key(self) -> tuple[str, int, str, float]:
+        """What it is a cell of."""
+        return self.measure, self.length, self.policy, self.keep
 
     @property
     def loss(self) -> bool:

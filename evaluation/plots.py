@@ -49,7 +49,8 @@ def _draw_scores(path: Path, found: Sequence[Cell]) -> Path:
             axes.set_title(f"{measure}, {length:,} tokens", fontsize=8)
             axes.tick_params(labelsize=7)
     figure.supxlabel("share of entries kept", fontsize=9)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=6, fontsize=8)
+    columns = min(6, 1 + 2 * len(lengths))
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8)
     figure.savefig(path, dpi=110)
     return path
 

@@ -60,9 +60,9 @@ def _distinct(found: Sequence[Cell], name: str) -> list[Any]:
     return list(dict.fromkeys(getattr(cell, name) for cell in found))
 
 
-def write_json(path: Path, found: Sequence[Cell], sweep: Sweep, info: EngineInfo, text_format: str) -> None:
-    """All cells, the request and the machine."""
-    content = {
+def describe(sweep: Sweep, info: EngineInfo, text_format: str) -> dict[str, Any]:
+    """What was asked for, and of which model and machine, as JSON gives it back."""
+    about = {
         "quire": version("quire"),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -74,8 +74,30 @@ def write_json(path: Path, found: Sequence[Cell], sweep: Sweep, info: EngineInfo
             "samples": sweep.samples,
             "chunk": sweep.chunk,
             "seed": sweep.seed,
-            "settings": [msgspec.to_builtins(setting.params) for setting in sweep.settings],
+            "unseen": sweep.unseen,
+            "settings": [msgspec.to_builtins(setting) for setting in sweep.settings],
         },
-        "cells": [asdict(cell) for cell in found],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    described: dict[str, Any] = json.loads(json.dumps(about))
+    return described
+
+
+def write_json(path: Path, found: Sequence[Cell], about: dict[str, Any]) -> None:
+    """All cells behind what they are about; whoever reads meanwhile sees the old file or the new one."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(
+        json.dumps(about | {"cells": [asdict(cell) for cell in found]}, indent=1) + "\n", encoding="utf-8"
+    )
+    partial.replace(path)
+
+
+def read_cells(path: Path, about: dict[str, Any]) -> list[Cell]:
+    """What an earlier run of the same sweep, over the same model, left; nothing if there is no such file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        same = all(content[key] == about[key] for key in ("quire", "format", "sweep"))
+        if not same or content["engine"]["model"] != about["engine"]["model"]:
+            return []
+        return [Cell(**cell) for cell in content["cells"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

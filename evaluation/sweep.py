@@ -1,7 +1,7 @@
 """The sweep: every task at every length, unpruned first, then under every policy and share kept.
 
-One prompt runs at a time, in chunks of a set size, so that it is known where a prompt's context ends and its cache is
-pruned, and so that times can be compared. All settings get the same trials.
+One prompt runs at a time, in chunks of a set size, so that all are pruned at the same places and times can be
+compared. All settings get the same trials.
 """
 
 import random
@@ -11,10 +11,11 @@ from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..core.errors import InvalidRequestError
 from ..core.messages import EngineStats
-from ..core.pruning import PruneCounts
+from ..core.pruning import PruneCounts, PruneParams
 from .cells import Cell, Outputs, Setting, cells
 from .material import Material
 from .tasks import TASKS, Place
@@ -32,6 +33,8 @@ class Sweep:
     chunk: int
     """Tokens of a prompt chunk: the engine's `max_batch_tokens`."""
     seed: int = 0
+    unseen: bool = False
+    """Whether the question comes after the last pruning of the prompt also where an answer is generated."""
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -48,44 +51,70 @@ class Sweep:
     def trials(self, material: Material, task: str, length: int) -> list[Trial]:
         """Equal for equal seeds, whatever else is measured."""
         return [
-            TASKS[task].make(material, self._random(task, length, index), Place(index, length, self.chunk))
+            TASKS[task].make(material, self._random(task, length, index), Place(index, length))
             for index in range(self.samples)
         ]
 
     def _random(self, task: str, length: int, index: int) -> np.random.Generator:
         return np.random.default_rng(random.Random(f"{self.seed} {task} {length} {index}").getrandbits(64))
 
-    def run(self, model: Model, material: Material, tick: Callable[[str], None]) -> Iterator[Cell]:
-        """Cells as they are done, the unpruned ones of a task and length first; `tick` is called after each prompt."""
+    def run(
+        self, model: Model, material: Material, tick: Callable[[str], None], known: Sequence[Cell] = ()
+    ) -> Iterator[list[Cell]]:
+        """Cells of a task, length and setting as they are done, the unpruned ones first; `tick` after each prompt.
+
+        What is `known` from an earlier run of the same sweep is not measured again.
+        """
         plan = [(length, task, self.trials(material, task, length)) for length in self.lengths for task in self.tasks]
         model.generate([plan[0][2][0].prompt[: self.chunk]], Trial([], 4).params, progress=False)  # compiles, allocates
         for length, task, trials in plan:
-            unpruned = _complete(model, trials, Setting(), tick)
-            yield from cells(model.info, task, length, trials, unpruned, unpruned)
-            for setting in self.settings:
-                outputs = _complete(model, trials, setting, tick)
-                yield from cells(model.info, task, length, trials, outputs, unpruned)
+            done = {setting: _known(known, task, length, setting) for setting in (Setting(), *self.settings)}
+            # The others are compared with what the unpruned model gives now.
+            unpruned = None if all(done.values()) else self._complete(model, trials, Setting(), tick)
+            for setting, found in done.items():
+                if unpruned is None or (found and setting.params):
+                    yield found
+                    continue
+                outputs = self._complete(model, trials, setting, tick) if setting.params else unpruned
+                yield cells(model.info, task, length, trials, outputs, unpruned)
+
+    def _complete(
+        self, model: Model, trials: Sequence[Trial], setting: Setting, tick: Callable[[str], None]
+    ) -> Outputs:
+        """Run the trials, one after another."""
+        policy = setting.params.policy if setting.params else ""
+        before = _counts(model.stats, policy)
+        completions: list[Completion] = []
+        seconds, tokens = 0.0, 0
+        for trial in trials:
+            started = time.perf_counter()
+            (completion,) = model.generate(
+                [trial.prompt], trial.params, prune=self._prune(setting, trial), progress=False
+            )
+            seconds += time.perf_counter() - started
+            tokens += len(trial.prompt) + len(completion.choices[0].token_ids) - 1
+            completions.append(completion)
+            tick(str(setting))
+        after = _counts(model.stats, policy)
+        counts = PruneCounts(
+            entries=after.entries - before.entries,
+            pages=after.pages - before.pages,
+            seconds=after.seconds - before.seconds,
+        )
+        return Outputs(setting, completions, seconds, tokens, counts)
+
+    def _prune(self, setting: Setting, trial: Trial) -> PruneParams | None:
+        """How the trial is pruned: a tail that is scored never has a say, since it is scored as it is computed."""
+        if setting.params is None or not (self.unseen or trial.spans):
+            return setting.params
+        return replace(setting.params, context=trial.context)
 
 
-def _complete(model: Model, trials: Sequence[Trial], setting: Setting, tick: Callable[[str], None]) -> Outputs:
-    """Run the trials, one after another."""
-    before = _counts(model.stats, setting.policy)
-    completions: list[Completion] = []
-    seconds, tokens = 0.0, 0
-    for trial in trials:
-        started = time.perf_counter()
-        (completion,) = model.generate([trial.prompt], trial.params, prune=setting.params, progress=False)
-        seconds += time.perf_counter() - started
-        tokens += len(trial.prompt) + len(completion.choices[0].token_ids) - 1
-        completions.append(completion)
-        tick(str(setting))
-    after = _counts(model.stats, setting.policy)
-    counts = PruneCounts(
-        entries=after.entries - before.entries,
-        pages=after.pages - before.pages,
-        seconds=after.seconds - before.seconds,
-    )
-    return Outputs(setting, completions, seconds, tokens, counts)
+def _known(known: Sequence[Cell], task: str, length: int, setting: Setting) -> list[Cell]:
+    """The cells of all measures of a task, or none."""
+    key = (length, setting.policy, setting.keep)
+    found = [c for c in known if c.measure in TASKS[task].measures and (c.length, c.policy, c.keep) == key]
+    return found if len(found) == len(TASKS[task].measures) else []
 
 
 def _counts(stats: EngineStats, policy: str) -> PruneCounts:

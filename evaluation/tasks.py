@@ -32,11 +32,10 @@ SUMS = 16
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a trial is made: its number (it sets depths), prompt tokens wanted, and tokens of a prompt chunk."""
+    """Where a trial is made: its number (it sets depths) and prompt tokens wanted."""
 
     index: int
     length: int
-    chunk: int
 
 
 Maker = Callable[[Material, np.random.Generator, Place], Trial]
@@ -95,10 +94,10 @@ def copying(material: Material, rng: np.random.Generator, place: Place) -> Trial
 
 def continuing(material: Material, rng: np.random.Generator, place: Place) -> Trial:
     """Unseen text that goes on after the context."""
-    whole = (place.length - CONTINUED) // place.chunk * place.chunk
-    _check_room(place, whole - len(material.opening))
-    ids = material.opening + material.filler(rng, whole + CONTINUED - len(material.opening)).ids
-    return Trial(ids, 1, spans=((whole + 1, len(ids)),))  # the first prediction was made before the pruning
+    context = place.length - CONTINUED
+    _check_room(place, context - len(material.opening))
+    ids = material.opening + material.filler(rng, place.length - len(material.opening)).ids
+    return Trial(ids, 1, context, spans=((context + 1, len(ids)),))  # the first prediction was made before the pruning
 
 
 def agreement(material: Material, rng: np.random.Generator, place: Place) -> Trial:
@@ -125,8 +124,8 @@ def _generated(
     question = material.tokens("\n") + question
     room = place.length - sum(map(len, [material.opening, question, *lines]))
     _check_room(place, room)
-    context = material.filler(rng, room).insert(list(zip(depths, lines, strict=True)))
-    return Trial(material.opening + context + question, len(asked.answer) + 2, answer=asked.value)
+    context = material.opening + material.filler(rng, room).insert(list(zip(depths, lines, strict=True)))
+    return Trial(context + question, len(asked.answer) + 2, len(context), answer=asked.value)
 
 
 def _scored(
@@ -145,27 +144,24 @@ def _with_tail(
     lines: list[list[int]],
     tail: Sequence[tuple[list[int], list[int]]],
 ) -> Trial:
-    """A context of whole chunks, then the tail: pairs of tokens that are given and tokens that are scored."""
+    """A context, then the tail: pairs of tokens that are given and tokens that are scored."""
     ids = material.tokens("\n")
     spans = []
     for given, scored in tail:
         ids += given
         spans.append((len(ids), len(ids) + len(scored)))
         ids += scored
-    whole = (place.length - len(ids)) // place.chunk * place.chunk
-    room = whole - sum(map(len, [material.opening, *lines]))
+    room = place.length - sum(map(len, [material.opening, ids, *lines]))
     _check_room(place, room)
     depths = rng.random(len(lines)).tolist()
-    context = material.filler(rng, room).insert(list(zip(depths, lines, strict=True)))
-    shifted = tuple((whole + start, whole + end) for start, end in spans)
-    return Trial(material.opening + context + ids, 1, spans=shifted)
+    context = material.opening + material.filler(rng, room).insert(list(zip(depths, lines, strict=True)))
+    shifted = tuple((len(context) + start, len(context) + end) for start, end in spans)
+    return Trial(context + ids, 1, len(context), spans=shifted)
 
 
 def _check_room(place: Place, room: int) -> None:
     if room < 1:
-        raise InvalidRequestError(
-            f"{place.length:,} tokens are too few for this task with prompt chunks of {place.chunk:,}"
-        )
+        raise InvalidRequestError(f"{place.length:,} tokens are too few for this task")
 
 
 TASKS: dict[str, Task] = {

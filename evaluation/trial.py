@@ -15,6 +15,8 @@ class Trial:
 
     prompt: list[int]
     max_tokens: int
+    context: int = 0
+    """Leading tokens of the prompt before the question; 0: there is none."""
     answer: str = ""
     """What must be generated, if an answer is."""
     spans: tuple[tuple[int, int], ...] = ()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..core.pruning import Budget, PruneParams
 from .masses import as_masses
@@ -89,17 +90,27 @@ def _share_before(layer: Candidates) -> Tensor:
 
 def ada(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
     """The best of all heads of a layer together, each head sure of a part (Ada-KV, Feng et al. 2024)."""
-    return [_ada(layer, target) for layer in layers]
+    counts = []
+    for layer in layers:
+        safe = layer.scores.topk(min(max(1, int(target * ADA_SAFEGUARD)), layer.scores.shape[1]), dim=1)
+        boosted = safe.values.masked_fill(safe.values > float("-inf"), float("inf"))
+        counts.append(_best_of_all(layer.scores.scatter(1, safe.indices, boosted), target))
+    return counts
 
 
-def _ada(layer: Candidates, target: int) -> Tensor:
-    heads, entries = layer.scores.shape
-    safe = layer.scores.topk(min(max(1, int(target * ADA_SAFEGUARD)), entries), dim=1)
-    boosted = safe.values.masked_fill(safe.values > float("-inf"), float("inf"))
-    scores = layer.scores.scatter(1, safe.indices, boosted).flatten()
-    best = scores.topk(min(heads * target, heads * entries))
-    owner = (best.indices // entries).masked_fill(best.values == float("-inf"), heads)
-    return owner.bincount(minlength=heads + 1)[:heads]
+def over_all(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+    """The best of all heads of all layers together (KVzip, Kim et al. 2025); what is always kept is in the total."""
+    width = max(layer.scores.shape[1] for layer in layers)
+    padded = [pad(layer.scores, (0, width - layer.scores.shape[1]), value=float("-inf")) for layer in layers]
+    return list(_best_of_all(torch.cat(padded), target).split([len(layer.scores) for layer in layers]))
+
+
+def _best_of_all(scores: Tensor, target: int) -> Tensor:
+    """[N] int64: how many of the N * target best of scores [N, E] are in each row; -inf is none."""
+    rows, entries = scores.shape
+    best = scores.flatten().topk(min(rows * target, rows * entries))
+    owner = (best.indices // entries).masked_fill(best.values == float("-inf"), rows)
+    return owner.bincount(minlength=rows + 1)[:rows]
 
 
 def threshold(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
@@ -113,6 +124,7 @@ BUDGETS: dict[Budget, Callable[[Sequence[Candidates], PruneParams, int], list[Te
     "pyramid": pyramid,
     "prefix": prefix,
     "ada": ada,
+    "global": over_all,
     "threshold": threshold,
 }
 """Name -> function of (layers, params, mean entries per head), giving [K] int64 entries for each head of each layer."""

@@ -1,8 +1,8 @@
 """What the model reads when it repeats its context (KVzip, Kim et al. 2025): near-lossless, for any question, dear.
 
 The engine makes the model repeat the prompt, chunk by chunk, over the full cache; an entry's score is the greatest
-probability that any query of the repetition, of any head of its group, gave it. What the repetition did not read (what
-was generated since) has no score to go by and falls first.
+probability that any query of the repetition, of any head of its group, gave it. What it could not read, being newer,
+counts as read with certainty.
 """
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from .policy import LayerView, Limits, Needs
 
 
 class KVzipPolicy:
-    """The paper drops the lowest of all heads and layers; the budget `ada` does so within a layer."""
+    """The paper drops the lowest of all heads and layers, which is the budget `global`."""
 
     needs = Needs(keys=False, values=False, repeat=True)
 

@@ -183,7 +183,7 @@ class Pruning:
     def _order(self, sequence: SequenceState, state: PruneState, reason: str, draft: BatchDraft) -> int:
         """Returns how many pages that will surely make available."""
         assert sequence.slot is not None
-        draft.prunes[sequence] = PruneOrder(sequence.slot, state.params.target(len(sequence.tokens)))
+        draft.prunes[sequence] = PruneOrder(sequence.slot, _target(sequence, state))
         state.reason = reason
         gain = self._gain(sequence, state)
         draft.relief += gain
@@ -193,10 +193,10 @@ class Pruning:
         """What it holds after this step in proportion to what it must keep."""
         fresh = sequence.num_stored - sequence.num_computed
         held = float(sequence.table.kept[self._config.full_rows].mean()) + fresh
-        return held / state.params.target(len(sequence.tokens))
+        return held / _target(sequence, state)
 
     def _gain(self, sequence: SequenceState, state: PruneState) -> int:
-        return self._cache.gain(sequence, state.params.target(len(sequence.tokens)))
+        return self._cache.gain(sequence, _target(sequence, state))
 
     def _total(self, state: PruneState) -> PruneCounts:
         return self._totals.setdefault(state.params.policy, PruneCounts())
@@ -206,3 +206,9 @@ class Pruning:
         total.entries += entries
         total.pages += pages
         total.prunes[state.reason] = total.prunes.get(state.reason, 0) + 1
+
+
+def _target(sequence: SequenceState, state: PruneState) -> int:
+    """Entries per head that are to stay: of the context while that is computed, else of all that is known."""
+    inside = sequence.num_stored <= state.prefill_end
+    return state.params.target(state.prefill_end if inside else len(sequence.tokens))

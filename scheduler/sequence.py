@@ -40,7 +40,7 @@ class PruneState:
     repeats: bool = False
     """As `PolicyInfo.repeats`."""
     prefill_end: int = 0
-    """Tokens known when it (re-)entered: what is computed below this is prompt, or recomputed."""
+    """Tokens that are pruned as a prompt: those known when it (re-)entered, or the context if that is shorter."""
     last: int = 0
     """Tokens computed when it was last looked at for pruning."""
     pruned: bool = False
@@ -67,9 +67,14 @@ class PruneState:
             return 0 if self.repeated < self.prefill_end else NEVER
         return max(self.last, self.prefill_end) + self.params.every if self.params.every else NEVER
 
+    def context(self, known: int) -> int:
+        """How many of `known` tokens are pruned before the others are computed."""
+        return min(self.params.context or known, known)
+
     def enter(self, known: int) -> None:
         """The sequence begins (again) with no page and `known` tokens."""
-        self.prefill_end, self.last, self.repeated, self.repeating = known, 0, 0, 0
+        self.prefill_end = self.context(known)
+        self.last, self.repeated, self.repeating = 0, 0, 0
         self.pruned = self.denied = False
         self.counts = None
 
@@ -199,8 +204,9 @@ class SequenceState:
         info = config.policies[self.prune.params.policy]
         if info.repeats or self.prune.params.budget == "threshold":
             return known
+        behind = known - self.prune.context(known)
         # Heads of unequal length begin a page more than their mean.
-        return min(known, self.prune.params.target(known) + config.max_batch_tokens + config.page_size)
+        return min(known, self.prune.params.target(known) + behind + config.max_batch_tokens + config.page_size)
 
     def reusable_blocks(self, config: SchedulerConfig) -> int:
         """How many leading blocks may come from the prefix cache.
@@ -211,8 +217,9 @@ class SequenceState:
         block_size, entries = config.page_size, len(self.tokens) - 1
         if self.prune is not None:
             observes = config.policies[self.prune.params.policy].observes
-            observed = {"": 1, "newest": self.prune.params.window, "all": len(self.tokens)}[observes]
-            entries = max(len(self.tokens) - observed, 0)
+            known = self.prune.context(len(self.tokens))
+            observed = {"": 1, "newest": self.prune.params.window, "all": known}[observes]
+            entries = max(known - observed, 0)
         if self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1:
             entries = min(entries, self.num_scored)
         return entries // block_size
@@ -227,10 +234,13 @@ class SequenceState:
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
 
+        A context that is pruned on its own is computed on its own.
         A recomputed prompt is cut where its log-probabilities were delivered: scores start with a chunk's first row.
         Scored chunks are short: each of their rows has logits over the whole vocabulary.
         """
         count = min(self.num_pending, budget)
+        if self.prune is not None and self.num_computed < self.prune.prefill_end:
+            count = min(count, self.prune.prefill_end - self.num_computed)
         if self.request.params.prompt_logprobs is None or self.num_scored >= self.num_prompt - 1:
             return count
         if self.num_computed < self.num_scored:

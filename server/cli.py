@@ -133,6 +133,7 @@ def eval_pruning(
     lengths: sweep.Lengths = "",
     samples: sweep.Samples = 25,
     chunk: sweep.Chunk = 256,
+    question: sweep.Question = "seen",
     text_format: sweep.TextFormat = None,
     seed: sweep.TrialSeed = 0,
     budget: sweep.Budget = "uniform",

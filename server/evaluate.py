@@ -16,7 +16,7 @@ from ..core.pruning import PruneParams
 from ..evaluation.cells import Cell, Setting
 from ..evaluation.material import Material, TextFormat
 from ..evaluation.plots import draw, require_matplotlib
-from ..evaluation.report import tables, write_json
+from ..evaluation.report import describe, read_cells, tables, write_json
 from ..evaluation.sweep import Sweep
 from ..evaluation.tasks import TASKS
 from .llm import LLM
@@ -39,6 +39,8 @@ class EvalOptions:
     lengths: list[int]
     samples: int
     chunk: int
+    unseen: bool
+    """Whether questions come after the pruning."""
     seed: int
     text_format: TextFormat | None
     out: Path
@@ -53,6 +55,7 @@ def eval_options(options: dict[str, Any]) -> EvalOptions:
     engine = {name: rest.pop(name) for name in ("device", "dtype", "runner", "attention_backend", "trust_remote_code")}
     for name, kind in (("policies", str), ("keeps", float), ("tasks", str), ("lengths", int), ("refine", str)):
         rest[name] = items(rest[name], kind, f"--{name}")
+    rest["unseen"] = rest.pop("question") == "unseen"
     return EvalOptions(prune=prune | {"refine": tuple(rest.pop("refine"))}, engine=engine, **rest)
 
 
@@ -64,15 +67,15 @@ def evaluate(options: EvalOptions) -> None:
     text_format = options.text_format or ("code" if llm.info.model.name == str(embedded_model()) else "prose")
     sweep = Sweep(
         settings=settings(options, llm.info),
-        tasks=tasks(options),
+        tasks=options.tasks or list(TASKS),
         lengths=options.lengths or default_lengths(llm.info.max_model_len),
         samples=options.samples,
         chunk=options.chunk,
         seed=options.seed,
+        unseen=options.unseen,
     )
-    found = _run(llm, Material(llm.tokenizer, text_format), sweep)
     results = options.out / "results.json"
-    write_json(results, found, sweep, llm.info, text_format)
+    found = _run(llm, Material(llm.tokenizer, text_format), sweep, results)
     console = Console()
     console.width = max(console.width, TABLE_WIDTH)
     for table in tables(found):
@@ -82,32 +85,26 @@ def evaluate(options: EvalOptions) -> None:
 
 
 def settings(options: EvalOptions, info: EngineInfo) -> list[Setting]:
-    """Every policy with every share kept; all that the model can be pruned by if none is named."""
-    for name in options.policies:
+    """Every policy with every share kept; all that the model can be pruned by if none is named.
+
+    A policy may name its own budget behind a slash.
+    """
+    policies = options.policies or [name for name, policy in info.policies.items() if policy.obstacle is None]
+    found = []
+    for policy in policies:
+        name, _, budget = policy.partition("/")
         if name not in info.policies:
             raise InvalidRequestError(f"unknown pruning policy {name!r}; known: {', '.join(info.policies)}")
         if obstacle := info.policies[name].obstacle:
             raise InvalidRequestError(f"policy {name!r} is not for this model: {obstacle}")
-    policies = options.policies or [name for name, policy in info.policies.items() if policy.obstacle is None]
-    try:
-        asked = [
-            msgspec.convert({"policy": name, "keep": keep} | options.prune, PruneParams)
-            for name in policies
-            for keep in options.keeps
-        ]
-    except msgspec.ValidationError as error:
-        raise InvalidRequestError(f"pruning: {error}") from error
-    return [Setting(params.policy, params.keep, params) for params in asked if params.forgets]
-
-
-def tasks(options: EvalOptions) -> list[str]:
-    """Those asked for, or all that can be measured."""
-    scored = [name for name, task in TASKS.items() if task.tail]
-    if options.prune["chunked"]:
-        return options.tasks or list(TASKS)
-    for name in set(options.tasks).intersection(scored):
-        raise InvalidRequestError(f"task {name!r} looks at a cache that was pruned before the prompt's end: --chunked")
-    return options.tasks or [name for name in TASKS if name not in scored]
+        fields = options.prune | ({"budget": budget} if budget else {})
+        for keep in options.keeps:
+            try:
+                params = msgspec.convert({"policy": name, "keep": keep} | fields, PruneParams)
+            except msgspec.ValidationError as error:
+                raise InvalidRequestError(f"pruning: {error}") from error
+            found.append(Setting(policy, keep, params))
+    return [setting for setting in found if setting.params and setting.params.forgets]
 
 
 def default_lengths(context: int) -> list[int]:
@@ -131,7 +128,11 @@ def _make_folder(path: Path) -> None:
         raise QuireError(f"cannot write to {path}: {error.strerror}") from error
 
 
-def _run(llm: LLM, material: Material, sweep: Sweep) -> list[Cell]:
+def _run(llm: LLM, material: Material, sweep: Sweep, results: Path) -> list[Cell]:
+    """Measure what `results` does not hold yet, and write it there as it is done: a sweep may take hours."""
+    about = describe(sweep, llm.info, material.format)
+    known = read_cells(results, about)
+    found: list[Cell] = []
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -140,10 +141,15 @@ def _run(llm: LLM, material: Material, sweep: Sweep) -> list[Cell]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # Transient: if the sweep ends by an error, that stands alone.
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=sweep.prompts)
 
         def tick(what: str) -> None:
             bar.update(task, advance=1, description=what)
 
-        return list(sweep.run(llm, material, tick))
+        for more in sweep.run(llm, material, tick, known):
+            found += more
+            done = {cell.key for cell in found}
+            write_json(results, [*found, *(cell for cell in known if cell.key not in done)], about)
+    return found

@@ -172,6 +172,7 @@ class PruneBody(BaseModel):
     threshold: float | None = None
     refine: list[Refinement] | None = None
     chunked: bool | None = None
+    context: Int32 | None = None
     every: Int32 | None = None
     when: Literal["always", "pressure"] | None = None
 

@@ -14,12 +14,18 @@ def _pruning(text: str) -> Any:
     return typer.Option(help=text, rich_help_panel="Pruning")
 
 
-Policies = Annotated[str, _sweep("Policies, comma-separated; all that suit the model if absent.")]
+Policies = Annotated[
+    str, _sweep("Policies, comma-separated, each with /BUDGET if it has its own; all that suit the model if absent.")
+]
 Keeps = Annotated[str, _sweep("Shares of the entries that stay, comma-separated.")]
 Tasks = Annotated[str, _sweep("Tasks, comma-separated; all if absent.")]
 Lengths = Annotated[str, _sweep("Prompt tokens, comma-separated; what fits the model if absent.")]
 Samples = Annotated[int, _sweep("Trials per task, length and setting.")]
 Chunk = Annotated[int, _sweep("Tokens computed, and pruned after, at a time.")]
+Question = Annotated[
+    Literal["seen", "unseen"],
+    _sweep("Whether a generated answer's question is there when the prompt is pruned, or comes after."),
+]
 TextFormat = Annotated[
     Literal["code", "prose"] | None, _sweep("Text of the trials; code for quire-mini, else prose.", "--format")
 ]

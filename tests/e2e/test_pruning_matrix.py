@@ -167,7 +167,7 @@ def test_kinds_of_models_and_runners(models: dict[str, Path], policy: str, kind:
         serving.check()
 
 
-@pytest.mark.parametrize("budget", ["pyramid", "prefix", "ada", "threshold"])
+@pytest.mark.parametrize("budget", ["pyramid", "prefix", "ada", "global", "threshold"])
 def test_heads_of_unequal_length(models: dict[str, Path], budget: Any) -> None:
     serving = Serving(models["gqa"])
     special: dict[str, dict[str, Any]] = {"threshold": {"threshold": 0.02}, "pyramid": {"window": 1, "sinks": 0}}
@@ -181,6 +181,17 @@ def test_heads_of_unequal_length(models: dict[str, Path], budget: Any) -> None:
     counts = [len([key for key in life.forgotten if key[:2] == (layer, head)])
               for life in lives for layer in range(3) for head in range(2)]  # fmt: skip
     assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize(("policy", "chunked"), [("snapkv", True), ("knorm", False), ("kvzip", True)])
+def test_a_context_is_pruned_before_the_question(models: dict[str, Path], policy: str, chunked: bool) -> None:
+    serving = Serving(models["gqa"], max_batch_tokens=24)
+    serving.submit("a", prompt(61), params(policy, context=40, chunked=chunked, every=0))
+    serving.submit("b", prompt(33, 1), params(policy, context=200))
+    serving.run()
+    serving.check()
+    ((life, *_),) = [lives for (name, _), lives in serving.recorder.lives.items() if name == "a"]
+    assert life.forgotten and all(position < 40 for *_, position in life.forgotten), "of the context alone"
 
 
 @pytest.mark.parametrize("policy", QUICK)

@@ -24,6 +24,7 @@ from quire.evaluation.trial import Trial
 from quire.server.text import Tokenizer
 
 CHUNK = 128
+"""Tokens that every tail is shorter than, or as long as."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ def material(request: pytest.FixtureRequest) -> Material:
 
 
 def trial_of(material: Material, task: str, length: int = 600, index: int = 0) -> Trial:
-    return TASKS[task].make(material, np.random.default_rng(index), Place(index, length, CHUNK))
+    return TASKS[task].make(material, np.random.default_rng(index), Place(index, length))
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if not task.tail])
@@ -68,13 +69,18 @@ def test_prompts_with_a_generated_answer_have_the_length(material: Material, tas
 
 
 @pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.tail])
-def test_scored_tails_begin_with_a_chunk(material: Material, task: str) -> None:
+def test_scored_tails_stand_behind_the_context(material: Material, task: str) -> None:
     trial = trial_of(material, task, 777)
-    first = trial.spans[0][0]
-    assert len(trial.prompt) <= 777 and trial.params.prompt_logprobs == 1
-    boundary = first // CHUNK * CHUNK
-    assert 0 < boundary < first, "the first scored token is not predicted from the unpruned chunk"
-    assert trial.spans[-1][1] - boundary <= max(CHUNK, CONTINUED) and trial.spans[-1][1] == len(trial.prompt)
+    assert len(trial.prompt) == 777 and trial.params.prompt_logprobs == 1
+    assert 0 < trial.context < trial.spans[0][0], "the first scored token is not predicted from the unpruned cache"
+    assert trial.spans[-1][1] - trial.context <= CHUNK and trial.spans[-1][1] == len(trial.prompt)
+
+
+@pytest.mark.parametrize("task", ["needle", "multi-key", "arithmetic"])
+def test_the_question_stands_behind_the_context(material: Material, task: str) -> None:
+    trial = trial_of(material, task, 600)
+    question = material.tokenizer.decode(trial.prompt[trial.context :])
+    assert question.startswith("\n") and question.count("\n") == 1 and trial.answer not in question
 
 
 def test_needle_stands_once_at_its_depth(material: Material) -> None:
@@ -97,7 +103,7 @@ def test_keys_queries_and_chains_can_be_answered_from_the_context(material: Mate
     for task, count in (("multi-query", QUERIES), ("variables", HOPS)):
         trial = trial_of(material, task, 1000)
         assert len(trial.spans) == count
-        context = decode(trial.prompt[: trial.spans[0][0] // CHUNK * CHUNK])
+        context = decode(trial.prompt[: trial.context])
         answers = [decode(trial.prompt[start:end]).strip() for start, end in trial.spans]
         assert len(set(answers)) == count and all(answer in context for answer in answers)
         lines = decode(trial.prompt)[len(context) :].strip().split("\n")
@@ -111,7 +117,7 @@ def test_copied_block_stands_in_the_context(material: Material) -> None:
     trial = trial_of(material, "copying", 700)
     ((start, end),) = trial.spans
     block = trial.prompt[start:end]
-    context = trial.prompt[: start // CHUNK * CHUNK]
+    context = trial.prompt[: trial.context]
     assert any(context[i : i + len(block)] == block for i in range(len(context)))
 
 
@@ -133,9 +139,9 @@ def test_the_same_seed_gives_the_same_trials(material: Material) -> None:
 
 def test_too_short_a_prompt_is_refused(material: Material) -> None:
     with pytest.raises(InvalidRequestError, match="too few"):
-        trial_of(material, "multi-query", CHUNK)
+        trial_of(material, "multi-query", 60)
     with pytest.raises(InvalidRequestError, match="too few"):
-        trial_of(material, "loss", CHUNK)
+        trial_of(material, "loss", CONTINUED)
     with pytest.raises(InvalidRequestError, match="unknown task 'juggling'; known: needle"):
         Sweep([], ["juggling"], [500], 1, CHUNK)
     with pytest.raises(InvalidRequestError, match="at least 1 sample"):

@@ -37,7 +37,7 @@ def protected_counts(view: LayerView, sinks: int = 2, window: int = 4) -> list[i
 
 @settings(max_examples=40, deadline=None)
 @given(
-    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada"]),
+    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada", "global"]),
     lengths=st.integers(1, 3).flatmap(
         lambda heads: st.lists(st.lists(st.integers(1, 60), min_size=heads, max_size=heads), min_size=1, max_size=4)
     ),
@@ -63,7 +63,7 @@ def test_totals(budget: Budget, lengths: list[list[int]], target: int, seed: int
         assert counts == wanted
 
 
-@pytest.mark.parametrize("budget", ["uniform", "pyramid", "prefix", "ada"])
+@pytest.mark.parametrize("budget", ["uniform", "pyramid", "prefix", "ada", "global"])
 def test_the_whole_budget_is_used_where_all_heads_are_full(budget: Budget) -> None:
     views = layers_of([[200, 200]] * 4, 200)
     scores = [torch.rand(view.valid.shape) ** (i + 1) for i, view in enumerate(views)]
@@ -109,6 +109,23 @@ def test_ada_safeguard() -> None:
     scores = torch.rand(2, 203)
     scores[0] -= 5
     assert counts_of(views, [scores], 100, "ada") == [[20, 180]]
+
+
+def test_global_takes_the_best_wherever_they_are() -> None:
+    views = layers_of([[50, 50], [50, 50], [30, 30]], 50)
+    scores = [torch.rand(view.valid.shape) * factor for view, factor in zip(views, (1.0, 0.01, 0.6), strict=True)]
+    free = [
+        (float(scores[i][h, e]), i, h)
+        for i, view in enumerate(views)
+        for h in range(2)
+        for e in range(int(view.lengths[h]))
+        if 2 <= int(view.positions[h, e]) < 46
+    ]
+    always = [protected_counts(view) for view in views]
+    best = sorted(free, reverse=True)[: 6 * 20 - sum(map(sum, always))]
+    expected = [[always[i][h] + sum(b[1:] == (i, h) for b in best) for h in range(2)] for i in range(3)]
+    assert counts_of(views, scores, 20, "global") == expected
+    assert expected[1] == always[1], "nothing of what scores low everywhere"
 
 
 def test_prefix_formula() -> None:

@@ -265,7 +265,7 @@ def test_bfloat16_cache(name: str) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(list(POLICIES)),
-    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada"]),
+    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada", "global"]),
     refine=st.sampled_from([(), ("value-norm",), ("chunk",), ("value-norm", "chunk")]),
     lengths=st.lists(st.integers(8, 60), min_size=2, max_size=2),
     target=st.integers(8, 60),

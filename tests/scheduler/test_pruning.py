@@ -138,6 +138,37 @@ def test_the_model_repeats_its_prompt_before_it_forgets():
     assert world.engine.compactions == 1
 
 
+@pytest.mark.parametrize(("policy", "steps"), [("any", 1), ("repeating", 2)])
+def test_a_context_is_pruned_before_the_question_is_read(policy: str, steps: int):
+    world = world_of(max_batch_tokens=32, prefix_cache=False)
+    world.scheduler.add(pruned("a", policy=policy, context=14, every=0))
+    plans = [step(world) for _ in range(steps + 1)]
+    assert plans[0].sequences[0].token_ids == tuple(range(1, 15)), "not a token of the question"
+    (order,) = plans[steps - 1].prunes
+    assert order.target == 7, "half of the context"
+    assert plans[steps].compactions and plans[steps].sequences[0].token_ids == tuple(range(15, 19))
+    assert plans[steps].sequences[0].sample
+    world.run()
+    assert world.scheduler.stats().prunes[policy].prunes == {"prompt": 1}
+
+
+def test_a_context_longer_than_the_prompt_is_the_prompt():
+    world = world_of(prefix_cache=False)
+    world.scheduler.add(pruned("a", context=99))
+    assert step(world).prunes[0].target == 9
+
+
+def test_of_a_context_found_in_the_prefix_cache_what_is_pruned_after_is_computed():
+    world = world_of()
+    world.scheduler.add(make_request("a", PROMPT))
+    world.run()
+    for policy, window, cached in (("any", 1, 8), ("newest", 5, 4)):
+        world.scheduler.add(pruned(policy, policy=policy, window=window, context=10, max_tokens=1))
+        plan = step(world)
+        assert plan.assignments[0].cached == cached and len(plan.sequences[0].token_ids) == 10 - cached
+        world.run()
+
+
 @pytest.mark.parametrize("prunes", [True, False])
 def test_under_pressure_who_holds_most_forgets_and_the_needy_waits_a_step(prunes: bool):
     world = world_of(num_pages=24, prefix_cache=False, prunes_under_pressure=prunes)

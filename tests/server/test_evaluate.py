@@ -52,6 +52,44 @@ def test_unpruned_and_pruned_are_measured(run: Any, tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.glob("*.png")} == {"scores.png", "needle.png"}
 
 
+def test_a_question_that_comes_later_is_answered_from_what_is_left(run: Any, tmp_path: Path) -> None:
+    options = [
+        "--policies",
+        "kvzip/global,window",
+        "--keeps",
+        "0.4",
+        "--lengths",
+        "500",
+        "--tasks",
+        "needle,copying",
+        "--no-chunked",
+    ]
+    run(*options, "--question", "unseen")
+    cells = json.loads((tmp_path / "results.json").read_text())["cells"]
+    by = {(cell["measure"], cell["policy"]): cell for cell in cells}
+    for measure in ("needle", "copying"):
+        none, best, worst = (by[measure, policy] for policy in ("none", "kvzip/global", "window"))
+        assert best["kept_share"] < 0.6 and worst["kept_share"] < 0.6, "pruned before the tail"
+        assert best["score"] >= none["score"] - 0.05 > worst["score"]
+
+
+def test_a_sweep_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--policies", "window,knorm", "--keeps", "0.25", "--lengths", "400", "--tasks", "needle,loss"]
+    run(*options)
+    path = tmp_path / "results.json"
+    whole = json.loads(path.read_text())
+    stopped = whole | {"cells": whole["cells"][:5]}
+    stopped["cells"][0]["tokens_per_second"] = stopped["cells"][4]["tokens_per_second"] = -1.0
+    path.write_text(json.dumps(stopped))
+    run(*options)
+    again = json.loads(path.read_text())["cells"]
+    rates = [cell["tokens_per_second"] for cell in again]
+    assert rates[0] == rates[4] == -1.0 and min(rates[3], rates[5]) > 0, "what was there is kept, the rest measured"
+    assert [cell["scores"] for cell in again] == [cell["scores"] for cell in whole["cells"]]
+    run(*options, "--seed", "3")
+    assert min(cell["tokens_per_second"] for cell in json.loads(path.read_text())["cells"]) > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -62,7 +100,7 @@ def test_unpruned_and_pruned_are_measured(run: Any, tmp_path: Path) -> None:
         (["--refine", "polish"], "pruning: Invalid enum value 'polish'"),
         (["--budget", "lavish"], "pruning: Invalid enum value 'lavish'"),
         (["--lengths", "99999"], "at most 4,096"),
-        (["--no-chunked", "--tasks", "copying"], "--chunked"),
+        (["--policies", "window/lavish"], "pruning: Invalid enum value 'lavish'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(run: Any, options: list[str], message: str) -> None:
