@@ -109,10 +109,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """`params.seed`, or what was drawn in its place; 64 bits unsigned."""
     cache_salt: str = ""
     """Only requests of equal salt reuse each other's prefixes, so that nobody can time what others asked."""
+    cache_ttl: float = 0.0
+    """Seconds for which its prompt's computed blocks stay cached after its end, whatever others need."""
     prune: PruneParams | None = None
     """How its sequences may forget; None: not at all."""
 
     def __post_init__(self) -> None:
+        _check_range("cache_ttl", self.cache_ttl, 0.0, None)
         if len(self.cache_salt) > MAX_CACHE_SALT:
             raise InvalidRequestError(
                 f"cache_salt has {len(self.cache_salt):,} characters, at most {MAX_CACHE_SALT} are allowed",
@@ -127,6 +130,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         seeds: random.Random,
         *,
         cache_salt: str = "",
+        cache_ttl: float = 0.0,
         prune: PruneParams | None = None,
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
@@ -137,5 +141,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             params=params,
             seed=seed,
             cache_salt=cache_salt,
+            cache_ttl=cache_ttl,
             prune=prune,
         )

@@ -25,11 +25,11 @@ class KVCache:
         self.layout = layout
         self.num_pages = num_pages
         self.device = device
-        self.pool = _zeros((num_pages, 2, layout.page_size, layout.head_dim), layout.dtype, device)
+        self.pool = zeros((num_pages, 2, layout.page_size, layout.head_dim), layout.dtype, device)
         """[P, 2, B, D]: keys (0) and values (1)."""
-        self.entry_positions = _zeros((num_pages, layout.page_size), torch.int32, device)
+        self.entry_positions = zeros((num_pages, layout.page_size), torch.int32, device)
         """[P, B]: logical position of each entry."""
-        self.page_table = _zeros((*heads, layout.max_pages), torch.int32, device)
+        self.page_table = zeros((*heads, layout.max_pages), torch.int32, device)
         """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
         self.kept = torch.zeros(heads, dtype=torch.int32, device=device)
         """[N, L, K]: entries of each head."""
@@ -37,6 +37,11 @@ class KVCache:
         """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
         self._columns = np.zeros(heads[0], np.int64)
         """[N]: columns of the slot's table that its sequence may have used."""
+
+    @property
+    def page_tensors(self) -> tuple[Tensor, ...]:
+        """All that a page consists of; the first axis of each is the page."""
+        return self.pool, self.entry_positions
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +69,11 @@ class KVCache:
         self._columns[slots] = 0
         indices, counts = torch.tensor([slots, cached], device=self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
+        for assignment in assignments:
+            if assignment.restored is not None:
+                kept = assignment.restored.kept
+                self._kept_host[assignment.slot] = kept
+                self.kept[assignment.slot] = torch.from_numpy(kept).to(self.device).view(self.kept.shape[1:])
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""
@@ -115,7 +125,7 @@ class KVCache:
         self._columns[:] = 0
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros; on a CPU its memory is taken from the system page by page as it is written.
 
     `torch.zeros` writes every byte, so a large pool would delay the start and be resident before it is used.

@@ -2,6 +2,8 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,17 +14,20 @@ from ..core.errors import ConfigError, ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
-from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
+from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput, StoredBlock
 from ..core.request import SamplingParams
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
+from . import snapshot
 from .cache import KVCache
 from .device import choose_placement
+from .host_pool import HostPool
 from .inputs import build_inputs
+from .parking import Parking
 from .sampler import Sampler
-from .sizing import CacheLayout, num_pages
+from .sizing import CacheLayout, num_host_pages, num_pages
 
 log = logging.getLogger("quire")
 
@@ -57,13 +62,17 @@ class Engine:
         )
         enough = config.max_num_seqs * per_sequence
         pages = num_pages(layout, budget=config.kv_memory, device=place.device, enough=enough)
+        host_pages = num_host_pages(layout, config.swap_memory)
         try:
             self.cache = KVCache(layout, pages, place.device)
+            self.host = HostPool(self.cache, host_pages) if host_pages else None
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
             raise ConfigError(
                 f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
             ) from error
         self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
+        self.parking = Parking()
+        """Where per-slot state is registered that must survive swapping."""
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=spec,
@@ -74,6 +83,7 @@ class Engine:
             page_size=layout.page_size,
             num_pages=pages,
             kv_bytes=self.cache.num_bytes,
+            num_host_pages=host_pages,
             max_concurrency=pages / per_sequence,
         )
 
@@ -107,10 +117,7 @@ class Engine:
     @torch.inference_mode()
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with the plan's sequences."""
-        for assignment in plan.assignments:
-            self.sampler.table.assign(assignment)
-            self._max_lengths[assignment.slot] = assignment.max_length
-        self.cache.apply(plan)
+        self._change_hands(plan)
         if not plan.num_tokens:
             return StepOutput(())
         started = time.perf_counter()
@@ -123,7 +130,40 @@ class Engine:
             torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
         computed = time.perf_counter()
         decoded, outputs = self.sampler.run(plan, inputs.layout, logits)
-        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded)
+        copied = self.host.timing() if self.host else (0, 0.0)
+        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded, *copied)
+
+    def _change_hands(self, plan: BatchPlan) -> None:
+        """All that a plan changes before the forward pass, in the order it promises."""
+        self.parking.leave(plan)
+        if self.host is not None:
+            self.host.copy_out(plan.swap_outs)
+            self.host.copy_in(plan.swap_ins)
+        for assignment in plan.assignments:
+            self.sampler.table.assign(assignment)
+            self._max_lengths[assignment.slot] = assignment.max_length
+        self.parking.come_back(plan)
+        self.cache.apply(plan)
+
+    def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
+        """Write the blocks' pages to a file, see `engine.snapshot`; raises `OSError` or `ModelLoadError`."""
+        if self.host is not None:
+            self.host.settle()
+        host = self.host.tensors if self.host else ()
+        snapshot.write(path, self._fingerprint(), blocks, self.cache.page_tensors, host)
+
+    def stored_prefixes(self, path: Path) -> list[bytes]:
+        """Names of the blocks in a file, in its order; raises `ConfigError` if none of them can be used here."""
+        return snapshot.read_digests(path, self._fingerprint())
+
+    @torch.inference_mode()
+    def load_prefixes(self, path: Path, skipped: int, blocks: Sequence[StoredBlock]) -> None:
+        """Fill the pages of the file's blocks after the `skipped` first ones; raises `ConfigError` if it is broken."""
+        host = self.host.tensors if self.host else ()
+        snapshot.read_blocks(path, skipped, blocks, self.cache.page_tensors, host)
+
+    def _fingerprint(self) -> str:
+        return snapshot.fingerprint(self.info, self.cache.layout)
 
     def warm_up(self) -> None:
         """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..core.plan import BatchPlan, Decodes, IntArray, PageDrop, PageGrants, SequencePlan, SlotAssignment
 from .sequence import SequenceState
+from .swap import Swaps
 
 
 class BatchDraft:
@@ -27,12 +28,12 @@ class BatchDraft:
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
 
-    def enter(self, sequence: SequenceState, shared: IntArray) -> None:
-        """The sequence has just got its slot; its table begins with the pages `shared` [R, C]."""
+    def enter(self, sequence: SequenceState) -> None:
+        """The sequence has just got its slot; it begins with what is in its table."""
         self._assignments.append(sequence.assignment())
-        if shared.size:
-            rows, columns = np.indices(shared.shape, np.int32).reshape(2, -1)
-            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, shared.ravel()))
+        if sequence.table.num_pages:
+            rows, columns, pages = sequence.table.places()
+            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages))
 
     def promise(self, sequence: SequenceState) -> None:
         """A steady decode will be in this step: it got pages for it, which nobody may take back."""
@@ -68,8 +69,8 @@ class BatchDraft:
         self.members.append(sequence)
         self._plans.append(sequence.plan(count))
 
-    def build(self) -> BatchPlan:
-        """The finished plan."""
+    def build(self, swaps: Swaps) -> BatchPlan:
+        """The finished plan, with what travels between device and host."""
         return BatchPlan(
             tuple(self._plans),
             tuple(self._assignments),
@@ -77,6 +78,10 @@ class BatchDraft:
             _joined(self._grants),
             _joined(self._shares),
             self._decodes,
+            swaps.parks,
+            swaps.unparked,
+            swaps.outs,
+            swaps.ins,
         )
 
 

@@ -1,6 +1,8 @@
 """The step loop: plan, compute, commit. One thread owns it; the same loop serves a process and the offline API."""
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -8,7 +10,7 @@ import msgspec
 from ..core.errors import QuireError, describe
 from ..core.ids import RequestId
 from ..core.messages import EngineInfo, EngineStats, Failed, StepEvent, StepReport
-from ..core.plan import BatchPlan, StepOutput
+from ..core.plan import BatchPlan, StepOutput, StoredBlock
 from ..core.request import Request
 from .scheduler import Scheduler, SchedulerConfig
 
@@ -23,6 +25,18 @@ class StepEngine(Protocol):
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
+        ...
+
+    def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
+        """Write blocks to a file; raises `OSError` or `QuireError`."""
+        ...
+
+    def stored_prefixes(self, path: Path) -> list[bytes]:
+        """Names of the blocks in a file; raises `QuireError` if they cannot be used here."""
+        ...
+
+    def load_prefixes(self, path: Path, skipped: int, blocks: Sequence[StoredBlock]) -> None:
+        """Read the blocks after the `skipped` first ones; raises `QuireError`."""
         ...
 
 
@@ -73,7 +87,13 @@ class EngineLoop:
 
 
 def scheduler_config(
-    info: EngineInfo, *, max_num_seqs: int, max_batch_tokens: int, max_waiting: int, prefix_cache: bool = True
+    info: EngineInfo,
+    *,
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    max_waiting: int,
+    prefix_cache: bool = True,
+    max_cache_ttl: float = 3600.0,
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -91,4 +111,7 @@ def scheduler_config(
         model=info.model.name,
         rope_length=info.model.rope_length,
         prefix_cache=prefix_cache,
+        num_host_pages=info.num_host_pages,
+        page_bytes=info.kv_bytes // info.num_pages,
+        max_cache_ttl=max_cache_ttl,
     )

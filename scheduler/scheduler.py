@@ -16,7 +16,17 @@ import numpy as np
 from ..core.errors import GenerationError, InvalidRequestError, OverloadedError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, PageGrants, SequenceOutput, StepOutput
+from ..core.plan import (
+    NO_TOKEN,
+    NON_FINITE,
+    BatchPlan,
+    Decodes,
+    IntArray,
+    PageGrants,
+    SequenceOutput,
+    StepOutput,
+    StoredBlock,
+)
 from ..core.request import Request
 from .admission import check_request
 from .batch import BatchDraft
@@ -26,11 +36,12 @@ from .decodes import DecodeBatch
 from .outcome import accept, accept_tokens
 from .prefix import Bundle
 from .sequence import SequenceState
+from .swap import SwapCosts
 from .waiting import WaitingQueue
 
 
 class Scheduler:
-    """Continuous batching over a paged cache: first come, first served; preemption by recomputation.
+    """Continuous batching over a paged cache: first come, first served; preemption by swapping or recomputation.
 
     Who is admitted fits alone, and the first sequence that a step plans may preempt all others: so every plan moves
     at least one sequence forward, and every accepted request ends.
@@ -39,7 +50,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
-        self._cache = CacheManager(config)
+        self._cache = CacheManager(config, clock)
+        self._swap_costs = SwapCosts()
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
         self._requests: dict[RequestId, list[SequenceState]] = {}
@@ -97,6 +109,7 @@ class Scheduler:
         assert self._in_flight is None, "the last plan was not committed"
         if not self.has_work:
             return None
+        self._cache.expire_pins()
         draft = BatchDraft(self.config.max_batch_tokens)
         prompts = self._plan_decodes(draft)
         for sequence in prompts:
@@ -106,7 +119,7 @@ class Scheduler:
         # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
         self._admit(draft)
         assert draft.members or draft.decoders, "there is work, but no sequence could be planned"
-        plan = draft.build()
+        plan = draft.build(self._cache.take_swaps())
         self._in_flight = plan, draft
         return plan
 
@@ -114,6 +127,7 @@ class Scheduler:
         """Take in the results of the plan in flight; tells what is new, per choice its tokens before `Finished`."""
         assert self._in_flight is not None and self._in_flight[0] is plan, "this is not the plan in flight"
         draft, self._in_flight = self._in_flight[1], None
+        self._swap_costs.observe(plan, output)
         self._steps += 1
         self._batch_tokens = plan.num_tokens
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
@@ -125,6 +139,8 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counts after the last commit; the times are the loop's to fill in."""
+        self._cache.expire_pins()
+        host, page_bytes = self._cache.host, self.config.page_bytes
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -137,12 +153,45 @@ class Scheduler:
             generation_tokens_total=self._generation_tokens,
             prefix_queries_total=self._cache.queries,
             prefix_hits_total=self._cache.hits,
+            prefix_host_hits_total=self._cache.host_hits,
+            pages_pinned=self._cache.pinned,
+            pins_dropped_total=self._cache.pins_dropped,
+            host_pages_parked=host.parked,
+            host_pages_cached=host.cached,
+            host_pages_total=host.total,
+            swap_out_sequences_total=self._cache.swapped_out,
+            swap_in_sequences_total=self._cache.swapped_in,
+            swap_out_pages_total=host.pages_out,
+            swap_in_pages_total=host.pages_in,
+            swap_out_bytes_total=host.pages_out * page_bytes,
+            swap_in_bytes_total=host.pages_in * page_bytes,
             batch_tokens=self._batch_tokens,
         )
 
+    def stored_blocks(self) -> list[StoredBlock]:
+        """Prefix blocks that no sequence uses: the next to be given up first."""
+        blocks = []
+        for bundle in self._cache.stored():
+            pages = bundle.host if bundle.pages is None else bundle.pages
+            assert pages is not None
+            blocks.append(StoredBlock(bundle.digest, pages, in_host=bundle.pages is None))
+        return blocks
+
+    def adopt_blocks(self, digests: list[bytes]) -> list[StoredBlock]:
+        """Make room for blocks of an earlier run, given in the order of `stored_blocks`, before the first request.
+
+        Returns those that fit, the last ones; the caller fills their pages.
+        """
+        self._cache.adopt(digests)
+        return self.stored_blocks()
+
+    def forget_prefixes(self) -> None:
+        """Give up every prefix that no sequence uses."""
+        self._cache.reclaim_all()
+
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
-        self._cache.check(self._running)
+        self._cache.check(self._running, self._waiting)
         slots = [sequence.slot for sequence in self._running] + self._free_slots
         assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
         self._decodes.check()
@@ -226,9 +275,11 @@ class Scheduler:
         lacking = sequence.table.lacking(count)
         needed = int(lacking.sum())
         while needed > self._cache.available:
-            # Never one that is in this step already: its tokens and pages are promised.
-            victim = next(other for other in reversed(self._running) if not other.in_flight)
-            assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
+            if len(self._running) == 1:
+                self._cache.drop_pins(needed)
+                assert needed <= self._cache.available, "a sequence that was admitted does not fit the pool alone"
+                break
+            victim = self._victim()
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -238,8 +289,17 @@ class Scheduler:
         draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
         return True
 
+    def _victim(self) -> SequenceState:
+        """Whom to preempt: the youngest that comes back as it is, or the youngest of all.
+
+        Never one that is in this step already: its tokens and pages are promised.
+        """
+        idle = [sequence for sequence in reversed(self._running) if not sequence.in_flight]
+        return next((sequence for sequence in idle if self._cache.comes_back_whole(sequence)), idle[0])
+
     def _preempt(self, sequence: SequenceState) -> None:
-        """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
+        """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters."""
+        self._cache.swap_out(sequence, self._swap_costs)
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
@@ -267,7 +327,9 @@ class Scheduler:
             if self._running:
                 needed += self.config.watermark
             if needed > self._cache.available:
-                return
+                if self._running:
+                    return
+                self._cache.drop_pins(needed)
             self._start(sequence, hits, draft)
             prompts.append(sequence)
             if not (draft.budget and self._free_slots):
@@ -282,8 +344,9 @@ class Scheduler:
             sequence.started_at = now
         self._running.append(sequence)
         self._running.sort(key=lambda running: running.arrival)
-        shared = self._cache.enter(sequence, hits)
-        draft.enter(sequence, shared)
+        self._cache.enter(sequence, hits)
+        draft.enter(sequence)
+        sequence.swapped = None
         self._continue(sequence, draft)
 
     # --- results ---
@@ -321,6 +384,7 @@ class Scheduler:
             return [Failed(request_id, describe(GenerationError(result.error)))]
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
+        self._cache.pin(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0
@@ -347,6 +411,7 @@ class Scheduler:
         self._decodes.leave(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
+            self._cache.discard(sequence)
         elif not sequence.in_flight:
             self._leave(sequence)
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.ids import SlotId
-from ..core.plan import IntArray, SequencePlan, SlotAssignment
+from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
 from ..core.request import Request
 from .config import SchedulerConfig
 from .prefix import BlockHashes, Bundle
+from .swap import SwappedTable
 from .table import NO_WINDOW, PageTable
 
 MAX_SCORED_ROWS = 256
@@ -74,6 +75,15 @@ class SequenceState:
     """Prompt tokens that the prefix cache had at the first start."""
     blocks: list[Bundle | None] = field(default_factory=list)
     """Of each full block of the table whether it is in the prefix cache; None: its pages are the sequence's own."""
+    shares: bool = False
+    """Whether it publishes its blocks and begins with others': not with sliding windows, whose pages go one head at a
+    time; without prefix cache only among the choices of one request."""
+    pinned_tokens: int | None = None
+    """Prompt tokens pinned for after its end; None: not decided yet."""
+    recomputable: bool = True
+    """Whether computing its tokens again gives what it has. If not, it is swapped out or kept, if at all possible."""
+    swapped: SwappedTable | None = None
+    """What it comes back with, while it waits swapped out."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
 
@@ -86,6 +96,7 @@ class SequenceState:
         max_length = config.max_length if params.max_tokens is None else num_prompt + params.max_tokens
         # Sequences whose keys are rotated differently must not share them.
         rotation = max(config.rope_length, max_length) if config.rope_length else None
+        namespace = (config.model, request.cache_salt, rotation)
         return SequenceState(
             request=request,
             index=index,
@@ -96,8 +107,11 @@ class SequenceState:
             max_length=max_length,
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
-            hashes=BlockHashes((config.model, request.cache_salt, rotation), tokens, config.page_size),
+            hashes=BlockHashes(
+                namespace if config.prefix_cache else (*namespace, request.id), tokens, config.page_size
+            ),
             num_prompt=num_prompt,
+            shares=config.row_windows is None and (config.prefix_cache or params.n > 1),
         )
 
     @property
@@ -137,6 +151,18 @@ class SequenceState:
         self.num_computed = len(blocks) * block_size
         self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
 
+    def come_back(self, found: list[Bundle], pages: IntArray) -> None:
+        """Be again as it was when it was swapped out: with the shared blocks `found`, its own pages now in `pages`."""
+        swapped = self.swapped
+        assert swapped is not None
+        columns = np.stack([bundle.pages for bundle in found if bundle.pages is not None], axis=1) if found else None
+        empty = np.empty((len(swapped.held), 0), np.int32)
+        self.table.restore(
+            swapped.held, swapped.kept, list(swapped.shared), empty if columns is None else columns, pages
+        )
+        self.blocks = swapped.blocks(found)
+        self.num_computed = swapped.num_computed
+
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
 
@@ -162,6 +188,9 @@ class SequenceState:
     def assignment(self) -> SlotAssignment:
         """What the engine must know when the sequence enters its slot."""
         assert self.slot is not None
+        restored = None
+        if self.swapped is not None:
+            restored = Restored(self.swapped.ticket, self.swapped.kept)
         return SlotAssignment(
             slot=self.slot,
             params=self.request.params,
@@ -170,7 +199,8 @@ class SequenceState:
             prompt_ids=self.request.prompt_ids,
             output_ids=tuple(self.tokens[self.num_prompt :]),
             max_length=self.max_length,
-            cached=self.num_computed,
+            cached=0 if restored else self.num_computed,
+            restored=restored,
         )
 
     def advance(self, count: int) -> int:

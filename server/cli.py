@@ -117,6 +117,30 @@ PrefixCache = Annotated[
         rich_help_panel=_MEMORY,
     ),
 ]
+SwapMemory = Annotated[
+    str,
+    typer.Option(
+        envvar="QUIRE_SWAP_MEMORY",
+        help="Host memory, e.g. 8GiB, for preempted sequences and for prefixes that leave the KV pool; 0: none.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+MaxCacheTtl = Annotated[
+    float,
+    typer.Option(
+        envvar="QUIRE_MAX_CACHE_TTL",
+        help="Longest time in seconds that cache_ttl of a request keeps its prompt cached; 0: not at all.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+CacheFile = Annotated[
+    str | None,
+    typer.Option(
+        envvar="QUIRE_CACHE_FILE",
+        help="File that keeps computed prefixes over a restart: written at the end, read at the start.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 _DEFAULTS = EngineConfig(model="")
 
 
@@ -156,6 +180,9 @@ def serve(
     kv_memory: KvMemory = None,
     page_size: PageSize = _DEFAULTS.page_size,
     prefix_cache: PrefixCache = _DEFAULTS.prefix_cache,
+    swap_memory: SwapMemory = "0",
+    max_cache_ttl: MaxCacheTtl = _DEFAULTS.max_cache_ttl,
+    cache_file: CacheFile = None,
 ) -> None:
     """Serve MODEL over an OpenAI-style HTTP API."""
     from .serving import ServeOptions, served_name
@@ -176,6 +203,9 @@ def serve(
         kv_memory=parse_size(kv_memory) if kv_memory else None,
         page_size=page_size,
         prefix_cache=prefix_cache,
+        swap_memory=parse_size(swap_memory),
+        max_cache_ttl=max_cache_ttl,
+        cache_file=cache_file,
         trust_remote_code=trust_remote_code,
     )
     names = tuple(served_model_name or [served_name(model)])

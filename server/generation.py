@@ -55,6 +55,8 @@ class Delta:
     """Generated tokens, for the usage."""
     cached_tokens: int = 0
     """With the first choice's first token: prompt tokens that the prefix cache had, for the usage."""
+    pinned_tokens: int = 0
+    """The same: prompt tokens kept for the time asked for."""
     finish_reason: FinishReason | None = None
 
 
@@ -76,6 +78,7 @@ class _Choice:
         delta = Delta(self.index)
         if self.index == self._job.first_index:  # the prompt counts once, whatever the number of choices
             delta.cached_tokens = event.cached_tokens
+            delta.pinned_tokens = event.pinned_tokens
         if self._timer:
             self._timer.on_tokens(len(event.token_ids))
         for number, token_id in enumerate(event.token_ids):
@@ -108,7 +111,12 @@ class _Choice:
         if not self._job.score_only:
             return delta
         reason: FinishReason | None = "length" if delta.finish_reason else None
-        return Delta(self.index, cached_tokens=delta.cached_tokens, finish_reason=reason)
+        return Delta(
+            self.index,
+            cached_tokens=delta.cached_tokens,
+            pinned_tokens=delta.pinned_tokens,
+            finish_reason=reason,
+        )
 
 
 class RequestOutput:

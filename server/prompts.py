@@ -96,7 +96,14 @@ def _request(
             f"{limit:,} tokens",
             param=param,
         )
-    return Request.create(request_id, ids, params, service.seeds, cache_salt=body.cache_salt or "")
+    return Request.create(
+        request_id,
+        ids,
+        params,
+        service.seeds,
+        cache_salt=body.cache_salt or "",
+        cache_ttl=body.cache_ttl or 0.0,
+    )
 
 
 def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:

@@ -20,19 +20,25 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
+    pinned_tokens: int = 0
+    """Prompt tokens kept for the `cache_ttl` that was asked for."""
 
     def add(self, delta: Delta) -> None:
         """Count what a delta brought."""
         self.completion_tokens += delta.num_tokens
         self.cached_tokens += delta.cached_tokens
+        self.pinned_tokens += delta.pinned_tokens
 
     def body(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
+        details = {"cached_tokens": self.cached_tokens}
+        if self.pinned_tokens:
+            details["pinned_tokens"] = self.pinned_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": details,
         }
 
 

@@ -39,6 +39,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         vocab_size=VOCAB,
         eos_token_ids=rng.choice([(), (0,), (0, 1)]),
         prefix_cache=rng.random() < 0.9,
+        num_host_pages=rng.choice([0, rows * rng.randint(1, 30)]),
         rope_length=rng.choice([None, None, None, 20]),
     )
 
@@ -70,6 +71,7 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         params=SamplingParams(**params),
         seed=rng.choice([7, rng.getrandbits(64)]),
         cache_salt=rng.choice(["", "", "", "a"]),
+        cache_ttl=rng.choice([0.0, 0.0, 0.0, 0.5, 30.0]),
     )
 
 

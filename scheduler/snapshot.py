@@ -1,0 +1,44 @@
+"""Computed prefixes over a restart: which blocks go to the file, and where they come back to.
+
+Nothing here stops a server.
+"""
+
+import logging
+from pathlib import Path
+
+from ..core.errors import QuireError
+from .loop import EngineLoop
+
+log = logging.getLogger("quire")
+
+
+def save_cache(loop: EngineLoop, path: Path) -> None:
+    """Write the prefixes that no sequence uses; a failure is one line in the log."""
+    blocks = loop.scheduler.stored_blocks()
+    try:
+        loop.engine.save_prefixes(path, blocks)
+    except (OSError, QuireError) as error:
+        log.error("the computed prefixes could not be written to %s: %s", path, error)
+    else:
+        log.info("%d blocks of computed prefixes written to %s", len(blocks), path)
+
+
+def load_cache(loop: EngineLoop, path: Path) -> None:
+    """Take up the prefixes of an earlier run, the most recently used ones if not all fit; before the first request.
+
+    No file is no error; one that is broken or of another model is one line in the log.
+    """
+    if not path.exists():
+        return
+    try:
+        digests = loop.engine.stored_prefixes(path)
+        blocks = loop.scheduler.adopt_blocks(digests)
+        try:
+            loop.engine.load_prefixes(path, len(digests) - len(blocks), blocks)
+        except QuireError:
+            loop.scheduler.forget_prefixes()
+            raise
+    except QuireError as error:
+        log.warning("the computed prefixes are not used: %s", error.message)
+    else:
+        log.info("%d of %d blocks of computed prefixes read from %s", len(blocks), len(digests), path)
