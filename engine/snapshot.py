@@ -1,6 +1,6 @@
 """Computed prefixes in a file, so that they outlast a restart: one safetensors file, written and read piece by piece.
 
-`digests` [N, 16] names the blocks, the next one to be given up first; `pages.i` [N * R, ...] are the i-th of the
+`digests` [N, bytes] names the blocks, the next one to be given up first; `pages.i` [N * R, ...] are the i-th of the
 cache's page tensors, R pages per block. The header carries a fingerprint of all that keys and values depend on.
 """
 
@@ -57,7 +57,8 @@ def write(
 ) -> None:
     """Write `blocks` to `path`, in one piece or not at all; raises `OSError`."""
     rows = sum(len(block.pages) for block in blocks)
-    tensors = {"digests": (torch.uint8, (len(blocks), 16))}
+    width = len(blocks[0].digest) if blocks else 0
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"digests": (torch.uint8, (len(blocks), width))}
     tensors |= {f"pages.{i}": (tensor.dtype, (rows, *tensor.shape[1:])) for i, tensor in enumerate(device)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

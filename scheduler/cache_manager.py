@@ -329,6 +329,7 @@ class CacheManager:
             for number, bundle in enumerate(sequence.blocks):
                 if bundle is not None:
                     users[bundle] += 1
+                    assert bundle.pages is not None
                     assert np.array_equal(sequence.table.column(number), bundle.pages), "a shared column was changed"
             shared = [number for number, bundle in enumerate(sequence.blocks) if bundle is not None]
             pages.append(sequence.table.ids(shared))

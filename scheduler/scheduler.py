@@ -266,7 +266,7 @@ class Scheduler:
     def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
         """Make room for `count` entries: from its own windows, then from what nobody uses, then by preemption.
 
-        False if the sequence had to go itself.
+        False if the sequence had to go itself, or to wait for a step.
         """
         drops: list[tuple[IntArray, int]] = []
         if self.config.row_windows is not None:
@@ -280,6 +280,9 @@ class Scheduler:
                 assert needed <= self._cache.available, "a sequence that was admitted does not fit the pool alone"
                 break
             victim = self._victim()
+            if victim is sequence and self._can_wait(sequence):
+                draft.change_pages(sequence, drops, PageGrants.none())
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -296,6 +299,10 @@ class Scheduler:
         """
         idle = [sequence for sequence in reversed(self._running) if not sequence.in_flight]
         return next((sequence for sequence in idle if self._cache.comes_back_whole(sequence)), idle[0])
+
+    def _can_wait(self, sequence: SequenceState) -> bool:
+        """Whether a sequence that would not come back as it is keeps its pages for now, because others move on."""
+        return not self._cache.comes_back_whole(sequence) and any(other.in_flight for other in self._running)
 
     def _preempt(self, sequence: SequenceState) -> None:
         """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters."""

@@ -68,7 +68,11 @@ def traffic(client: Client, seed: int, count: int = 30) -> list[Request]:
     openings = [tokens(length, seed=length) for length in (8, 13, 24)]
     for number in range(count):
         prompt = rng.choice(openings) + tokens(rng.randint(0, 9), seed=number % 7)
-        params = {"max_tokens": rng.randint(1, 30), "n": rng.choice([1, 1, 3]), "repetition_penalty": 1.2}
+        params: dict[str, Any] = {
+            "max_tokens": rng.randint(1, 30),
+            "n": rng.choice([1, 1, 3]),
+            "repetition_penalty": 1.2,
+        }
         requests.append(client.submit(str(number), prompt, **params))
         for _ in range(rng.randint(0, 2)):
             client.step()
