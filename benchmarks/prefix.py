@@ -112,8 +112,8 @@ def look_up(length: int = 32_768, rounds: int = 30) -> Table:
     return table
 
 
-def step_times(scheduler: Scheduler, steps: int) -> float:
-    """Mean milliseconds of plan and commit over `steps` steps."""
+def step_times(scheduler: Scheduler, steps: int) -> list[float]:
+    """Milliseconds of plan and commit of each of `steps` steps."""
 
     def compute(plan: BatchPlan) -> StepOutput:
         outputs = tuple(SequenceOutput((7,) if part.sample else ()) for part in plan.sequences)
@@ -129,7 +129,7 @@ def step_times(scheduler: Scheduler, steps: int) -> float:
         computed = time.perf_counter()
         scheduler.commit(plan, output)
         times.append((planned - started + time.perf_counter() - computed) * 1e3)
-    return statistics.mean(times)
+    return times
 
 
 def busy_scheduler(kept: bool, sequences: int) -> Scheduler:
@@ -162,7 +162,7 @@ def scheduling(sequences: int = 256, rounds: int = 3) -> Table:
     times: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(rounds):
         for kept, scheduler in schedulers.items():
-            times[kept].append(step_times(scheduler, 2 * PAGE))
+            times[kept].append(statistics.mean(step_times(scheduler, 2 * PAGE)))
     table = Table("prefix cache", "ms per step", "ratio", title=f"plan and commit, {sequences} sequences decoding")
     row(table, "off", statistics.median(times[False]), None)
     row(table, "on", statistics.median(times[True]), statistics.median(times[False]))

@@ -1,5 +1,6 @@
 """The operator's settings, and the only place that reads the environment for them beside the command line."""
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from .errors import ConfigError
+from .pruning import PruneParams
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -32,8 +34,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     runner: Literal["auto", "native", "transformers"] = "auto"
     """auto: native where the architecture is known to it, else transformers."""
-    attention_backend: Literal["auto", "reference", "cpu", "triton"] = "auto"
+    attention_backend: Literal["auto", "reference", "cpu", "triton", "xformers"] = "auto"
     """Whose kernels compute; auto: C++ on a CPU, plain torch on a GPU."""
+    cuda_graphs: bool = True
+    """With the backend triton: replay decode steps as CUDA graphs, captured when first needed."""
     max_model_len: int | None = None
     """Tokens, prompt and output together; None: what the model was trained for."""
     max_num_seqs: int = 64
@@ -54,8 +58,20 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Longest time in seconds that a request may have its prompt kept for after its end; 0: not at all."""
     cache_file: str | None = None
     """File in which computed prefixes outlast a restart."""
+    prune: PruneParams | None = None
+    """How requests that do not say so themselves are pruned; None: not at all."""
+    pressure: Literal["preempt", "prune"] = "preempt"
+    """prune: before a sequence is preempted, those that allow it are pruned down to what they must keep."""
     trust_remote_code: bool = False
     """Allow a checkpoint's own Python code to run."""
+    policy: Literal["fcfs", "priority", "fair", "sjf"] = "fcfs"
+    """Who is served first: by arrival, by the request's priority, the tenant that got least, the shortest output."""
+    max_itl_ms: float | None = None
+    """Milliseconds that a step which decodes should stay within: prompt chunks are cut to it; None: no target."""
+    max_waiting_tokens: int | None = None
+    """Most prompt tokens that wait beside one request; beyond, requests are refused with a retry time."""
+    queue_timeout: float | None = None
+    """Seconds in which a request must start; None: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):
@@ -72,6 +88,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"swap_memory must not be negative, got {self.swap_memory}", param="swap_memory")
         if not 0 <= self.max_cache_ttl < float("inf"):
             raise ConfigError(f"max_cache_ttl must be a number of seconds, got {self.max_cache_ttl}")
+        for name in ("max_itl_ms", "max_waiting_tokens", "queue_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} must be positive, got {value}", param=name)
         if self.kv_memory is not None and self.kv_memory < 1:
             raise ConfigError(f"kv_memory must be positive, got {self.kv_memory}", param="kv_memory")
 

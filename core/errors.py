@@ -46,6 +46,10 @@ class EngineUnavailableError(QuireError):
     """The engine process is starting, restarting or gone; open requests fail with this when it dies."""
 
 
+class RequestTimeoutError(QuireError):
+    """The request did not start within the operator's queue timeout, or did not end within its own."""
+
+
 class GenerationError(QuireError):
     """This one request could not be computed (for example non-finite logits)."""
 
@@ -69,6 +73,7 @@ _KINDS: dict[str, type[QuireError]] = {
         RequestTooLargeError,
         OverloadedError,
         EngineUnavailableError,
+        RequestTimeoutError,
         GenerationError,
         ConfigError,
         ModelLoadError,

@@ -12,9 +12,18 @@ import msgspec
 from .errors import ErrorInfo
 from .ids import RequestId
 from .model_spec import ModelSpec
+from .pruning import CacheUse, PolicyInfo, PruneCounts, Refinement
 from .request import Request
 
 FinishReason = Literal["stop", "length", "abort"]
+Deadline = Literal["queue", "request"]
+"""By when a request must have started (the operator's), and by when ended (its own)."""
+DEADLINES: tuple[Deadline, ...] = ("queue", "request")
+StuckReason = Literal["stalled", "overtaken", "unplannable"]
+"""How it shows that the scheduler has forgotten a sequence: see `scheduler.watchdog`."""
+WATCHDOG_REASONS: tuple[StuckReason, ...] = ("stalled", "overtaken", "unplannable")
+PRIORITY_LEVELS = ("above", "normal", "below")
+"""Priorities below 0 (served sooner), 0, and above 0."""
 
 
 class Logprob(msgspec.Struct, frozen=True, array_like=True):
@@ -39,6 +48,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """With the choice's first token: as in `Finished`, which a client that stops early never sees."""
     pinned_tokens: int = 0
     """The same."""
+    cache: CacheUse | None = None
+    """Of a sequence that prunes, after these tokens."""
 
 
 class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -135,6 +146,20 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float = 0.0
     """The last step: planning, forward pass, sampling, commit."""
     forward_seconds: float = 0.0
+    prunes: dict[str, PruneCounts] = {}
+    """Totals by policy."""
+    lossy_preemptions_total: int = 0
+    """Preempted sequences that were pruned before: recomputed, they forget something else."""
+    waiting_tokens: int = 0
+    """Prompt tokens of the sequences that wait."""
+    waiting_priorities: dict[str, int] = {}
+    """How many of them there are of each of `PRIORITY_LEVELS`."""
+    timeouts_total: dict[str, int] = {}
+    """Requests that ended late, by `Deadline`."""
+    watchdog_total: dict[str, int] = {}
+    """Requests ended because the scheduler passed them over, by `StuckReason`."""
+    page_leaks_total: int = 0
+    """Pages found to belong to nobody while nothing ran, and taken back."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
@@ -161,6 +186,10 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of the host pool."""
     max_concurrency: float
     """How many requests of `max_model_len` tokens the pool holds at once."""
+    policies: dict[str, PolicyInfo] = {}
+    """Pruning policies by name."""
+    refinements: tuple[Refinement, ...] = ()
+    """Wrappers of their scores that work with the model."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -6,12 +6,14 @@ as columns (`Decodes`), so that a step costs no Python object per sequence. Lett
 others, L layers, K kv heads, B entries of a page.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from .ids import SlotId
+from .pruning import PruneParams
 from .request import SamplingParams
 
 IntArray = npt.NDArray[np.int32]
@@ -34,6 +36,8 @@ class SlotAssignment:
     """Most tokens, prompt included, the sequence can reach: fixes length-dependent RoPE scaling."""
     cached: int = 0
     """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
+    prune: PruneParams | None = None
+    """How the sequence forgets: what must be observed of it; None: nothing."""
     restored: "Restored | None" = None
     """The sequence comes back as it was when it was swapped out; `cached` says nothing then."""
 
@@ -46,6 +50,8 @@ class Restored:
     """Of the `Park` under which the engine put away the slot's other state."""
     kept: IntArray
     """Entries of each head, int32 [R]."""
+    computed: int
+    """Tokens computed, the position of the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +111,30 @@ class PageDrop:
 
 
 @dataclass(frozen=True, slots=True)
+class PruneOrder:
+    """After the forward pass, choose what a slot keeps; nothing moves until a `Compaction` says so.
+
+    The choice is forgotten unless the very next plan compacts the slot. The slot need not be in the batch.
+    """
+
+    slot: SlotId
+    target: int
+    """Entries per head, on average over the layers without a window, that stay."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compaction:
+    """Gather what the last step's `PruneOrder` chose to keep; the slot has computed nothing since."""
+
+    slot: SlotId
+    counts: IntArray
+    """Entries that each head keeps, int32 [R], R = L * K; as the engine said."""
+    pages: IntArray | None
+    """Fresh pages for them, int32, ceil(count / B) per head, head after head; the old ones are left as they are. None:
+    every head keeps its own leading pages, of which nobody else reads."""
+
+
+@dataclass(frozen=True, slots=True)
 class SequencePlan:
     """One sequence's part of the batch."""
 
@@ -117,6 +147,8 @@ class SequencePlan:
     """Whether these are all known tokens, so that the last row's logits give the next one."""
     score_ids: tuple[int, ...] = ()
     """Prompt log-probabilities wanted: row t scores `score_ids[t]`, the token that follows it; at most n."""
+    scratch: bool = False
+    """Only to be observed: the entries are not kept, and the next step's come to lie where they were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +177,15 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work. Applied in this order: parks, swap-outs, swap-ins, assignments, shares, drops, grants, then the
-    forward pass. So pages that the plan copies out may be filled anew by all that follows.
+    """One step's work, in this order: parks, swap-outs, compactions, swap-ins, assignments, shares, drops, grants, the
+    forward pass, prunes.
+
+    A page that is copied out may be the target of a compaction or filled anew in the same plan; one that a compaction
+    leaves may be filled by a swap-in or granted.
     """
 
     sequences: tuple[SequencePlan, ...]
+    """Possibly none, if there are prunes or compactions."""
     assignments: tuple[SlotAssignment, ...] = ()
     drops: tuple[PageDrop, ...] = ()
     grants: PageGrants = field(default_factory=PageGrants.none)
@@ -166,6 +202,15 @@ class BatchPlan:
     """From the device to the host."""
     swap_ins: PageCopies = field(default_factory=PageCopies.none)
     """From the host to the device."""
+    compactions: tuple[Compaction, ...] = ()
+    prunes: tuple[PruneOrder, ...] = ()
+
+    def parts(self) -> Iterator[SequencePlan]:
+        """All sequences of the batch in the order of their rows, decodes too."""
+        columns = (self.decodes.slots, self.decodes.starts, self.decodes.token_ids)
+        for slot, start, token in zip(*(column.tolist() for column in columns), strict=True):
+            yield SequencePlan(SlotId(slot), start, (token,), sample=True)
+        yield from self.sequences
 
     @property
     def num_tokens(self) -> int:
@@ -215,6 +260,10 @@ class StepOutput:
     """Time in logits processing and sampling."""
     decoded: IntArray = field(default_factory=lambda: np.empty(0, np.int32))
     """[D]: the token that each row of `BatchPlan.decodes` sampled, or `NO_TOKEN`."""
+    kept: tuple[IntArray, ...] = ()
+    """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
+    prune_seconds: tuple[float, ...] = ()
+    """Per `BatchPlan.prunes`, time to choose."""
     copied_pages: int = 0
     """Pages whose copying between device and host has been timed since the last step."""
     copy_seconds: float = 0.0

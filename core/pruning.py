@@ -56,6 +56,11 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
                 "prune.threshold goes with the budget 'threshold', and only with it", param="prune.threshold"
             )
 
+    @property
+    def forgets(self) -> bool:
+        """Whether anything can ever be pruned."""
+        return self.keep < 1 or self.budget == "threshold"
+
     def target(self, entries: int) -> int:
         """Entries per head, on average, that stay of `entries`: the one definition of the count kept.
 
@@ -72,3 +77,27 @@ class PolicyInfo(msgspec.Struct, frozen=True, kw_only=True):
     """It forgets nothing: each step reads only the pages that it selects."""
     repeats: bool = False
     """It scores entries by a second pass in which the model repeats its context (KVzip)."""
+    observes: Literal["", "newest", "all"] = ""
+    """Which queries it must have seen, so that no prefix may be reused that covers them: its window's, or all."""
+    obstacle: str | None = None
+    """Why the served model cannot be pruned this way; None: it can."""
+
+
+class PruneCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one policy did since the engine started."""
+
+    entries: int = 0
+    """Entries dropped, of all heads."""
+    pages: int = 0
+    """Pages that this made available."""
+    seconds: float = 0.0
+    """Time to choose what to keep."""
+    prunes: dict[str, int] = {}
+    """How often, by reason: prompt, decode or pressure."""
+
+
+class CacheUse(msgspec.Struct, frozen=True, array_like=True):
+    """What a sequence that prunes holds of its tokens, per head of a layer without a window."""
+
+    kept: float
+    dropped: float

@@ -16,6 +16,9 @@ MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_CACHE_SALT = 256
+MAX_PRIORITY = 1000
+MAX_TIMEOUT = 86_400.0
+"""Seconds."""
 
 
 def _check_range(name: str, value: float | None, low: float, high: float | None, low_open: bool = False) -> None:
@@ -113,6 +116,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds for which its prompt's computed blocks stay cached after its end, whatever others need."""
     prune: PruneParams | None = None
     """How its sequences may forget; None: not at all."""
+    repeat_ids: tuple[int, ...] = ()
+    """Tokens that ask the model to repeat what came before, for a policy that scores by that (KVzip)."""
+    priority: int = 0
+    """Lower is sooner, within +-`MAX_PRIORITY`; counts under the policy `priority`."""
+    tenant: str = ""
+    """For whom it is computed: whose share it takes under the policy `fair`, whose outputs teach `sjf`."""
+    timeout: float | None = None
+    """Seconds from its arrival in the engine process in which it must end; None: no limit."""
+    namespace: str = ""
+    """Prefixes are reused only within one: an API key's, where the operator isolates keys."""
 
     def __post_init__(self) -> None:
         _check_range("cache_ttl", self.cache_ttl, 0.0, None)
@@ -121,6 +134,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
                 f"cache_salt has {len(self.cache_salt):,} characters, at most {MAX_CACHE_SALT} are allowed",
                 param="cache_salt",
             )
+        _check_range("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        _check_range("timeout", self.timeout, 0.0, MAX_TIMEOUT, low_open=True)
 
     @staticmethod
     def create(
@@ -132,6 +147,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         cache_salt: str = "",
         cache_ttl: float = 0.0,
         prune: PruneParams | None = None,
+        repeat_ids: Sequence[int] = (),
+        priority: int = 0,
+        tenant: str = "",
+        timeout: float | None = None,
+        namespace: str = "",
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
@@ -143,4 +163,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             cache_salt=cache_salt,
             cache_ttl=cache_ttl,
             prune=prune,
+            repeat_ids=tuple(repeat_ids),
+            priority=priority,
+            tenant=tenant,
+            timeout=timeout,
+            namespace=namespace,
         )

@@ -7,8 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.plan import BatchPlan, IntArray, PageDrop, PageGrants, SlotAssignment
+from ..core.ids import SlotId
+from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
+from ..kernels.backend import Backend
+from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
+from .staging import upload
 
 _ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector of a CPU."""
@@ -25,18 +29,26 @@ class KVCache:
         self.layout = layout
         self.num_pages = num_pages
         self.device = device
-        self.pool = zeros((num_pages, 2, layout.page_size, layout.head_dim), layout.dtype, device)
-        """[P, 2, B, D]: keys (0) and values (1)."""
-        self.entry_positions = zeros((num_pages, layout.page_size), torch.int32, device)
-        """[P, B]: logical position of each entry."""
-        self.page_table = zeros((*heads, layout.max_pages), torch.int32, device)
+        self.pool = zeros((num_pages + 1, 2, layout.page_size, layout.head_dim), layout.dtype, device)
+        """[P + 1, 2, B, D]: keys (0) and values (1). The last page is nobody's: padding writes there."""
+        self.entry_positions = zeros((num_pages + 1, layout.page_size), torch.int32, device)
+        """[P + 1, B]: logical position of each entry."""
+        padded = (heads[0] + 1, *heads[1:])
+        self.padded_table = zeros((*padded, layout.max_pages), torch.int32, device)
+        """[N + 1, L, K, max_pages]: `page_table`, and a slot of padding, all of whose pages are the last one."""
+        self.padded_table[-1] = num_pages
+        self.padded_kept = torch.zeros(padded, dtype=torch.int32, device=device)
+        """[N + 1, L, K]: `kept`, and 0 for padding."""
+        self.page_table = self.padded_table[:-1]
         """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
-        self.kept = torch.zeros(heads, dtype=torch.int32, device=device)
+        self.kept = self.padded_kept[:-1]
         """[N, L, K]: entries of each head."""
         self._kept_host: IntArray = np.zeros((heads[0], heads[1] * heads[2]), np.int32)
         """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
         self._columns = np.zeros(heads[0], np.int64)
         """[N]: columns of the slot's table that its sequence may have used."""
+        self.computed = np.zeros(heads[0], np.int64)
+        """[N]: tokens computed, the position of the slot's next one."""
 
     @property
     def page_tensors(self) -> tuple[Tensor, ...]:
@@ -67,19 +79,21 @@ class KVCache:
         cached = [assignment.cached for assignment in assignments]
         self._kept_host[slots] = np.asarray(cached, np.int32)[:, None]
         self._columns[slots] = 0
-        indices, counts = torch.tensor([slots, cached], device=self.device)
+        self.computed[slots] = cached
+        indices, counts = upload(np.array([slots, cached], np.int64), self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
         for assignment in assignments:
             if assignment.restored is not None:
                 kept = assignment.restored.kept
                 self._kept_host[assignment.slot] = kept
-                self.kept[assignment.slot] = torch.from_numpy(kept).to(self.device).view(self.kept.shape[1:])
+                self.kept[assignment.slot] = upload(kept, self.device).view(self.kept.shape[1:])
+                self.computed[assignment.slot] = assignment.restored.computed
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""
         kept, entries = self._kept_host[drop.slot], drop.pages * self.layout.page_size
         assert drop.pages > 0 and (kept[drop.rows] >= entries).all(), "a drop takes pages that are not full"
-        rows = torch.from_numpy(drop.rows).long().to(self.device)
+        rows = upload(drop.rows, self.device).long()
         table = self.page_table[drop.slot].view(-1, self.layout.max_pages)
         used = int(self._columns[drop.slot])
         table[rows, : used - drop.pages] = table[rows, drop.pages : used]
@@ -92,10 +106,45 @@ class KVCache:
         assert grants.pages.min() >= 0 and grants.pages.max() < self.num_pages, "a page is granted that is none"
         np.maximum.at(self._columns, grants.slots, grants.columns + 1)
         stacked = np.stack([grants.slots, grants.rows, grants.columns, grants.pages])
-        slots, rows, columns, pages = torch.from_numpy(stacked).to(self.device).long()
+        slots, rows, columns, pages = upload(stacked, self.device).long()
         table = self.page_table.view(len(self._kept_host), -1, self.layout.max_pages)
         table[slots, rows, columns] = pages.int()
         return pages
+
+    def counts(self, slot: SlotId) -> IntArray:
+        """Entries of each head of the slot, int32 [R]."""
+        return self._kept_host[slot].copy()
+
+    def compact(self, compaction: Compaction, layers: Sequence[int], keep: Tensor, backend: Backend) -> None:
+        """The slot's heads in `layers` keep the entries `keep` [len(layers), K, E] int32; other layers keep all.
+
+        Only where all layers are compacted may they move to fresh pages.
+        """
+        slot, heads, size = compaction.slot, self.layout.num_kv_heads, self.layout.page_size
+        before, old = self._kept_host[slot].reshape(-1, heads), self.page_table[slot]
+        if compaction.pages is not None:
+            assert len(layers) == self.layout.num_layers
+            old = old.clone()
+            self._hang(slot, -(-compaction.counts // size), compaction.pages)
+        move = compact_kv
+        if backend == "triton":
+            from ..kernels.compaction_triton import compact_kv_triton as move  # triton is there beside a GPU only
+        counts = torch.from_numpy(compaction.counts).to(self.device).view(-1, heads)
+        for index, layer in enumerate(layers):
+            columns = -(-int(before[layer].max()) // size)
+            source, target = (table[layer, :, :columns] for table in (old, self.page_table[slot]))
+            in_place = compaction.pages is None
+            move(self.pool, self.entry_positions, source, target, keep[index], counts[layer], in_place=in_place)
+        self.kept[slot] = counts
+        self._kept_host[slot] = compaction.counts
+
+    def _hang(self, slot: SlotId, held: IntArray, pages: IntArray) -> None:
+        """Put fresh pages in the slot's table, `held` [R] per head; what strangers left there is cleared."""
+        rows = np.repeat(np.arange(len(held)), held)
+        columns = np.arange(len(pages)) - np.repeat(np.cumsum(held) - held, held)
+        ids, where = (torch.from_numpy(part).to(self.device) for part in (pages, np.stack([rows, columns])))
+        self.pool.index_fill_(0, ids.long(), 0)
+        self.page_table[slot].view(len(held), -1)[where[0], where[1]] = ids
 
     def longest(self, slots: IntArray, lengths: Sequence[int]) -> int:
         """Entries of the longest head once each of the slots [S] has got `lengths` more."""
@@ -114,6 +163,7 @@ class KVCache:
         """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""
         self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
         self._kept_host[host_slots] += np.asarray(host_lengths, np.int32)[:, None]
+        self.computed[host_slots] += np.asarray(host_lengths)
 
     def clear(self, pages: Tensor) -> None:
         """Empty all slots and the given pages [N] int64: the state before any step that used only these."""
@@ -123,6 +173,17 @@ class KVCache:
         self.kept.zero_()
         self._kept_host[:] = 0
         self._columns[:] = 0
+        self.computed[:] = 0
+
+
+def read_heads(pool: Tensor, table: Tensor, entries: int) -> Tensor:
+    """Keys (or, with the pool's other half, values) of heads side by side: [K, entries, D].
+
+    pool [P, B, D], one half of the pool; table [K, M] int32. What lies past a head's own length is arbitrary.
+    """
+    columns = -(-entries // pool.shape[1])
+    read = pool[table[:, :columns].long()]
+    return read.flatten(1, 2)[:, :entries]
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

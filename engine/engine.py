@@ -1,13 +1,14 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
 import logging
-import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
@@ -16,6 +17,7 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
 from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput, StoredBlock
 from ..core.request import SamplingParams
+from ..models.context import AttentionObserver, PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.placement import Placement
@@ -23,11 +25,15 @@ from ..models.runner import ModelRunner, ProgressCallback
 from . import snapshot
 from .cache import KVCache
 from .device import choose_placement
+from .graphs import CudaCapture, DecodeGraphs, graph_sizes
 from .host_pool import HostPool
-from .inputs import build_inputs
+from .inputs import LogitLayout, build_inputs, logit_layout
+from .page_selection import PageSelection
 from .parking import Parking
+from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, num_host_pages, num_pages
+from .timer import StepTimer
 
 log = logging.getLogger("quire")
 
@@ -70,9 +76,16 @@ class Engine:
             raise ConfigError(
                 f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
             ) from error
-        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device)
-        self.parking = Parking()
-        """Where per-slot state is registered that must survive swapping."""
+        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device, place.backend)
+        self._pruner = Pruner(self.cache, runner, place.backend)
+        self._selection = PageSelection(self.cache, runner.spec, place.backend)
+        self.parking = Parking(self._pruner, self._selection)
+        self._timer = StepTimer(place.device)
+        self._graphs: DecodeGraphs | None = None
+        # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
+        if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
+            sizes = graph_sizes(config.max_num_seqs)
+            self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture())
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=spec,
@@ -85,6 +98,8 @@ class Engine:
             kv_bytes=self.cache.num_bytes,
             num_host_pages=host_pages,
             max_concurrency=pages / per_sequence,
+            policies=offered_policies(runner),
+            refinements=offered_refinements(runner),
         )
 
     @staticmethod
@@ -116,34 +131,66 @@ class Engine:
 
     @torch.inference_mode()
     def step(self, plan: BatchPlan) -> StepOutput:
-        """Compute one batch: page changes, forward pass, sampling. Outputs are aligned with the plan's sequences."""
+        """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
         self._change_hands(plan)
-        if not plan.num_tokens:
-            return StepOutput(())
-        started = time.perf_counter()
-        inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
-        logits = self._runner.forward(
-            inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
-        )
-        self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
-        if self._place.device.type == "cuda":
-            torch.cuda.synchronize(self._place.device)  # sampling reads the result at once anyway
-        computed = time.perf_counter()
-        decoded, outputs = self.sampler.run(plan, inputs.layout, logits)
-        copied = self.host.timing() if self.host else (0, 0.0)
-        return StepOutput(outputs, computed - started, time.perf_counter() - computed, decoded, *copied)
+        output = self._compute(plan) if plan.num_tokens else StepOutput(())
+        if self.host is not None:
+            pages, seconds = self.host.timing()
+            output = replace(output, copied_pages=pages, copy_seconds=seconds)
+        if not plan.prunes:
+            return output
+        kept, prune_seconds = self._pruner.choose(plan.prunes)
+        return replace(output, kept=kept, prune_seconds=prune_seconds)
 
     def _change_hands(self, plan: BatchPlan) -> None:
         """All that a plan changes before the forward pass, in the order it promises."""
         self.parking.leave(plan)
         if self.host is not None:
             self.host.copy_out(plan.swap_outs)
+        self._pruner.compact(plan.compactions)
+        if self.host is not None:
             self.host.copy_in(plan.swap_ins)
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
+            self._pruner.assign(assignment)
+            self._selection.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.parking.come_back(plan)
         self.cache.apply(plan)
+
+    def _compute(self, plan: BatchPlan) -> StepOutput:
+        """Forward pass and sampling."""
+        self._timer.start()
+        watchers = (self._pruner.observer(plan), self._selection.selector(plan))
+        # What a graph computes nobody looks into.
+        replayed = self._decode(plan) if watchers == (None, None) else None
+        logits, layout = replayed or self._forward(plan, *watchers)
+        self._timer.computed()
+        decoded, outputs = self.sampler.run(plan, layout, logits)
+        return StepOutput(outputs, *self._timer.seconds(), decoded)
+
+    def _forward(
+        self, plan: BatchPlan, observer: AttentionObserver | None, selector: PageSelector | None
+    ) -> tuple[Tensor, LogitLayout]:
+        """Logits [R, V] of any batch; its entries are in the cache."""
+        inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
+        inputs.context.observer, inputs.context.selector = observer, selector
+        logits = self._runner.forward(
+            inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
+        )
+        self._pruner.note(inputs.context.scorings)
+        self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
+        return logits, inputs.layout
+
+    def _decode(self, plan: BatchPlan) -> tuple[Tensor, LogitLayout] | None:
+        """`_forward` by a graph, if there are any and they take the plan."""
+        if self._graphs is None or not self._graphs.takes(plan):
+            return None
+        step = self._graphs.run(plan, self._max_lengths)
+        if step is None:
+            return None
+        self.cache.advance(step.slots, step.new_entries, step.host_slots, (1,) * len(step.host_slots))
+        return step.logits, logit_layout(plan)
 
     def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
         """Write the blocks' pages to a file, see `engine.snapshot`; raises `OSError` or `ModelLoadError`."""
@@ -191,6 +238,7 @@ class Engine:
             )
         self.cache.clear(torch.arange(pages, device=self._place.device))
         self.sampler.table.clear()
+        self._pruner.clear()
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

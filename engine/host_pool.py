@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core.plan import IntArray, PageCopies
 from .cache import KVCache, zeros
+from .staging import upload
 
 
 class HostPool:
@@ -42,7 +43,7 @@ class HostPool:
         if not len(copies.host):
             return
         started = time.perf_counter()
-        device = torch.from_numpy(copies.device).long().to(self._cache.device)
+        device = upload(copies.device, self._cache.device).long()
         leaving = [tensor.index_select(0, device) for tensor in self._cache.page_tensors]
         if self._stream is None:
             host = torch.from_numpy(copies.host).long()
@@ -64,7 +65,7 @@ class HostPool:
         if not len(copies.host):
             return
         started = time.perf_counter()
-        device = torch.from_numpy(copies.device).long().to(self._cache.device)
+        device = upload(copies.device, self._cache.device).long()
         if self._stream is None:
             host = torch.from_numpy(copies.host).long()
             for target, tensor in zip(self._cache.page_tensors, self.tensors, strict=True):

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core.plan import BatchPlan, IntArray
 from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
+from .staging import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class StepInputs:
     slots: Tensor
     """[S] int64."""
     new_entries: Tensor
-    """[S] int32: tokens of each sequence."""
+    """[S] int32: entries that each sequence gets and keeps."""
     host_slots: IntArray
     host_lengths: tuple[int, ...]
 
@@ -83,15 +83,16 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
     starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
     counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
+    stored = (1,) * len(decodes) + tuple(0 if part.scratch else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
     chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
     host_ids = np.concatenate([decodes.token_ids, chunks])
     ends = np.cumsum(counts)
     positions = np.arange(len(host_ids)) + np.repeat(starts - (ends - counts), counts)
     lengths = np.repeat(max_lengths[slots], counts)
-    parts = (host_ids, positions, lengths, slots, counts, layout.rows, [0], ends)
+    parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
-    packed = torch.from_numpy(np.concatenate([np.asarray(part, np.int64) for part in parts])).to(cache.device)
+    packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
         [len(host_ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
     )
@@ -119,5 +120,5 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
         slots=slot_rows,
         new_entries=new.int(),
         host_slots=slots,
-        host_lengths=counts,
+        host_lengths=stored,
     )

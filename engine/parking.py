@@ -21,15 +21,14 @@ class SlotKeeper(Protocol):
 class Parking:
     """States of swapped-out sequences by ticket."""
 
-    def __init__(self) -> None:
-        self.keepers: list[SlotKeeper] = []
-        """Asked in this order."""
+    def __init__(self, *keepers: SlotKeeper) -> None:
+        self._keepers = keepers
         self._states: dict[int, list[object]] = {}
 
     def leave(self, plan: BatchPlan) -> None:
         """Put away the slots that the plan parks, forget what it does; before the plan's assignments."""
         for park in plan.parks:
-            self._states[park.ticket] = [keeper.park(park.slot) for keeper in self.keepers]
+            self._states[park.ticket] = [keeper.park(park.slot) for keeper in self._keepers]
         for ticket in plan.unparked:
             self._states.pop(ticket, None)
 
@@ -38,7 +37,7 @@ class Parking:
         for assignment in plan.assignments:
             if assignment.restored is not None:
                 states = self._states.pop(assignment.restored.ticket)
-                for keeper, state in zip(self.keepers, states, strict=True):
+                for keeper, state in zip(self._keepers, states, strict=True):
                     keeper.unpark(assignment.slot, state)
 
     def __len__(self) -> int:

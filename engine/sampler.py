@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, TokenLogprob
 from ..kernels import sampling
+from ..kernels.backend import TRITON_BACKENDS, Backend
 from .inputs import LogitLayout
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
+from .staging import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,11 @@ class _LogprobRequest:
 class Sampler:
     """Draws next tokens and scores prompts; owns the slots' parameters and token counts."""
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference") -> None:
         self.table = SlotTable(num_slots, vocab_size, device)
         self.device = device
+        self.backend = backend
+        self._fused = backend in TRITON_BACKENDS
 
     def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
         """Tokens [D] of the plan's decodes and outputs of its sequences, from logits [R, V] float32 laid out so.
@@ -49,7 +53,7 @@ class Sampler:
         slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
         ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
         tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
-        flat = torch.cat([tokens, sampling.finite_rows(logits).long()]).cpu().numpy()
+        flat = torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]).cpu().numpy()
         drawn, finite = flat[: len(slots)], flat[len(slots) :] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
@@ -92,26 +96,47 @@ class Sampler:
             return torch.empty(0, dtype=torch.int64, device=self.device)
         owners, places = self._pairs(slots, positions)
         everything = len(rows) == len(logits)
-        logits = logits if everything else logits[torch.from_numpy(rows).to(self.device)]
-        logits = self._adjust(logits, slots, positions, owners, shared=everything)
-        kinds = self.table.kinds[slots]
-        if (kinds == kinds[0]).all():
-            tokens = self._draw_kind(DRAW_KINDS[kinds[0]], logits, owners, places)
-        else:
-            tokens = torch.empty_like(owners)
-            for kind in np.unique(kinds):
-                members = self._where(kinds == kind)
-                tokens[members] = self._draw_kind(DRAW_KINDS[kind], logits[members], owners[members], places[members])
+        logits = logits if everything else logits[upload(rows, self.device)]
         penalised = self.table.penalised[slots]
+        if self._fused and self.table.plain(slots, positions):
+            tokens = self._draw_fused(logits, owners, places, penalised=bool(penalised.any()))
+        else:
+            logits = self._adjust(logits, slots, positions, owners, shared=everything)
+            tokens = self._draw_by_kind(logits, slots, owners, places)
         if penalised.any():
             members = self._where(penalised)
             self.table.count_outputs(owners[members], tokens[members])
         return tokens
 
+    def _draw_by_kind(self, logits: Tensor, slots: IntArray, owners: Tensor, places: Tensor) -> Tensor:
+        """Tokens [N] from adjusted logits; `owners` are the slots on the device, `places` the positions."""
+        kinds = self.table.kinds[slots]
+        if (kinds == kinds[0]).all():
+            return self._draw_kind(DRAW_KINDS[kinds[0]], logits, owners, places)
+        tokens = torch.empty_like(owners)
+        for kind in np.unique(kinds):
+            members = self._where(kinds == kind)
+            tokens[members] = self._draw_kind(DRAW_KINDS[kind], logits[members], owners[members], places[members])
+        return tokens
+
+    def _draw_fused(self, logits: Tensor, slots: Tensor, positions: Tensor, *, penalised: bool) -> Tensor:
+        """Tokens [N] of rows that no bias, mask or cut of the distribution asks torch for: all in one pass."""
+        from ..kernels.sampling_triton import Penalties, draw_triton  # triton is installed beside a GPU only
+
+        strengths = self.table.strengths[slots]
+        seeds = self.table.keys[slots][:, 0]
+        penalties = None
+        if penalised:
+            counts, in_prompt = self.table.output_counts, self.table.in_prompt
+            penalties = Penalties(slots, counts, in_prompt, strengths[:, REPETITION : FREQUENCY + 1].contiguous())
+        return draw_triton(logits, strengths[:, TEMPERATURE], strengths[:, MIN_P], seeds, positions, penalties)
+
     def _draw_kind(self, kind: DrawKind, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows that are all drawn the same way."""
+        if self._fused and kind != "truncated":
+            return self._draw_fused(logits, slots, positions, penalised=False)
         if kind == "greedy":
-            return sampling.greedy_tokens(logits)
+            return sampling.greedy_tokens(logits, self.backend)
         strengths, keys = self.table.strengths[slots], self.table.keys[slots]
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         seeds, top_k = keys.unbind(1)
@@ -138,7 +163,7 @@ class Sampler:
             logits[members] = sampling.adjust_penalties(logits[members], counts, in_prompt, *columns)
         if bias:
             at, token, amount = zip(*bias, strict=True)
-            sampling.adjust_bias(logits, *self._pairs(at, token), torch.tensor(amount, device=self.device))
+            sampling.adjust_bias(logits, *self._pairs(at, token), upload(np.array(amount, np.float32), self.device))
         if masked:
             sampling.forbid(logits, *self._pairs(*zip(*masked, strict=True)))
         return logits
@@ -161,11 +186,11 @@ class Sampler:
 
     def _where(self, flags: npt.NDArray[np.bool_]) -> Tensor:
         """Indices [N] int64 of the true flags."""
-        return torch.from_numpy(np.flatnonzero(flags)).to(self.device)
+        return upload(np.flatnonzero(flags), self.device)
 
     def _pairs(self, first: npt.ArrayLike, second: npt.ArrayLike) -> tuple[Tensor, Tensor]:
         """Two int64 tensors in one transfer."""
-        both = torch.from_numpy(np.array([first, second], np.int64)).to(self.device)
+        both = upload(np.array([first, second], np.int64), self.device)
         return both[0], both[1]
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.plan import SlotAssignment
+from ..core.plan import IntArray, SlotAssignment
 from ..core.request import SamplingParams
+from .staging import upload
 
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 """Columns of `SlotTable.strengths`."""
@@ -92,21 +93,29 @@ class SlotTable:
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
         self.biased[slot] = bool(state.bias)
-        strengths = [params.temperature, params.top_p, params.min_p]
+        # The kernel that draws all rows together knows greedy ones by a temperature of 0.
+        temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature
+        strengths = [temperature, params.top_p, params.min_p]
         strengths += [params.repetition_penalty, params.presence_penalty, params.frequency_penalty]
-        self.strengths[slot] = torch.tensor(strengths, device=self.device)
+        self.strengths[slot] = upload(np.array(strengths, np.float32), self.device)
         top_k = min(max(0, params.top_k), self.vocab_size)
-        self.keys[slot] = torch.tensor([signed64(assignment.seed), top_k], device=self.device)
+        self.keys[slot] = upload(np.array([signed64(assignment.seed), top_k], np.int64), self.device)
         if penalised:
             self._count(assignment)
 
+    def plain(self, slots: IntArray, positions: IntArray) -> bool:
+        """Whether the slots' tokens at these positions are drawn from whole distributions, without bias and masks."""
+        cut = self.kinds[slots] == DRAW_KINDS.index("truncated")
+        return not (cut | self.biased[slots] | (positions < self.min_ends[slots])).any()
+
     def _count(self, assignment: SlotAssignment) -> None:
         """Start the slot's counts from its prompt and what it has generated already."""
-        prompt = torch.tensor(assignment.prompt_ids, dtype=torch.int64, device=self.device)
-        output = torch.tensor(assignment.output_ids, dtype=torch.int64, device=self.device)
+        prompt = upload(np.array(assignment.prompt_ids, np.int64), self.device)
+        output = upload(np.array(assignment.output_ids, np.int64), self.device)
         self.in_prompt[assignment.slot] = False
         self.in_prompt[assignment.slot, prompt] = True
-        self.output_counts[assignment.slot] = torch.bincount(output, minlength=self.vocab_size).int()
+        self.output_counts[assignment.slot] = 0
+        self.count_outputs(torch.full_like(output, assignment.slot), output)
 
     def count_outputs(self, slots: Tensor, tokens: Tensor) -> None:
         """One more occurrence of tokens [N] int64 in the outputs of the penalised slots [N] int64."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .attention_cpu import paged_attention_cpu
 from .attention_reference import paged_attention_reference
+from .attention_xformers import expressible, paged_attention_xformers
 from .backend import Backend
 from .cpu_library import DTYPES
 
@@ -38,6 +39,7 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    table_rows: Tensor | None = None,
     backend: Backend = "reference",
 ) -> Tensor:
     """Causal attention of one layer, after `append_kv` stored the new entries at indices kept .. kept + n - 1.
@@ -45,16 +47,32 @@ def paged_attention(
     query [T, H, D] (query head h uses kv head h // G); pool [P, 2, B, D], contiguous, read in query's dtype;
     entry_positions [P, B] int32; page_table [S, K, M] int32, columns past a head's length are arbitrary; kept [S, K]
     int32, before this step; query_start [S + 1] int32: first row of each sequence (device twin of `query_lengths`);
-    positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. Returns [T, H, value_dim] in query's
-    dtype. Mutates nothing. Raises `ValueError` or `TypeError`, naming the tensor, where shapes or types disagree.
+    positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. With table_rows [S] int64, page_table
+    [N, K, M] and kept [N, K] are those of N slots, and sequence s has row table_rows[s] of them: for triton no copy is
+    made. Returns [T, H, value_dim] in query's dtype. Mutates nothing. Raises `ValueError` or `TypeError`, naming the
+    tensor, where shapes or types disagree.
     """
+    by_xformers = backend == "xformers" and expressible(
+        query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks
+    )
+    if backend == "triton" or (backend == "xformers" and not by_xformers):
+        from .attention_triton import paged_attention_triton  # triton is installed beside a GPU only
+
+        return paged_attention_triton(
+            query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions, max_kept=max_kept,
+            value_dim=value_dim, scale=scale, window=window, softcap=softcap, sinks=sinks, table_rows=table_rows,
+        )  # fmt: skip
+    if table_rows is not None:
+        page_table, kept = page_table[table_rows], kept[table_rows]
     check_paged(pool, entry_positions, page_table, kept, query_start, positions)
     check_query(query, pool, page_table, positions, value_dim=value_dim, window=window, sinks=sinks)
+    if by_xformers:
+        return paged_attention_xformers(
+            query, pool, entry_positions, page_table, kept, query_lengths, max_kept=max_kept, scale=scale
+        )
     compute: Callable[..., Tensor] = paged_attention_reference
-    if backend == "triton":
-        from .attention_triton import paged_attention_triton as compute  # triton is installed beside a GPU only
     # The C++ kernels read the pool as it is; a model that asks in another type than it stores is the reference's.
-    elif backend == "cpu" and query.dtype == pool.dtype and pool.dtype in DTYPES:
+    if backend == "cpu" and query.dtype == pool.dtype and pool.dtype in DTYPES:
         compute = paged_attention_cpu
     return compute(
         query,

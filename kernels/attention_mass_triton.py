@@ -68,8 +68,8 @@ def _mass_kernel(
     start = tl.load(query_start + sequence).to(tl.int32)
     length = tl.load(query_start + sequence + 1).to(tl.int32) - start
     table, held = locate_head(
-        page_table, kept, sequence, kv_head, stride_table_sequence, stride_table_head,
-        stride_kept_sequence, stride_kept_head,
+        page_table, kept, None, sequence, kv_head, stride_table_sequence,
+        stride_table_head, stride_kept_sequence, stride_kept_head,
     )  # fmt: skip
     inside = index < held + length
     pages = tl.load(table + index // PAGE, mask=inside, other=0).to(tl.int64)

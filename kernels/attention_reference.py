@@ -52,7 +52,7 @@ def paged_attention_reference(
         totals = kept[sequences].reshape(-1).long() + length
         # The bound over this layer's heads is cheaper to read than pages are to gather; on a GPU reading it would sync.
         longest = max_kept if kept.is_cuda else min(max_kept, int(totals.max()))
-        keys, values, entry_position = _gather(pool, entry_positions, page_table[sequences], totals, longest)
+        keys, values, entry_position = gather_pages(pool, entry_positions, page_table[sequences], totals, longest)
         queries, query_positions = query[rows].unflatten(0, (-1, length)), positions[rows].view(-1, length)
         cached = (keys.to(query.dtype), values.to(query.dtype), entry_position)
         output[rows] = _attend_run(queries, *cached, query_positions, scoring)[..., :value_dim].flatten(0, 1)
@@ -68,7 +68,7 @@ def _runs(query_lengths: tuple[int, ...]) -> Iterator[tuple[slice, slice, int]]:
         sequence, row = sequence + count, row + count * length
 
 
-def _gather(
+def gather_pages(
     pool: Tensor, entry_positions: Tensor, page_table: Tensor, totals: Tensor, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Copy the pages of S * K = N heads side by side: keys, values [N, E, D], positions [N, E] (int32).

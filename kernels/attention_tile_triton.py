@@ -54,11 +54,13 @@ def row_heads(first_token, length, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr
 
 @triton.jit
 def locate_head(
-    page_table, kept, sequence, kv_head, stride_table_sequence, stride_table_head, stride_kept_sequence,
+    page_table, kept, table_rows, sequence, kv_head, stride_table_sequence, stride_table_head, stride_kept_sequence,
     stride_kept_head,
 ):  # fmt: skip
     """(pointer to the head's row of the page table, entries it held before the step)."""
     row = sequence.to(tl.int64)
+    if table_rows is not None:
+        row = tl.load(table_rows + row)
     table = page_table + row * stride_table_sequence + kv_head.to(tl.int64) * stride_table_head
     return table, tl.load(kept + row * stride_kept_sequence + kv_head * stride_kept_head)
 

@@ -48,6 +48,7 @@ def _attention_kernel(
     entry_positions: tl.tensor,
     page_table: tl.tensor,
     kept: tl.tensor,
+    table_rows: tl.tensor | None,
     query_start: tl.tensor,
     positions: tl.tensor,
     sinks: tl.tensor | None,
@@ -91,8 +92,8 @@ def _attention_kernel(
         return
     kv_head, token, head, real = row_heads(first_token, length, GROUP, GROUP_TILE, ROWS)
     table, held = locate_head(
-        page_table, kept, sequence, kv_head, stride_table_sequence, stride_table_head,
-        stride_kept_sequence, stride_kept_head,
+        page_table, kept, table_rows, sequence, kv_head, stride_table_sequence,
+        stride_table_head, stride_kept_sequence, stride_kept_head,
     )  # fmt: skip
     part = tl.program_id(2)
     accumulator, top, mass = attend_entries(
@@ -205,6 +206,7 @@ class _Inputs:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+    table_rows: Tensor | None
 
 
 def paged_attention_triton(
@@ -223,6 +225,7 @@ def paged_attention_triton(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    table_rows: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` on a GPU: [T, H, value_dim] in query's dtype.
 
@@ -231,7 +234,7 @@ def paged_attention_triton(
     """
     inputs = _Inputs(
         query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions,
-        max_kept, value_dim, scale, window, softcap, sinks,
+        max_kept, value_dim, scale, window, softcap, sinks, table_rows,
     )  # fmt: skip
     _check(inputs)
     return _run(inputs, None)
@@ -260,7 +263,7 @@ def paged_attention_with_lse_triton(
     """
     inputs = _Inputs(
         query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions,
-        max_kept, value_dim, scale, window, softcap, sinks,
+        max_kept, value_dim, scale, window, softcap, sinks, None,
     )  # fmt: skip
     _check(inputs)
     log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
@@ -275,10 +278,11 @@ def _check(x: _Inputs) -> None:
     check_float("query", x.query)
     check_rows("query", x.query)
     sequences = len(x.query_lengths)
-    check_shape("page_table", x.page_table, (sequences, None, None))
+    slots = sequences if x.table_rows is None else x.page_table.shape[0]
+    check_shape("page_table", x.page_table, (slots, None, None))
     check_dtype("page_table", x.page_table, torch.int32)
     check_rows("page_table", x.page_table)
-    check_shape("kept", x.kept, (sequences, x.page_table.shape[1]))
+    check_shape("kept", x.kept, (slots, x.page_table.shape[1]))
     check_dtype("kept", x.kept, torch.int32)
     check_shape("query_start", x.query_start, (sequences + 1,))
     check_dtype("query_start", x.query_start, *INDEX_TYPES)
@@ -300,9 +304,13 @@ def _check(x: _Inputs) -> None:
         check_shape("sinks", x.sinks, (x.query.shape[1],))
         check_float("sinks", x.sinks)
         check_contiguous("sinks", x.sinks)
+    if x.table_rows is not None:
+        check_shape("table_rows", x.table_rows, (sequences,))
+        check_dtype("table_rows", x.table_rows, torch.int64)
+        check_contiguous("table_rows", x.table_rows)
     check_device(
         x.query.device, pool=x.pool, entry_positions=x.entry_positions, page_table=x.page_table, kept=x.kept,
-        query_start=x.query_start, positions=x.positions, sinks=x.sinks,
+        query_start=x.query_start, positions=x.positions, sinks=x.sinks, table_rows=x.table_rows,
     )  # fmt: skip
 
 
@@ -333,7 +341,7 @@ def _attend(x: _Inputs, launch: Launch, output: Tensor, log_sums: Tensor | None)
     """Launch `_attention_kernel`."""
     kv_heads, tile = x.page_table.shape[1], launch.tile
     _attention_kernel[(launch.tiles, kv_heads * launch.group_tiles, launch.splits)](
-        x.query, x.pool, x.entry_positions, x.page_table, x.kept, x.query_start, x.positions,
+        x.query, x.pool, x.entry_positions, x.page_table, x.kept, x.table_rows, x.query_start, x.positions,
         x.sinks if launch.splits == 1 else None, output, log_sums,
         x.query.stride(0), x.query.stride(1), x.page_table.stride(0), x.page_table.stride(1),
         x.kept.stride(0), x.kept.stride(1),

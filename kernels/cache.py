@@ -9,7 +9,7 @@ On a CPU the C++ kernels append inside the call that attends, see `kernels.atten
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cache_reference import append_kv_reference
 
 
@@ -33,10 +33,24 @@ def entry_destinations(
     entry kept[s, l, k] + o of head (l, k). Returns [L, T, K] int64: page * B + offset in page. Reads and writes
     about 16 * L * T * K bytes; never syncs.
     """
-    num_sequences, num_layers, num_heads, num_columns = page_table.shape
     sequence = row_sequences(query_start, num_tokens)
     order = torch.arange(num_tokens, device=page_table.device) - query_start[sequence]
-    index = kept.long()[sequence].add_(order[:, None, None])  # [T, L, K]
+    return _destinations(page_table, kept, sequence, order, page_size)
+
+
+def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, page_size: int) -> Tensor:
+    """`entry_destinations` of one token for each of `slots` [T] int64, from the tables of all slots.
+
+    page_table [N, L, K, M] int32, kept [N, L, K] int32. Returns [L, T, K] int64. Never syncs, and no shape depends on
+    a length: a CUDA graph can hold it.
+    """
+    return _destinations(page_table, kept, slots, torch.zeros_like(slots), page_size)
+
+
+def _destinations(page_table: Tensor, kept: Tensor, sequence: Tensor, order: Tensor, page_size: int) -> Tensor:
+    """[L, T, K] int64 of tokens that are the order[T]-th new ones of the sequences [T]."""
+    num_sequences, num_layers, num_heads, num_columns = page_table.shape
+    index = kept[sequence].long().add_(order[:, None, None])  # [T, L, K]
     heads = torch.arange(num_sequences * num_layers * num_heads, device=page_table.device)
     # Gathering single table cells, not rows of M: a long context's rows would be megabytes per token.
     first_cell = (heads * num_columns).view(num_sequences, num_layers, num_heads)[sequence]
@@ -67,7 +81,7 @@ def append_kv(
         raise ValueError(
             f"value must be {list(destinations.shape)} and at most {pool.shape[3]}, got {list(value.shape)}"
         )
-    if backend == "triton":
+    if backend in TRITON_BACKENDS:
         from .cache_triton import append_kv_triton  # triton is installed beside a GPU only
 
         append_kv_triton(pool, entry_positions, key, value, destinations, positions)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 log = logging.getLogger("quire")
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-w")
+FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-w")
 _COMPILERS = ("g++", "c++", "clang++")
 """GCC first: its OpenMP library is the one torch ships, so that both share one pool of threads."""
 _TIMEOUT = 120.0
@@ -29,6 +29,15 @@ class CompileError(Exception):
     """There is no compiler, or it failed; the message says which and why in one line."""
 
 
+def architecture() -> str:
+    """What the compiler builds for: `$QUIRE_CPU_ARCH`, a value of its `-march`; by default this machine.
+
+    `x86-64-v3` gives the kernels of a CPU with AVX2 alone, `x86-64` the portable ones: for tests, and for machines
+    whose newest instructions are better left alone.
+    """
+    return os.environ.get("QUIRE_CPU_ARCH") or "native"
+
+
 def cache_folder() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/quire`, by default `~/.cache/quire`."""
     base = os.environ.get("XDG_CACHE_HOME")
@@ -37,9 +46,9 @@ def cache_folder() -> Path:
 
 def compile_library(sources: Sequence[Path], headers: Sequence[Path], folder: Path) -> Path:
     """Path of the shared library made of `sources`, compiled now unless `folder` has it; raises `CompileError`."""
-    compiler = _find_compiler()
+    compiler = [*_find_compiler(), *FLAGS, f"-march={architecture()}"]
     digest = hashlib.sha256()
-    for part in (*FLAGS, _output([*compiler, "--version"]), _cpu_features()):
+    for part in (*compiler, _output([*compiler, "--version"]), _cpu_features()):
         digest.update(part.encode())
     for path in (*sources, *headers):
         digest.update(path.read_bytes())
@@ -69,11 +78,11 @@ def _find_compiler() -> list[str]:
 
 
 def _build(compiler: list[str], sources: Sequence[Path], build: Path) -> Path:
-    """Compile all sources at once, each in its own process, and link them."""
+    """Compile all sources at once, each in its own process, and link them; `compiler` with its flags."""
     objects = [build / f"{source.stem}.o" for source in sources]
     jobs = [
         subprocess.Popen(
-            [*compiler, *FLAGS, "-c", str(source), "-o", str(target)],
+            [*compiler, "-c", str(source), "-o", str(target)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -91,7 +100,7 @@ def _build(compiler: list[str], sources: Sequence[Path], build: Path) -> Path:
         if job.returncode:
             raise CompileError(f"{compiler[0]} failed: {_first_error(text)}")
     library = build / "kernels.so"
-    _output([*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(library)])
+    _output([*compiler, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 

@@ -6,6 +6,7 @@
 // sum's order depends on how many rows, sequences or threads there are.
 #pragma once
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -95,31 +96,31 @@ inline Vec rounded<bf16>(Vec v) {
   return (Vec)(bf16_bits(v) & 0xffff0000u);
 }
 
+// Lanes are folded in halves: few steps that wait for each other.
 inline float sum_lanes(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; i++) total += v[i];
-  return total;
+#if defined(QUIRE_AVX512)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+#endif
 }
 
+// The largest lane; NaN if there is one.
 inline float max_lanes(Vec v) {
+#if defined(QUIRE_AVX512)
+  const bool nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+  return nan ? __builtin_nanf("") : _mm512_reduce_max_ps((__m512)v);
+#else
   float top = v[0];
-  for (int i = 1; i < kLanes; i++) top = v[i] > top ? v[i] : top;
+  for (int i = 1; i < kLanes; i++) top = v[i] > top || v[i] != v[i] ? v[i] : top;
   return top;
+#endif
 }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// e^x to about 1e-7 relative; 0 below -87.3 (also for -inf), infinity above 88.3, NaN stays NaN.
-inline Vec exp(Vec x) {
-  const float low = -87.33f, high = 88.37f;
-  IntVec vanishes = x < low, overflows = x > high;
-  x = vanishes ? broadcast(low) : x;
-  x = overflows ? broadcast(high) : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  Vec shifted = x * 1.44269504088896341f + magic;
-  Vec n = shifted - magic;
-  Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  // Taylor to degree 7 with minimax corrections (Cephes expf).
+// e^r for |r| <= ln(2) / 2: Taylor to degree 7 with minimax corrections (Cephes expf).
+inline Vec exp_polynomial(Vec r) {
   Vec p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -127,9 +128,32 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+  return p;
+}
+
+// e^x to about 1e-7 relative; 0 below -87.3 (also for -inf), infinity above 88.3, NaN stays NaN.
+inline Vec exp(Vec x) {
+  const float low = -87.33f, high = 88.37f;
+#if defined(QUIRE_AVX512)  // half the instructions: rounding and scaling by powers of two have their own
+  const __mmask16 vanishing = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(low), _CMP_LT_OQ);
+  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(2 * high), _mm512_max_ps(_mm512_set1_ps(low), (__m512)x));
+  const __m512 n =
+      _mm512_roundscale_ps((__m512)((Vec)bounded * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec whole = (Vec)n;
+  const Vec r = (Vec)bounded - whole * 0.693359375f + whole * 2.12194440e-4f;
+  return (Vec)_mm512_mask_scalef_ps(_mm512_setzero_ps(), (__mmask16)~vanishing, (__m512)exp_polynomial(r), n);
+#else
+  IntVec vanishes = x < low, overflows = x > high;
+  x = vanishes ? broadcast(low) : x;
+  x = overflows ? broadcast(high) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  Vec shifted = x * 1.44269504088896341f + magic;
+  Vec n = shifted - magic;
+  Vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const Vec p = exp_polynomial(r);
   Vec power = (Vec)(((IntVec)shifted - 0x4b400000 + 127) << 23);
-  p = overflows ? broadcast(__builtin_inff()) : p * power;
-  return vanishes ? Vec{} : p;
+  return vanishes ? Vec{} : overflows ? broadcast(__builtin_inff()) : p * power;
+#endif
 }
 
 inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
@@ -197,6 +221,24 @@ inline Vec transpose_sum(const Vec* sums) {
 inline void prefetch(const void* p, long bytes) {
   for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
+
+// Memory that is kept for the next call of this thread, because fresh memory costs a page fault per 4 KiB.
+class KeptMemory {
+ public:
+  ~KeptMemory() { free(memory_); }
+  void* get(size_t wanted) {
+    if (size_ < wanted) {
+      free(memory_);
+      size_ = (wanted + wanted / 2 + 63) / 64 * 64;
+      memory_ = aligned_alloc(64, size_);
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  size_t size_ = 0;
+};
 
 // Most rows of a tile: 4 x 4 dot products with 16 lanes (24 of 32 registers), 2 x 4 with 8.
 constexpr int kTileRows = kLanes / 4;

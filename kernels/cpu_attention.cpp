@@ -8,11 +8,15 @@
 // and merge as they go. Both ways fold the same parts in the same order, so a row's result does not depend on the batch,
 // on how its prompt was cut into chunks, or on the number of threads.
 #include "cpu_attention.h"
+#include "cpu_attention_tiles.h"
 
 #include <stdlib.h>
 
 namespace quire {
 namespace {
+
+constexpr long kRunsPerThread = 16;
+constexpr long kEnoughHeads = 4;  // per thread: so many heads keep all threads busy, each read in one go
 
 struct Task {
   int32_t sequence, kv_head;
@@ -22,22 +26,12 @@ struct Task {
   int32_t parts;        // of a lone tile: states to merge, set on its first task; else 0
 };
 
-// Memory that is kept for the next call of this thread, because fresh memory costs a page fault per 4 KiB.
-inline void* kept_memory(void** memory, size_t* size, size_t wanted) {
-  if (*size < wanted) {
-    free(*memory);
-    *size = wanted + wanted / 2;
-    *memory = aligned_alloc(64, (*size + 63) / 64 * 64);
-  }
-  return *memory;
-}
-
 inline State state_at(float* memory, long index, long rows, long padded) {
   float* base = memory + index * rows * (padded + 2 * kLanes);
   return State{base + rows * padded, base + rows * (padded + kLanes), base};
 }
 
-inline long count_tasks(const Args& a, Task* tasks, long* scratch, int* most_rows) {
+inline long count_tasks(const Args& a, bool few, Task* tasks, long* scratch, int* most_rows) {
   const long group = a.heads / a.kv_heads;
   long count = 0;
   *scratch = 0;
@@ -46,7 +40,7 @@ inline long count_tasks(const Args& a, Task* tasks, long* scratch, int* most_row
     const long tokens = a.query_start[s + 1] - a.query_start[s], items = tokens * group;
     for (long k = 0; k < a.kv_heads; k++) {
       const long entries = a.kept[s * a.kept_sequence + k] + tokens;
-      const bool lone = items <= kRows && entries > kPart;
+      const bool lone = few && items <= kRows && entries > kPart;
       if (lone) {
         const long parts = (entries + kPart - 1) / kPart;
         *most_rows = items > *most_rows ? items : *most_rows;
@@ -66,27 +60,42 @@ inline long count_tasks(const Args& a, Task* tasks, long* scratch, int* most_row
   return count;
 }
 
-template <class T>
-inline void run_task(const Args& a, const Task& task, float* scratch, int scratch_rows, long padded) {
-  const long group = a.heads / a.kv_heads;
-  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
-  const int32_t* pages = a.page_table + task.sequence * a.table_sequence + task.kv_head * a.table_head;
-  Tile<T> tile;
-  fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
+inline Span span_of(const Args& a, const Task& task) {
+  return {a.page_table + task.sequence * a.table_sequence + task.kv_head * a.table_head, task.begin, task.end};
+}
+
+template <class T, class Work>
+inline void compute_task(const Args& a, const Task& task, Span following, const Tile<T>& tile, float* scratch,
+                         int scratch_rows, long padded) {
+  const Span all = span_of(a, task);
+  const Work work(a, tile);
   if (task.scratch >= 0) {
-    attend_part(a, tile, pages, task.begin, task.end, state_at(scratch, task.scratch, scratch_rows, padded));
+    attend_part(a, tile, work, all, following, state_at(scratch, task.scratch, scratch_rows, padded));
     return;
   }
-  static thread_local void* memory = nullptr;
-  static thread_local size_t size = 0;
-  float* own = (float*)kept_memory(&memory, &size, 2 * kRows * (padded + 2 * kLanes) * sizeof(float));
+  static thread_local KeptMemory memory;
+  float* own = (float*)memory.get(2 * kRows * (padded + 2 * kLanes) * sizeof(float));
   const State whole = state_at(own, 0, kRows, padded), part = state_at(own, 1, kRows, padded);
-  attend_part(a, tile, pages, 0, task.end < kPart ? task.end : kPart, whole);
-  for (long begin = kPart; begin < task.end; begin += kPart) {
-    attend_part(a, tile, pages, begin, begin + kPart < task.end ? begin + kPart : task.end, part);
-    merge(whole, part, tile.rows, padded);
+  for (long begin = 0; begin < all.end; begin += kPart) {
+    const long end = begin + kPart < all.end ? begin + kPart : all.end;
+    const Span rest = {all.pages, end, all.end};
+    attend_part(a, tile, work, {all.pages, begin, end}, end < all.end ? rest : following, begin ? part : whole);
+    if (begin) merge(whole, part, tile.rows, padded);
   }
   write_tile(a, tile, whole, padded);
+}
+
+template <class T>
+inline void run_task(const Args& a, const Task& task, Span following, float* scratch, int scratch_rows, long padded) {
+  const long group = a.heads / a.kv_heads;
+  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
+  Tile<T> tile;
+  fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
+#if defined(QUIRE_TILES)
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (TileWork::fits(a)) return compute_task<T, TileWork>(a, task, following, tile, scratch, scratch_rows, padded);
+#endif
+  compute_task<T, VectorWork<T>>(a, task, following, tile, scratch, scratch_rows, padded);
 }
 
 template <class T>
@@ -121,18 +130,19 @@ inline void append_sequence(const Args& a, long s) {
 
 template <class T>
 void run(const Args& a, bool append, bool attend, int threads) {
-  static thread_local void *task_memory = nullptr, *state_memory = nullptr;
-  static thread_local size_t task_size = 0, state_size = 0;
+  static thread_local KeptMemory task_memory, state_memory;
   const long padded = padded_width(a);
   long states = 0, count = 0;
   int rows = 1;
   Task* tasks = nullptr;
   float* scratch = nullptr;
   if (attend) {
-    count = count_tasks(a, nullptr, &states, &rows);
-    tasks = (Task*)kept_memory(&task_memory, &task_size, count * sizeof(Task));
-    count_tasks(a, tasks, &states, &rows);
-    scratch = (float*)kept_memory(&state_memory, &state_size, states * rows * (padded + 2 * kLanes) * sizeof(float));
+    const bool few = a.sequences * a.kv_heads < kEnoughHeads * threads;
+    count = count_tasks(a, few, nullptr, &states, &rows);
+    tasks = (Task*)task_memory.get(count * sizeof(Task));
+    count_tasks(a, few, tasks, &states, &rows);
+    rows = rows <= kRows / 2 ? kRows / 2 : kRows;  // tile registers write whole groups of rows
+    scratch = (float*)state_memory.get(states * rows * (padded + 2 * kLanes) * sizeof(float));
   }
 #pragma omp parallel num_threads(threads)
   {
@@ -141,8 +151,14 @@ void run(const Args& a, bool append, bool attend, int threads) {
       for (long s = 0; s < a.sequences; s++) append_sequence<T>(a, s);
     }
     if (attend) {
+      // Several in a row for each thread, so that it knows what to ask memory for next; enough to share out the rest.
+      const long run = count / (threads * kRunsPerThread) + 1;
 #pragma omp for schedule(dynamic, 1)
-      for (long i = 0; i < count; i++) run_task<T>(a, tasks[i], scratch, rows, padded);
+      for (long first = 0; first < count; first += run)
+        for (long i = first; i < first + run && i < count; i++) {
+          const Span following = i + 1 < first + run && i + 1 < count ? span_of(a, tasks[i + 1]) : Span{};
+          run_task<T>(a, tasks[i], following, scratch, rows, padded);
+        }
       if (states) {
 #pragma omp for schedule(dynamic, 1)
         for (long i = 0; i < count; i++)

@@ -62,6 +62,12 @@ inline void fill_tile(const Args& a, long s, long k, long item, long end, Tile<T
   }
 }
 
+// Entries begin .. end - 1 of a head.
+struct Span {
+  const int32_t* pages;
+  long begin, end;
+};
+
 // Keys and positions of up to kBlock entries of one head; a value lies page_size * width behind its key.
 template <class T>
 struct Block {
@@ -71,51 +77,60 @@ struct Block {
   int32_t first, last;
 };
 
+// The first kBlock entries of a span, or as many as it has.
 template <class T>
-inline void fill_block(const Args& a, const int32_t* pages, long begin, long end, Block<T>& block) {
-  block.count = 0;
-  for (long entry = begin; entry < end;) {
+inline void fill_block(const Args& a, Span span, Block<T>& block) {
+  const int32_t* pages = span.pages;
+  const long end = span.begin + kBlock < span.end ? span.begin + kBlock : span.end;
+  int count = 0;
+  for (long entry = span.begin; entry < end;) {
     const long page = pages[entry / a.page_size], offset = entry % a.page_size;
-    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
+    const int here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
     const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
-    const int32_t* positions = a.entry_positions + page * a.page_size + offset;
-    for (long i = 0; i < here; i++) {
-      block.key[block.count] = keys + i * a.width;
-      block.position[block.count++] = positions[i];
-    }
+    for (int i = 0; i < here; i++) block.key[count + i] = keys + i * a.width;
+    memcpy(block.position + count, a.entry_positions + page * a.page_size + offset, here * sizeof(int32_t));
+    count += here;
     entry += here;
   }
-  block.first = block.last = block.position[0];
-  for (int i = 1; i < block.count; i++) {
-    block.first = block.position[i] < block.first ? block.position[i] : block.first;
-    block.last = block.position[i] > block.last ? block.position[i] : block.last;
+  block.count = count;
+  if (!count) return;
+  for (int i = count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
+    block.key[i] = block.key[count - 1];
+    block.position[i] = block.position[count - 1];
   }
-  for (int i = block.count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
-    block.key[i] = block.key[block.count - 1];
-    block.position[i] = INT32_MAX;
+  IntVec least = read<IntVec>(block.position), most = least;
+  for (int i = kLanes; i < count; i += kLanes) {
+    const IntVec at = read<IntVec>(block.position + i);
+    least = at < least ? at : least;
+    most = at > most ? at : most;
   }
+  block.first = block.last = least[0];
+  for (int i = 0; i < kLanes; i++) {
+    block.first = least[i] < block.first ? least[i] : block.first;
+    block.last = most[i] > block.last ? most[i] : block.last;
+  }
+  for (int i = count; i < kBlock; i++) block.position[i] = INT32_MAX;  // behind every query
 }
 
-// Ask for the keys (values) of entries begin .. end - 1 before they are needed: pages lie anywhere, so the hardware
-// cannot guess where the next one starts.
+// Ask for the key of an entry of the block that comes next, or for its value: pages lie anywhere, so the hardware cannot
+// guess where the next one starts. One entry at a time between the arithmetic, because a burst of requests would stall
+// it until most of them are answered.
 template <class T>
-inline void prefetch_entries(const Args& a, const int32_t* pages, long begin, long end, bool values) {
-  for (long entry = begin; entry < end;) {
-    const long page = pages[entry / a.page_size], offset = entry % a.page_size;
-    const long here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
-    prefetch((const T*)a.pool + ((page * 2 + values) * a.page_size + offset) * a.width, here * a.width * sizeof(T));
-    entry += here;
-  }
+inline void prefetch_entry(const Block<T>& next, int entry, long offset, long width) {
+  if (entry < next.count) prefetch(next.key[entry] + offset, width * sizeof(T));
 }
 
-// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block.
+// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block; the first rows ask
+// for the next block's keys.
 template <class T, int ROWS>
-inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, long width, float (*scores)[kBlock]) {
+inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, const Block<T>& next, long width,
+                       float (*scores)[kBlock]) {
   constexpr int COLUMNS = kLanes / ROWS;
   const T* queries[ROWS];
   const int count = tile.rows - row < ROWS ? tile.rows - row : ROWS;
   for (int r = 0; r < ROWS; r++) queries[r] = tile.query[row + (r < count ? r : count - 1)];
   for (int e = 0; e < block.count; e += COLUMNS) {
+    for (int c = 0; row == 0 && c < COLUMNS; c++) prefetch_entry(next, e + c, 0, width);
     float lanes[kLanes];
     store(lanes, dot_tile<T, ROWS>(queries, block.key + e, width));
     for (int r = 0; r < count; r++) memcpy(scores[row + r] + e, lanes + r * COLUMNS, COLUMNS * sizeof(float));
@@ -123,60 +138,65 @@ inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, long
 }
 
 template <class T>
-inline void score_block(const Tile<T>& tile, const Block<T>& block, long width, float (*scores)[kBlock]) {
+inline void score_block(const Tile<T>& tile, const Block<T>& block, const Block<T>& next, long width,
+                        float (*scores)[kBlock]) {
   int row = 0;
-  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, width, scores);
+  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, next, width, scores);
   if (tile.rows - row == 1)
-    score_rows<T, 1>(tile, row, block, width, scores);
+    score_rows<T, 1>(tile, row, block, next, width, scores);
   else if (tile.rows - row == 2)
-    score_rows<T, 2>(tile, row, block, width, scores);
+    score_rows<T, 2>(tile, row, block, next, width, scores);
   else if (tile.rows > row)
-    score_rows<T, kTileRows>(tile, row, block, width, scores);
+    score_rows<T, kTileRows>(tile, row, block, next, width, scores);
 }
 
 // Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
-// Returns the factor by which the row's earlier sums shrink.
+// Returns the factor by which the row's earlier sums shrink. Behind the block's last entry, where scores hold anything,
+// weights are zero.
 template <class T>
 inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, bool masked, float* scores, float& top,
                        float& mass) {
+  constexpr int kParts = kBlock / kLanes;
   const Vec nothing = broadcast(-INFINITY);
   const IntVec latest = broadcast_int(position);
   const IntVec earliest = broadcast_int(a.window ? position - a.window : INT32_MIN);
-  const int lanes = (block.count + kLanes - 1) / kLanes * kLanes;
-  Vec best = nothing;
-  for (int e = 0; e < lanes; e += kLanes) {
-    Vec s = load(scores + e) * a.scale;
+  Vec parts[kParts], best = nothing;
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i++) {
+    Vec s = load(scores + i * kLanes) * a.scale;
     if (a.softcap != 0) s = a.softcap * tanh(s / a.softcap);
-    if (masked || e + kLanes > block.count) {
-      const IntVec at = read<IntVec>(block.position + e);
+    if (masked || block.count < kBlock) {
+      const IntVec at = read<IntVec>(block.position + i * kLanes);
       s = ((at <= latest) & (at > earliest)) ? s : nothing;
     }
-    store(scores + e, s);
     best = s > best ? s : best;
     best = s != s ? s : best;  // a NaN must not vanish in the maximum
+    parts[i] = s;
   }
   float high = max_lanes(best);
-  for (int i = 0; i < kLanes; i++) high = best[i] != best[i] ? best[i] : high;
   high = high < top ? top : high;
   if (high == -INFINITY) {
-    for (int e = 0; e < lanes; e += kLanes) store(scores + e, Vec{});
+    memset(scores, 0, kBlock * sizeof(float));
     return 1.0f;
   }
   Vec total = {};
-  for (int e = 0; e < lanes; e += kLanes) {
-    const Vec weight = exp(load(scores + e) - high);
-    store(scores + e, weight);
+#pragma GCC unroll 8
+  for (int i = 0; i < kParts; i++) {
+    const Vec weight = exp(parts[i] - high);
+    store(scores + i * kLanes, weight);
     total += weight;
   }
-  const float shrink = exp(broadcast(top - high))[0];
+  const float shrink = top == high ? 1.0f : exp(broadcast(top - high))[0];
   mass = mass * shrink + sum_lanes(total);
   top = high;
   return shrink;
 }
 
-// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile.
+// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile. If
+// `ahead`, ask for as many columns of the next block's values.
 template <class T, int ROWS, int VECTORS>
-inline void accumulate(const Block<T>& block, long value_offset, float (*scores)[kBlock], float* sum, long padded) {
+inline void accumulate(const Block<T>& block, const Block<T>& next, bool ahead, long value_offset,
+                       float (*scores)[kBlock], float* sum, long padded) {
   Vec acc[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; r++)
@@ -184,6 +204,7 @@ inline void accumulate(const Block<T>& block, long value_offset, float (*scores)
     for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sum + r * padded + v * kLanes);
   for (int e = 0; e < block.count; e++) {
     const T* value = block.key[e] + value_offset;
+    if (ahead) prefetch_entry(next, e, value_offset, VECTORS * kLanes);
     Vec values[VECTORS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; v++) values[v] = load(value + v * kLanes);
@@ -199,18 +220,19 @@ inline void accumulate(const Block<T>& block, long value_offset, float (*scores)
 }
 
 template <class T, int ROWS>
-inline void accumulate_rows(const Args& a, const Block<T>& block, float (*scores)[kBlock], float* sum, long padded) {
+inline void accumulate_rows(const Args& a, const Block<T>& block, const Block<T>& next, bool ahead,
+                            float (*scores)[kBlock], float* sum, long padded) {
   // As many sums as half of the registers hold: with few rows there must be more columns, or additions wait for each
   // other.
   constexpr int WIDE = kLanes / (ROWS < 2 ? 2 : ROWS), NARROW = kLanes / 4;
   const long offset = a.page_size * a.width, stop = padded < a.width ? padded : a.width;
   long column = 0;
   for (; column + WIDE * kLanes <= stop; column += WIDE * kLanes)
-    accumulate<T, ROWS, WIDE>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, WIDE>(block, next, ahead, offset + column, scores, sum + column, padded);
   for (; column + NARROW * kLanes <= stop; column += NARROW * kLanes)
-    accumulate<T, ROWS, NARROW>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, NARROW>(block, next, ahead, offset + column, scores, sum + column, padded);
   for (; column + kLanes <= stop && column < a.value_width; column += kLanes)
-    accumulate<T, ROWS, 1>(block, offset + column, scores, sum + column, padded);
+    accumulate<T, ROWS, 1>(block, next, ahead, offset + column, scores, sum + column, padded);
   if (column < a.value_width) {  // a head dim that is no multiple of the vector
     for (int e = 0; e < block.count; e++) {
       const Vec value = load_some(block.key[e] + offset + column, a.width - column);
@@ -222,22 +244,50 @@ inline void accumulate_rows(const Args& a, const Block<T>& block, float (*scores
   }
 }
 
-// Entries begin .. end - 1 of one head into a fresh state.
+// How scores and sums of a tile are computed on vector registers; TileWork of cpu_attention_tiles.h is the other way.
 template <class T>
-inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages, long begin, long end, State state) {
+class VectorWork {
+ public:
+  VectorWork(const Args& a, const Tile<T>& tile) : args_(a), tile_(tile) {}
+
+  // scores[row][entry] of the whole block; asks for the next block's keys.
+  void score(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock]) const {
+    score_block(tile_, block, next, args_.width, scores);
+  }
+
+  // sum[row][column] += weights x values of the block; asks for the next block's values.
+  void accumulate(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
+    int row = 0;
+    for (; row + 4 <= tile_.rows; row += 4)
+      accumulate_rows<T, 4>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+    for (; row + 2 <= tile_.rows; row += 2)
+      accumulate_rows<T, 2>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+    if (row < tile_.rows)
+      accumulate_rows<T, 1>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
+  }
+
+ private:
+  const Args& args_;
+  const Tile<T>& tile_;
+};
+
+// All entries of `span` into a fresh state; those of `following` are what this thread reads next.
+template <class T, class Work>
+inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Span span, Span following, State state) {
   const long padded = padded_width(a);
   memset(state.sum, 0, tile.rows * padded * sizeof(float));
   for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
   alignas(64) float scores[kRows][kBlock];
-  for (long start = begin; start < end; start += kBlock) {
-    Block<T> block;
-    const long stop = start + kBlock < end ? start + kBlock : end;
-    fill_block(a, pages, start, stop, block);
+  Block<T> blocks[2];
+  fill_block(a, span, blocks[0]);
+  for (int turn = 0; span.begin < span.end; span.begin += kBlock, turn ^= 1) {
+    const Block<T>& block = blocks[turn];
+    Block<T>& next = blocks[turn ^ 1];
+    const Span rest = {span.pages, span.begin + kBlock, span.end};
+    fill_block(a, rest.begin < rest.end ? rest : following, next);
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
     const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
-    prefetch_entries<T>(a, pages, start, stop, true);
-    score_block(tile, block, a.width, scores);
-    prefetch_entries<T>(a, pages, stop, stop + kBlock < end ? stop + kBlock : end, false);
+    work.score(block, next, scores);
     for (int r = 0; r < tile.rows; r++) {
       const float shrink =
           weigh_row(a, block, tile.position[r], masked, scores[r], state.top[r], state.mass[r]);
@@ -245,12 +295,7 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const int32_t* pages
       float* sum = state.sum + r * padded;
       for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
     }
-    int row = 0;
-    for (; row + 4 <= tile.rows; row += 4)
-      accumulate_rows<T, 4>(a, block, scores + row, state.sum + row * padded, padded);
-    for (; row + 2 <= tile.rows; row += 2)
-      accumulate_rows<T, 2>(a, block, scores + row, state.sum + row * padded, padded);
-    if (row < tile.rows) accumulate_rows<T, 1>(a, block, scores + row, state.sum + row * padded, padded);
+    work.accumulate(block, next, scores, state.sum, padded);
   }
 }
 

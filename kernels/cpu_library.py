@@ -46,7 +46,9 @@ class CpuLibrary:
         self.rotate.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_FLOAT, _INT, _INT]
         self.attention = library.quire_attention
         self.attention.argtypes = [ctypes.POINTER(AttentionArgs), _INT, _INT, _INT, _INT]
-        for function in (self.linear, self.rms_norm, self.rotate, self.attention):
+        self.row_maxima = library.quire_row_maxima
+        self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
+        for function in (self.linear, self.rms_norm, self.rotate, self.attention, self.row_maxima):
             function.restype = None
 
 

@@ -1,11 +1,13 @@
 // Linear layers over the plain weight matrix [out, in] as the checkpoint stores it: nothing is re-packed, per call or at
-// all, and an embedding can be the output head at the same time.
+// all, and an embedding can be the output head at the same time. Where the CPU has tile registers, bfloat16 goes to
+// cpu_linear_tiles.h.
 //
 // Both operands are contiguous along `in`, so everything is dot products. A tile of 4 rows x 4 outputs keeps 16 sums in
 // registers and needs 8 loads per 16 multiplications. One or two rows take more outputs instead (1 x 16, 2 x 8), so
 // that there are always enough independent sums to hide the latency; that case is bound by reading the weights once,
 // which the hardware prefetcher does well because consecutive outputs are consecutive memory.
-#include "cpu.h"
+#include "cpu_linear.h"
+#include "cpu_linear_tiles.h"
 
 #include <omp.h>
 
@@ -13,24 +15,10 @@ namespace quire {
 namespace {
 
 constexpr long kRowBlockBytes = 384 << 10;  // rows that are gone through per weight tile stay in a core's L2
-constexpr long kLeastBlock = 64, kMostBlock = 512;  // rows of such a block, multiples of the tile
+constexpr long kLeastBlock = 64;  // rows of such a block, a multiple of the tile
 constexpr long kChunkBytes = 2 << 10;  // of a row, multiplied at a time: 4 weight rows take 8 KiB of L1
 constexpr long kAhead = 16 << 10;      // bytes of weights that are asked for before their turn: memory answers late
 constexpr long kSerialWork = 1 << 15;  // multiplications below which waking the other threads costs more
-
-template <class T>
-struct Layer {
-  const T* x;
-  const T* weight;
-  const T* bias;      // [out] or null
-  const T* residual;  // [rows, out] or null
-  T* y;
-  float* wide_y;  // null, or where the result goes as float32 (still rounded to T first)
-  long x_stride, residual_stride, y_stride;
-  long rows, in, out;  // gated: out is half the number of weight rows
-};
-
-inline Vec silu(Vec x) { return x / (1.0f + exp(-x)); }
 
 template <class T>
 inline void store_tile(T* p, long stride, Vec v, int rows, int per_row, int columns) {
@@ -149,10 +137,13 @@ void dispatch(const void* x, const void* weight, const void* bias, const void* r
               long residual_stride, long y_stride, long rows, long in, long out, bool gated, bool wide, int threads) {
   Layer<T> l{(const T*)x, (const T*)weight, (const T*)bias, (const T*)residual, (T*)y, wide ? (float*)y : nullptr,
              x_stride,    residual_stride,  y_stride,       rows,               in,    out};
-  if (gated)
-    run<T, true>(l, threads);
-  else
-    run<T, false>(l, threads);
+#if defined(QUIRE_TILES)
+  if constexpr (sizeof(T) == sizeof(bf16)) {
+    if (rows * in * out < kSerialWork) threads = 1;
+    if (rows && fits_tiles(l)) return gated ? run_tiles<true>(l, threads) : run_tiles<false>(l, threads);
+  }
+#endif
+  return gated ? run<T, true>(l, threads) : run<T, false>(l, threads);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 
 
@@ -44,6 +44,10 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backe
     _check(x, weight, bias, weight.shape[0])
     if backend == "cpu" and x.dtype == weight.dtype:
         return _linear_cpu(x, weight, bias, None, weight.shape[0] // 2, gated=True, wide=False)
+    if backend in TRITON_BACKENDS:
+        from .layers_triton import gated_activation_triton  # triton is installed beside a GPU only
+
+        return gated_activation_triton(F.linear(x, weight, bias), "silu")
     return gated_linear_reference(x, weight, bias)
 
 
@@ -73,7 +77,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> None
 def _linear_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, outputs: int, *, gated: bool, wide: bool
 ) -> Tensor:
-    """cpu_linear.cpp over the plain weights."""
+    """cpu_linear.cpp over the plain weights; which instructions it uses depends on the weight, never on the rows."""
     rows, inputs = x.shape
     x_stride, residual_stride, residual_pointer = x.stride(0), 0, None
     if x.stride(1) != 1:

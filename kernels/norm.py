@@ -7,7 +7,7 @@ rounded to x's dtype T before the weight, as the library's modelling code does. 
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 
 
@@ -15,6 +15,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, backend: Backend = "refe
     """x [T, E], weight [E] of x's dtype -> [T, E], contiguous. Mutates nothing; `ValueError` where shapes disagree."""
     if x.dim() != 2 or weight.shape != x.shape[1:]:
         raise ValueError(f"x must be [T, E] and weight [E], got {list(x.shape)} and {list(weight.shape)}")
+    if backend in TRITON_BACKENDS:
+        from .layers_triton import rms_norm_triton  # triton is installed beside a GPU only
+
+        return rms_norm_triton(x if x.stride(1) == 1 else x.contiguous(), weight, epsilon)
     if backend != "cpu":
         return rms_norm_reference(x, weight, epsilon)
     rows, width = x.shape

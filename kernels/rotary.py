@@ -8,7 +8,7 @@ rows, N heads, D head dim, R <= D rotated entries. Reads and writes the heads on
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 from .norm import rms_norm_reference
 
@@ -34,6 +34,11 @@ def rotate_heads(
         raise ValueError(f"norm_weight must be {[num_heads, width]}, got {list(norm_weight.shape)}")
     if heads.stride(2) != 1 or heads.stride(1) != width:
         raise ValueError(f"each row's heads must lie in one piece, got strides {heads.stride()}")
+    if backend in TRITON_BACKENDS:
+        from .layers_triton import rotate_heads_triton  # triton is installed beside a GPU only
+
+        rotate_heads_triton(heads, cos, sin, norm_weight=norm_weight, epsilon=epsilon)
+        return
     if backend != "cpu":
         normed = heads if norm_weight is None else rms_norm_reference(heads, norm_weight, epsilon)
         heads.copy_(rotate_reference(normed, cos, sin))

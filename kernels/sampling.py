@@ -1,4 +1,4 @@
-"""From logits to tokens and log-probabilities: plain torch, vectorised over rows with different parameters.
+"""From logits to tokens and log-probabilities: vectorised over rows with different parameters.
 
 Letters: R rows (one per token to draw), V vocabulary, C candidates. Everything is float32 (running sums of sorted
 masses float64). No row's result depends on another row. Ties are always broken towards the lowest token id. Order of
@@ -8,6 +8,8 @@ the rules: penalties, bias, forbidden tokens (`adjust_*`), then temperature, top
 import torch
 from torch import Tensor
 
+from .backend import Backend
+from .cpu_library import loaded_library
 from .noise import gumbel_noise
 
 CANDIDATES = 1024
@@ -18,8 +20,10 @@ _LOGPROB_ROWS = 32
 """Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""
 
 
-def finite_rows(logits: Tensor) -> Tensor:
+def finite_rows(logits: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] bool: rows of [R, V] whose maximum is a finite number, so not NaN anywhere, not +inf, not all -inf."""
+    if backend == "cpu":
+        return _row_maxima_cpu(logits)[0].isfinite()
     return logits.amax(-1).isfinite()
 
 
@@ -62,9 +66,21 @@ def rank_tokens(scores: Tensor, width: int) -> Tensor:
     return (vocab - 1) - (best & (2**32 - 1))
 
 
-def greedy_tokens(logits: Tensor) -> Tensor:
-    """[R] int64: the most likely token of each row of [R, V], the lowest id among equals."""
+def greedy_tokens(logits: Tensor, backend: Backend = "reference") -> Tensor:
+    """[R] int64: the most likely token of each row of [R, V], the lowest id among equals; any token if one is NaN."""
+    if backend == "cpu":
+        return _row_maxima_cpu(logits)[1]
     return logits.argmax(-1)
+
+
+def _row_maxima_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """cpu_sampling.cpp: largest logit of each row, NaN if there is one, and its first place."""
+    rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    values, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+    pointers = (logits.data_ptr(), values.data_ptr(), tokens.data_ptr())
+    loaded_library().row_maxima(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
+    return values, tokens
 
 
 def _scale(logits: Tensor, temperature: Tensor) -> Tensor:

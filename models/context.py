@@ -6,6 +6,7 @@ M pages of the longest head in this step.
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -13,6 +14,35 @@ from ..kernels.attention import check_paged, check_query, paged_attention
 from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import Backend
 from ..kernels.cache import append_kv, entry_destinations
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer's queries and keys become logits."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    """[H]"""
+
+
+class AttentionObserver(Protocol):
+    """Looks on while a step attends; pruning policies live on what it sees."""
+
+    def observe(self, context: "AttentionContext", layer: int, query: Tensor, scoring: Scoring) -> None:
+        """The layer has stored its new entries and attended with query [T, H, D] (rotated)."""
+        ...
+
+
+class PageSelector(Protocol):
+    """Says which pages the rows of some sequences read (Quest): they attend to those and to nothing else."""
+
+    def select(self, context: "AttentionContext", layer: int, query: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The layer's tables [S, K, M'] and kept lengths [S, K] for query [T, H, D]; None: as they are.
+
+        Selected pages are full, but for the newest, where the step's entries are stored already.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -38,8 +68,17 @@ class AttentionContext:
     when a backend asks for it (the C++ kernels do not)."""
     max_kept: int
     """Host upper bound of `kept + query length` over the batch."""
+    table_rows: Tensor | None = None
+    """[S] int64: `page_table` [N, L, K, M] and `kept` [N, L, K] are those of all slots, and these the sequences' rows
+    (`destinations` must then be given); None: they are the batch's own."""
     backend: Backend = "reference"
     """Which kernels append and attend."""
+    observer: AttentionObserver | None = None
+    """Whoever looks on; nobody, as a rule."""
+    selector: PageSelector | None = None
+    """Whoever picks pages; nobody, as a rule."""
+    scorings: dict[int, Scoring] = field(default_factory=dict)
+    """Of the layers that attended."""
     layers_seen: list[int] = field(default_factory=list)
     """Layers that called `attend`: the transformers runner's check that no layer went another way."""
     _step: PagedStep | None = None
@@ -63,8 +102,18 @@ class AttentionContext:
         attention sinks that take mass without a value (gpt-oss). Returns [T, H, Dv] in query's dtype.
         """
         self.layers_seen.append(layer)
+        scoring = self.scorings[layer] = Scoring(scale, softcap, sinks)
+        mixed = self._attend(layer, query, key, value, scoring, window)
+        if self.observer is not None:
+            self.observer.observe(self, layer, query, scoring)
+        return mixed
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, window: int | None
+    ) -> Tensor:
+        scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
         # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
-        if self.backend == "cpu" and query.dtype == self.pool.dtype:
+        if self.backend == "cpu" and query.dtype == self.pool.dtype and self.selector is None:
             step = self._step or self._plan()
             check_query(
                 query, self.pool, self.page_table, self.positions, value_dim=value.shape[2], window=window, sinks=sinks
@@ -76,12 +125,14 @@ class AttentionContext:
             self.destinations = self._destinations()
         destinations = self.destinations[layer]
         append_kv(self.pool, self.entry_positions, key, value, destinations, self.positions, self.backend)
+        selected = None if self.selector is None else self.selector.select(self, layer, query)
+        table, kept = selected or (self.page_table[:, layer], self.kept[:, layer])
         return paged_attention(
             query,
             self.pool,
             self.entry_positions,
-            self.page_table[:, layer],
-            self.kept[:, layer],
+            table,
+            kept,
             self.query_start,
             self.query_lengths,
             self.positions,
@@ -91,11 +142,13 @@ class AttentionContext:
             window=window,
             softcap=softcap,
             sinks=sinks,
+            table_rows=self.table_rows,
             backend=self.backend,
         )
 
     def _plan(self) -> PagedStep:
-        tensors = (self.page_table, self.kept, self.query_start, self.positions)
+        rows = slice(None) if self.table_rows is None else self.table_rows
+        tensors = (self.page_table[rows], self.kept[rows], self.query_start, self.positions)
         check_paged(self.pool, self.entry_positions, *tensors)
         self._step = PagedStep(self.pool, self.entry_positions, *tensors)
         return self._step

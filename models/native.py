@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
 from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear
 from .placement import Placement
-from .rope import RotaryEmbedding, rope_settings
+from .rope import RopeSettings, RotaryEmbedding, rope_settings
 from .runner import ProgressCallback
 
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -67,6 +67,15 @@ class NativeRunner:
         self.spec = spec
         self.decoder = decoder
         self.rotary = rotary
+
+    @property
+    def rope(self) -> RopeSettings | None:
+        """See `ModelRunner.rope`."""
+        return self.rotary.settings
+
+    def output_weight(self, layer: int) -> Tensor | None:
+        """See `ModelRunner.output_weight`."""
+        return self.decoder.layers[layer].attention.output.weight
 
     def forward(
         self,

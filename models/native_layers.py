@@ -103,11 +103,11 @@ class Attention:
         shape = self.shape
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], -1, shape.head_dim)
-        query_key, value = heads.split([num_heads + num_kv_heads, num_kv_heads], dim=1)
+        query_key, value = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 1)
         rotate_heads(
             query_key, cos, sin, norm_weight=self.qk_weight, epsilon=shape.norm_epsilon, backend=self.qkv.backend
         )
-        query, key = query_key.split([num_heads, num_kv_heads], dim=1)
+        query, key = query_key.split_with_sizes([num_heads, num_kv_heads], 1)
         mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
         return self.output(mixed.view(x.shape[0], -1), residual)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..core.model_spec import ModelSpec
 from .context import AttentionContext
+from .rope import RopeSettings
 
 ProgressCallback = Callable[[str, int, int], None]
 """Called with (phase, done, total) while weights load."""
@@ -16,6 +17,15 @@ class ModelRunner(Protocol):
     """Runs a decoder over a flattened ragged batch; owns the weights, nothing of the cache."""
 
     spec: ModelSpec
+
+    @property
+    def rope(self) -> RopeSettings | None:
+        """How queries and keys are rotated (half-split layout); None where that is not known."""
+        ...
+
+    def output_weight(self, layer: int) -> Tensor | None:
+        """The output projection of a layer's attention, [hidden, H * D]; None where it is not known."""
+        ...
 
     def forward(
         self,

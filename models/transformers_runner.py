@@ -19,6 +19,7 @@ from transformers.utils import logging as library_logging
 from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
 from . import length_rope
+from .anatomy import half_split_rope, output_projections
 from .checkpoint import Checkpoint
 from .context import AttentionContext
 from .placement import Placement
@@ -40,6 +41,13 @@ class TransformersRunner:
         self.spec = spec
         self.model = model
         self._ropes = length_rope.install(model)
+        self.rope = half_split_rope(model, spec.head_dim)
+        """See `ModelRunner.rope`."""
+        self._outputs = output_projections(model)
+
+    def output_weight(self, layer: int) -> Tensor | None:
+        """See `ModelRunner.output_weight`."""
+        return self._outputs.get(layer)
 
     @property
     def synchronises(self) -> bool:

@@ -29,6 +29,8 @@ class Candidates:
     """[K] int64."""
     protected: Tensor
     """[K] int64: how many entries of a head are always kept."""
+    num_tokens: int
+    """n, of the sequence; a head may hold fewer entries."""
 
 
 def uniform(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
@@ -41,11 +43,12 @@ def pyramid(layers: Sequence[Candidates], params: PruneParams, target: int) -> l
 
     Uniform where the last layer would get less than what is always kept.
     """
-    longest = int(torch.stack([layer.lengths.max() for layer in layers]).max())
+    # Of the sequence, not of what earlier prunes left: else the first layer would lose a window at each of them.
+    most = layers[0].num_tokens - params.window
     low = target / PYRAMID_BETA
     high = 2 * target - low
-    if high > longest - params.window:
-        high = longest - params.window
+    if high > most:
+        high = most
         low = 2 * target - high
     if len(layers) == 1 or not high >= low >= params.sinks + params.window:
         return uniform(layers, params, target)

@@ -50,6 +50,8 @@ class LayerView:
     scale: float
     """Of the scores: q.k * scale."""
     softcap: float | None = None
+    sink_logits: Tensor | None = None
+    """[H]: one more logit per query head, which takes mass from the entries (gpt-oss)."""
     queries: Tensor | None = None
     """[W, H, D] rotated, oldest first; fewer than asked for while the sequence is short."""
     query_positions: Tensor | None = None

@@ -52,7 +52,7 @@ def _candidates(scores: Tensor, view: LayerView, limits: Limits) -> Candidates:
     finite = scores.float().nan_to_num(nan=-most, posinf=most, neginf=-most)
     stays = protected(view, limits)
     ranked = finite.masked_fill(stays, float("inf")).masked_fill(~view.valid, float("-inf"))
-    return Candidates(ranked, view.lengths.long(), stays.sum(1))
+    return Candidates(ranked, view.lengths.long(), stays.sum(1), view.num_tokens)
 
 
 def _best(scores: Tensor, counts: Tensor, width: int) -> Tensor:

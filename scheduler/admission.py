@@ -1,10 +1,13 @@
 """Which requests are taken at all: what is checked here can never fail later for the same reason."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
-from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.errors import ConfigError, ContextLengthError, InvalidRequestError, OverloadedError
+from ..core.messages import EngineInfo
+from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..core.request import Request
 from .config import SchedulerConfig
+from .waiting import WaitingQueue
 
 
 def check_request(request: Request, config: SchedulerConfig) -> None:
@@ -19,7 +22,58 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
         raise InvalidRequestError(
             f"n is {params.n:,} but at most {config.max_waiting:,} sequences can wait here", param="n"
         )
+    _check_pruning(request, config)
     _check_length(request, config)
+
+
+def check_default_pruning(prune: PruneParams, info: EngineInfo) -> None:
+    """Raise `ConfigError` unless requests can be pruned so."""
+    fault = _pruning_fault(prune, info.policies, info.refinements)
+    if fault is not None:
+        raise ConfigError(fault, param="prune_policy")
+
+
+def _check_pruning(request: Request, config: SchedulerConfig) -> None:
+    if request.prune is None:
+        return
+    fault = _pruning_fault(request.prune, config.policies, config.refinements)
+    if fault is not None:
+        raise InvalidRequestError(fault, param="prune")
+    if config.policies[request.prune.policy].repeats:
+        _check_ids("the instruction to repeat", request.repeat_ids, config.vocab_size, "prune.policy")
+
+
+def _pruning_fault(
+    prune: PruneParams, policies: Mapping[str, PolicyInfo], refinements: Collection[Refinement]
+) -> str | None:
+    """Why the model cannot be pruned so; None: it can."""
+    policy = policies.get(prune.policy)
+    if policy is None:
+        known = ", ".join(sorted(policies)) or "none"
+        return f"there is no pruning policy {prune.policy[:50]!r}; known: {known}"
+    if policy.obstacle:
+        return f"the policy {prune.policy!r} cannot prune this model: {policy.obstacle}"
+    missing = [refinement for refinement in prune.refine if refinement not in refinements]
+    if missing:
+        return f"the refinement {missing[0]!r} needs the output projection of attention, which this model hides"
+    return None
+
+
+def check_room(request: Request, queue: WaitingQueue, config: SchedulerConfig, now: float) -> None:
+    """Raise `OverloadedError` if the queue has no room for all of the request's choices at clock time `now`.
+
+    A prompt longer than all that may wait is taken when none does: else it could never be served.
+    """
+    choices = request.params.n
+    places = len(queue) + choices - config.max_waiting
+    tokens = 0
+    if config.max_waiting_tokens is not None and queue.num_tokens:
+        tokens = queue.num_tokens + choices * len(request.prompt_ids) - config.max_waiting_tokens
+    if places <= 0 and tokens <= 0:
+        return
+    seconds = queue.retry_after(max(places, 0), max(tokens, 0), now)
+    waiting = f"{len(queue):,} sequences" if places > 0 else f"{queue.num_tokens:,} prompt tokens"
+    raise OverloadedError(f"the queue is full ({waiting} wait); try again in {seconds:.0f} s", retry_after=seconds)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> None:

@@ -2,7 +2,17 @@
 
 import numpy as np
 
-from ..core.plan import BatchPlan, Decodes, IntArray, PageDrop, PageGrants, SequencePlan, SlotAssignment
+from ..core.plan import (
+    BatchPlan,
+    Compaction,
+    Decodes,
+    IntArray,
+    PageDrop,
+    PageGrants,
+    PruneOrder,
+    SequencePlan,
+    SlotAssignment,
+)
 from .sequence import SequenceState
 from .swap import Swaps
 
@@ -22,11 +32,29 @@ class BatchDraft:
         self._decodes = Decodes.none()
         self._promised = 0
         """How many of them were promised their place."""
+        self.relief = 0
+        """Pages that the step's prunes will make available to the next one."""
+        self.reserved = 0
+        """Pages for which sequences wait that were promised them."""
+        self.compactions: dict[SequenceState, Compaction] = {}
+        self.prunes: dict[SequenceState, PruneOrder] = {}
+        self.waiting: set[SequenceState] = set()
+        """Who runs, but lacks pages for this step."""
         self._plans: list[SequencePlan] = []
         self._assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
+
+    @property
+    def size(self) -> int:
+        """Sequences in the step."""
+        return len(self.members) + len(self.decoders)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the engine would have nothing to do."""
+        return not (self.size or self.prunes or self.compactions or self._drops)
 
     def enter(self, sequence: SequenceState) -> None:
         """The sequence has just got its slot; it begins with what is in its table."""
@@ -62,26 +90,38 @@ class BatchDraft:
         if len(grants.pages):
             self._grants.append(grants)
 
-    def add(self, sequence: SequenceState, count: int) -> None:
-        """The sequence computes its next `count` tokens in this step."""
-        sequence.in_flight = count
-        self.budget -= count
+    def wait(self, sequence: SequenceState, drops: list[tuple[IntArray, int]]) -> None:
+        """The sequence lacks pages for this step, and lost the leading pages `drops` (rows, pages per row)."""
+        self.waiting.add(sequence)
+        self.change_pages(sequence, drops, PageGrants.none())
+
+    def forget(self, sequence: SequenceState) -> None:
+        """The sequence, which is not in the step, has just lost its slot."""
+        self.compactions.pop(sequence, None)
+        self.prunes.pop(sequence, None)
+
+    def add(self, sequence: SequenceState, part: SequencePlan) -> None:
+        """The sequence computes its `part` in this step."""
+        sequence.in_flight = len(part.token_ids)
+        self.budget -= sequence.in_flight
         self.members.append(sequence)
-        self._plans.append(sequence.plan(count))
+        self._plans.append(part)
 
     def build(self, swaps: Swaps) -> BatchPlan:
         """The finished plan, with what travels between device and host."""
         return BatchPlan(
             tuple(self._plans),
-            tuple(self._assignments),
-            tuple(self._drops),
-            _joined(self._grants),
-            _joined(self._shares),
-            self._decodes,
-            swaps.parks,
-            swaps.unparked,
-            swaps.outs,
-            swaps.ins,
+            assignments=tuple(self._assignments),
+            drops=tuple(self._drops),
+            grants=_joined(self._grants),
+            shares=_joined(self._shares),
+            decodes=self._decodes,
+            parks=swaps.parks,
+            unparked=swaps.unparked,
+            swap_outs=swaps.outs,
+            swap_ins=swaps.ins,
+            compactions=tuple(self.compactions.values()),
+            prunes=tuple(self.prunes.values()),
         )
 
 

@@ -15,20 +15,24 @@ begins with it. A preempted sequence that is swapped out has its own columns cop
 again by their names, or, if one of them is lost, it is computed anew.
 """
 
-import itertools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from msgspec.structs import replace
 
-from ..core.plan import IntArray, Park
+from ..core.messages import EngineStats
+from ..core.plan import IntArray, StoredBlock
 from .config import SchedulerConfig
 from .host_tier import HostTier
 from .pages import PagePool
 from .pins import Pins
 from .prefix import Bundle, PrefixIndex
 from .sequence import SequenceState
-from .swap import SwapCosts, SwappedTable, Swaps
+from .swap_space import SwapSpace
+
+log = logging.getLogger("quire.scheduler")
 
 
 class CacheManager:
@@ -45,26 +49,27 @@ class CacheManager:
         self._index = PrefixIndex(config.num_rows, keeps_idle=config.prefix_cache)
         self.host = HostTier(config.num_host_pages, config.num_rows, self._index.forget_if_gone)
         self._pins = Pins(config.max_pinned)
-        self._tickets = itertools.count()
-        self._parks: list[Park] = []
-        self._unparked: list[int] = []
+        self.swaps = SwapSpace(config, self.host)
         self.queries = 0
         """Prompt tokens looked for in the prefix index, of sequences that started for the first time."""
         self.hits = 0
         """Those found."""
         self.host_hits = 0
         """Those of them that were in host memory alone."""
-        self.swapped_out = 0
-        """Sequences swapped out so far."""
-        self.swapped_in = 0
-        """Those that came back."""
         self.pins_dropped = 0
         """Pinned blocks that went before their time, for a sequence that could not have gone on alone."""
+        self.leaks = 0
+        """Pages that belonged to nobody, and were taken back."""
 
     @property
     def available(self) -> int:
         """Pages that can be taken now: free ones and those of prefixes that no sequence uses."""
         return self._pool.free + self._index.num_idle_pages
+
+    @property
+    def watermark(self) -> int:
+        """Pages that admission leaves for those that run."""
+        return self._config.watermark
 
     @property
     def cached(self) -> int:
@@ -91,10 +96,10 @@ class CacheManager:
             known = [bundle for bundle in found if bundle is not None]
             if len(known) == len(found):
                 return known
-            self.discard(sequence)
+            self.swaps.discard(sequence)
         if not sequence.shares:
             return []
-        return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config.page_size))
+        return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config))
 
     def awaits(self, sequence: SequenceState, hits: list[Bundle], other: SequenceState) -> bool:
         """Whether the block that a waiting sequence needs after its `hits` is about to be computed by `other`.
@@ -102,7 +107,9 @@ class CacheManager:
         Only known tokens count: what `other` will say may be something else.
         """
         size, block = self._config.page_size, len(hits)
-        if not (sequence.shares and other.shares) or sequence.swapped or block >= sequence.reusable_blocks(size):
+        if not (sequence.shares and other.shares and other.is_exact) or sequence.swapped is not None:
+            return False
+        if block >= sequence.reusable_blocks(self._config):
             return False
         if not other.num_computed < (block + 1) * size <= len(other.tokens):
             return False
@@ -110,12 +117,17 @@ class CacheManager:
 
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
+        config, entries = self._config, sequence.most_entries(self._config)
+        most = config.pages_needed(entries)
         in_use = sum(1 for bundle in hits if bundle.pages is not None and (bundle.users or bundle.pinned))
-        most, swapped = self._config.pages_needed(len(sequence.tokens)), sequence.swapped
-        if swapped is not None:
-            entries = swapped.kept + np.int32(len(sequence.tokens) - swapped.num_computed)
-            most = min(most, int(np.maximum(swapped.held, -(-entries // self._config.page_size)).sum()))
-        return most - in_use * self._config.num_rows
+        if sequence.swapped is not None:
+            most = sequence.swapped.most_pages(max(entries, len(sequence.tokens)), config.page_size, most)
+        return most - in_use * config.num_rows
+
+    def owed(self, sequences: Iterable[SequenceState]) -> int:
+        """How many more pages these sequences take until all their known tokens are computed."""
+        needed = (self._config.pages_needed(len(s.tokens)) - s.table.num_pages for s in sequences)
+        return sum(max(pages, 0) for pages in needed)
 
     def enter(self, sequence: SequenceState, hits: list[Bundle]) -> None:
         """Let a sequence begin with `hits`, and with what of it was swapped out."""
@@ -129,9 +141,7 @@ class CacheManager:
             self.host.recall(bundle)
         if sequence.swapped is not None:
             pages = self.take(len(sequence.swapped.host))
-            self.host.unpark(pages, sequence.swapped.host)
-            sequence.come_back(hits, pages)
-            self.swapped_in += 1
+            self.swaps.bring_back(sequence, hits, pages)
         elif hits:
             shared = np.stack([bundle.pages for bundle in hits if bundle.pages is not None], axis=1)
             sequence.begin_with(hits, shared, self._config.page_size)
@@ -161,19 +171,53 @@ class CacheManager:
     def publish(self, sequence: SequenceState) -> None:
         """Hand the sequence's newly computed full blocks to the index, for others to begin with."""
         full, blocks = sequence.num_computed // self._config.page_size, sequence.blocks
-        if len(blocks) >= full or not sequence.shares:
+        if len(blocks) >= full or not (sequence.shares and sequence.is_exact):
             return
         digests = sequence.hashes.upto(full)
         for number in range(len(blocks), full):
             blocks.append(self._index.publish(digests[number], sequence.table.column(number)))
 
+    def compact(self, sequence: SequenceState, counts: IntArray) -> tuple[bool, IntArray | None]:
+        """Let every head keep `counts` [R] entries. Returns whether that can be, and fresh pages if it takes those.
+
+        What others read, or may read, is left as it is, and what is pinned: then the survivors move to fresh pages, if
+        there are as many. Else what nobody else uses is no longer offered, and serves the sequence alone.
+        """
+        shared = [bundle for bundle in sequence.blocks if bundle is not None]
+        needed = int((-(-counts // self._config.page_size)).sum())
+        if shared and needed <= self.available:
+            fresh = self.take(needed)
+            self.leave(sequence)
+            sequence.table.rebuild(counts, fresh)
+            return True, fresh
+        if any(bundle.users > 1 or bundle.pinned for bundle in shared):
+            return False, None
+        self.withdraw(sequence)
+        sequence.blocks.clear()
+        self._pool.give(sequence.table.compact(counts))
+        return True, None
+
+    def gain(self, sequence: SequenceState, entries: int) -> int:
+        """Pages that would surely become available if every head kept at most `entries`; 0 if it could not be done."""
+        config, blocks = self._config, sequence.blocks
+        after = len(config.full_rows) * -(-entries // config.page_size)
+        stay = sum(1 for bundle in blocks if bundle is not None and (bundle.users > 1 or bundle.pinned))
+        others = stay * config.num_rows
+        if others and after > self.available:
+            return 0
+        full = sequence.table.held[config.full_rows].sum()
+        return max(int(full) - others - after, 0)
+
     def withdraw(self, sequence: SequenceState) -> None:
         """Let nobody begin with the sequence's blocks any more: something in them may be wrong."""
         for bundle in sequence.blocks:
             if bundle is not None:
-                self._index.withdraw(bundle)
-                self._pins.forget(bundle)
-                self.host.forget(bundle)
+                self._forget(bundle)
+
+    def _forget(self, bundle: Bundle) -> None:
+        self._index.withdraw(bundle)
+        self._pins.forget(bundle)
+        self.host.forget(bundle)
 
     def pin(self, sequence: SequenceState) -> None:
         """Once its prompt is computed: keep the prompt's full blocks for as long after it as its request asks for.
@@ -212,11 +256,12 @@ class CacheManager:
             while (bundle := self._pins.pop(now)) is not None:
                 self._unpin(bundle)
 
-    def drop_pins(self, needed: int) -> None:
-        """Unpin until `needed` pages are available or nothing is pinned: what ends soonest goes first."""
+    def drop_pins(self, needed: int) -> bool:
+        """Unpin until `needed` pages are available or nothing is pinned: what ends soonest goes first. Is it enough?"""
         while needed > self.available and (bundle := self._pins.pop()) is not None:
             self._unpin(bundle)
             self.pins_dropped += 1
+        return needed <= self.available
 
     def _unpin(self, bundle: Bundle) -> None:
         self._index.unpin(bundle)
@@ -237,63 +282,21 @@ class CacheManager:
                 self._pool.give(bundle.pages)
         blocks.clear()
 
-    # --- swapping ---
-
-    def comes_back_whole(self, sequence: SequenceState) -> bool:
-        """Whether preempting the sequence now would change nothing of what it says."""
-        return sequence.recomputable or (self.host.total > 0 and self.host.fits(sequence.table.num_pages))
-
-    def swap_out(self, sequence: SequenceState, costs: SwapCosts) -> None:
-        """Copy a sequence's own pages to the host if that pays and there is room; the caller then lets it leave.
-
-        Blocks in the prefix cache are not copied: they stay there, on the device or the host, as long as others' do.
-        But all are of a sequence that cannot be computed again.
-        """
-        if not self.host.total:
-            return
-        finds_again = sequence.recomputable and self._config.prefix_cache
-        shared = {n: bundle.digest for n, bundle in enumerate(sequence.blocks) if bundle is not None}
-        shared = shared if finds_again else {}
-        own = sequence.table.num_pages - len(shared) * self._config.num_rows
-        leading = next((n for n in range(len(sequence.blocks)) if n not in shared), len(sequence.blocks))
-        again = sequence.num_computed - leading * self._config.page_size
-        if not own or (sequence.recomputable and not costs.swap_pays(again, own)):
-            return
-        host = self.host.park(sequence.table.ids(list(shared)))
-        if host is None:
-            return
-        assert sequence.slot is not None
-        ticket, table = next(self._tickets), sequence.table
-        self._parks.append(Park(sequence.slot, ticket))
-        sequence.swapped = SwappedTable(
-            ticket, host, table.held, table.kept, shared, len(sequence.blocks), sequence.num_computed
-        )
-        self.swapped_out += 1
-
-    def discard(self, sequence: SequenceState) -> None:
-        """A sequence does not come back as it was swapped out, if it was."""
-        if sequence.swapped is not None:
-            self.host.discard(sequence.swapped.host)
-            self._unparked.append(sequence.swapped.ticket)
-            sequence.swapped = None
-
-    def take_swaps(self) -> Swaps:
-        """What the plan that is made now copies and puts away."""
-        swaps = Swaps(tuple(self._parks), tuple(self._unparked), *self.host.take_copies())
-        self._parks.clear()
-        self._unparked.clear()
-        return swaps
-
     # --- prefixes of another run ---
 
-    def stored(self) -> list[Bundle]:
+    def stored(self) -> list[StoredBlock]:
         """Prefix blocks that no sequence uses, wherever they are: the next to be given up first."""
-        return [*(bundle for bundle in self.host.stored() if bundle.pages is None), *self._index.idle()]
+        blocks = []
+        for bundle in (*(bundle for bundle in self.host.stored() if bundle.pages is None), *self._index.idle()):
+            pages = bundle.host if bundle.pages is None else bundle.pages
+            assert pages is not None
+            blocks.append(StoredBlock(bundle.digest, pages, in_host=bundle.pages is None))
+        return blocks
 
-    def adopt(self, digests: list[bytes]) -> None:
-        """Make room for blocks that an earlier run computed, given as `stored` orders them: for the last that fit.
+    def adopt(self, digests: list[bytes]) -> list[StoredBlock]:
+        """Make room for blocks of an earlier run, given as `stored` orders them, before the first request.
 
-        Free pages only, on the device first. The caller fills them.
+        Free pages only, on the device first. Returns those that fit, the last ones; the caller fills them.
         """
         bundles: list[Bundle] = []
         for digest in reversed(digests if self._config.prefix_cache else []):
@@ -309,6 +312,7 @@ class CacheManager:
         for bundle in bundles:
             self._index.adopt(bundle)
             self.host.touch(bundle)
+        return self.stored()
 
     def reclaim_all(self) -> None:
         """Forget every prefix that no sequence uses, pinned or not, on either side."""
@@ -316,6 +320,47 @@ class CacheManager:
             self._unpin(bundle)
         self._pool.give(self._index.reclaim(self._config.num_pages))
         self.host.drop_copies()
+
+    def report(self, stats: EngineStats) -> EngineStats:
+        """The counts with those of pages, prefixes and swaps."""
+        self.expire_pins()
+        host, page_bytes = self.host, self._config.page_bytes
+        return replace(
+            stats,
+            pages_used=self.used,
+            pages_cached=self.cached,
+            pages_total=self._config.num_pages,
+            prefix_queries_total=self.queries,
+            prefix_hits_total=self.hits,
+            prefix_host_hits_total=self.host_hits,
+            page_leaks_total=self.leaks,
+            pages_pinned=self.pinned,
+            pins_dropped_total=self.pins_dropped,
+            host_pages_parked=host.parked,
+            host_pages_cached=host.cached,
+            host_pages_total=host.total,
+            swap_out_sequences_total=self.swaps.swapped_out,
+            swap_in_sequences_total=self.swaps.swapped_in,
+            swap_out_pages_total=host.pages_out,
+            swap_in_pages_total=host.pages_in,
+            swap_out_bytes_total=host.pages_out * page_bytes,
+            swap_in_bytes_total=host.pages_in * page_bytes,
+        )
+
+    def reclaim_leaked(self) -> int:
+        """While no sequence runs: take back the pages that belong to nobody; returns how many. O(1) if there are none.
+
+        A prefix that still counts users is forgotten too: the count is wrong, its pages could never be reclaimed.
+        """
+        leaked = self.used
+        if leaked:
+            log.error("%d KV pages belonged to nobody while nothing ran; they are taken back", leaked)
+            self.leaks += leaked
+            for bundle in self._index.used():
+                self._forget(bundle)
+            kept = [bundle.pages for bundle in self._index if bundle.pages is not None]
+            self._pool.reset(np.concatenate([np.empty(0, np.int32), *kept]))
+        return leaked
 
     def check(self, running: Iterable[SequenceState], waiting: Iterable[SequenceState] = ()) -> None:
         """AssertionError unless pools, index and the tables of all sequences agree; passes over all."""

@@ -1,13 +1,15 @@
 """What the scheduler must know of model and pool, and how many pages a sequence needs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.errors import ConfigError
 from ..core.model_spec import pages_needed
 from ..core.plan import IntArray
+from ..core.pruning import PolicyInfo, Refinement
 from .table import NO_WINDOW
 
 
@@ -45,6 +47,20 @@ class SchedulerConfig:
     """Bytes of one page."""
     max_cache_ttl: float = 3600.0
     """Longest time, in seconds, that a request can have its prompt kept for after its end; 0: nothing is pinned."""
+    policies: dict[str, PolicyInfo] = field(default_factory=dict)
+    """Pruning policies by name."""
+    refinements: tuple[Refinement, ...] = ()
+    """Wrappers of their scores that work with the model."""
+    prunes_under_pressure: bool = False
+    """Before a sequence is preempted, those that allow it are pruned."""
+    policy: str = "fcfs"
+    """Of `scheduler.policy.POLICIES`."""
+    max_itl: float | None = None
+    """Seconds that a step which decodes should stay within; None: no target."""
+    max_waiting_tokens: int | None = None
+    """Most prompt tokens that wait, unless one request alone has more."""
+    queue_timeout: float | None = None
+    """Seconds in which a request must start."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers
@@ -76,6 +92,13 @@ class SchedulerConfig:
     def max_pinned(self) -> int:
         """Most bundles that may be pinned: half the pool."""
         return self.num_pages // 2 // self.num_rows
+
+    @cached_property
+    def full_rows(self) -> npt.NDArray[np.intp]:
+        """Rows without a window: those that can be pruned."""
+        if self.row_windows is None:
+            return np.arange(self.num_rows)
+        return np.flatnonzero(self.row_windows == NO_WINDOW)
 
     def pages_needed(self, entries: int) -> int:
         """Most pages a sequence holds at any time until it has computed `entries` tokens."""

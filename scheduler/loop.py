@@ -67,16 +67,22 @@ class EngineLoop:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Run one step if there is work; the report carries its events and the state after it."""
+        """Run one step if there is work; the report carries its events and the state after it.
+
+        Without work it is a heartbeat, which looks for leaked pages.
+        """
         events, self._refused = self._refused, []
         if self.scheduler.has_work:
             started = time.perf_counter()
+            events += self.scheduler.tend()
             plan = self.scheduler.plan()
             if plan is not None:
                 output = self.engine.step(plan)
                 events += self.scheduler.commit(plan, output)
                 self._forward_seconds = output.forward_seconds
             self._step_seconds = time.perf_counter() - started
+        if not self.scheduler.has_work:
+            self.scheduler.reclaim_leaks()
         return StepReport(events, self.stats())
 
     def stats(self) -> EngineStats:
@@ -94,6 +100,11 @@ def scheduler_config(
     max_waiting: int,
     prefix_cache: bool = True,
     max_cache_ttl: float = 3600.0,
+    prunes_under_pressure: bool = False,
+    policy: str = "fcfs",
+    max_itl: float | None = None,
+    max_waiting_tokens: int | None = None,
+    queue_timeout: float | None = None,
 ) -> SchedulerConfig:
     """The scheduler's slice of what the engine settled on and the operator asked for."""
     return SchedulerConfig(
@@ -114,4 +125,11 @@ def scheduler_config(
         num_host_pages=info.num_host_pages,
         page_bytes=info.kv_bytes // info.num_pages,
         max_cache_ttl=max_cache_ttl,
+        policies=info.policies,
+        refinements=info.refinements,
+        prunes_under_pressure=prunes_under_pressure,
+        policy=policy,
+        max_itl=max_itl,
+        max_waiting_tokens=max_waiting_tokens,
+        queue_timeout=queue_timeout,
     )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from ..core.messages import Decoded, Event, Finished, Logprob, Tokens
 from ..core.plan import SequenceOutput, TokenLogprob
+from .config import SchedulerConfig
 from .sequence import SequenceState
 
 
@@ -23,7 +24,7 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
     return Decoded(ids, [sequence.index for sequence in sequences], token_ids)
 
 
-def accept(sequence: SequenceState, result: SequenceOutput) -> list[Event]:
+def accept(sequence: SequenceState, result: SequenceOutput, config: SchedulerConfig) -> list[Event]:
     """Append the accepted tokens up to the end, if it is among them; `Tokens`, then `Finished` in that case.
 
     Marks the sequence done at its end; the caller takes slot and pages back. End tokens count only once `min_tokens`
@@ -44,7 +45,7 @@ def accept(sequence: SequenceState, result: SequenceOutput) -> list[Event]:
             break
     events: list[Event] = []
     if taken or result.prompt_logprobs:
-        events.append(_tokens(sequence, result, taken))
+        events.append(_tokens(sequence, result, taken, config))
     if ending:
         events.append(ending)
     return events
@@ -64,7 +65,7 @@ def _finished(sequence: SequenceState, stop_token: int | None) -> Finished:
     )
 
 
-def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int) -> Tokens:
+def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int, config: SchedulerConfig) -> Tokens:
     wanted = sequence.request.params.logprobs is not None and taken > 0
     is_first = taken > 0 and sequence.num_generated == taken
     return Tokens(
@@ -75,6 +76,7 @@ def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int) -> Toke
         prompt_logprobs=_wire(result.prompt_logprobs) if result.prompt_logprobs else None,
         cached_tokens=sequence.cached_tokens if is_first else 0,
         pinned_tokens=(sequence.pinned_tokens or 0) if is_first else 0,
+        cache=sequence.cache_use(config),
     )
 
 

@@ -40,6 +40,14 @@ class PagePool:
         self._stack[self.free : self.free + len(ids)] = ids
         self.free += len(ids)
 
+    def reset(self, owned: IntArray) -> None:
+        """Begin anew with exactly the pages `owned` lent, each of them once."""
+        self._owned[:] = False
+        self._owned[owned] = True
+        free = np.flatnonzero(~self._owned).astype(np.int32)
+        self.free = len(free)
+        self._stack[: self.free] = free
+
     def check(self) -> None:
         """AssertionError unless the free ids are in range, each there once, and all others are owned."""
         assert 0 <= self.free <= self.total

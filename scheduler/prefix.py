@@ -203,6 +203,10 @@ class PrefixIndex:
         if bundle.pages is None and bundle.host is None and self._bundles.get(bundle.digest) is bundle:
             del self._bundles[bundle.digest]
 
+    def used(self) -> list[Bundle]:
+        """Blocks that count users."""
+        return [bundle for bundle in self._bundles.values() if bundle.users]
+
     def check(self) -> None:
         """AssertionError unless exactly the unused blocks are idle."""
         assert all(bundle.digest == digest for digest, bundle in self._bundles.items())

@@ -28,9 +28,9 @@ from ..core.messages import (
     Ready,
     Shutdown,
     StartFailed,
-    StepReport,
     Submit,
 )
+from .admission import check_default_pruning
 from .loop import EngineLoop, scheduler_config
 from .snapshot import load_cache, save_cache
 
@@ -45,6 +45,8 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     from .scheduler import Scheduler
 
     engine = Engine.load(config, on_progress)
+    if config.prune is not None:
+        check_default_pruning(config.prune, engine.info)
     limits = scheduler_config(
         engine.info,
         max_num_seqs=config.max_num_seqs,
@@ -52,6 +54,11 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
         max_cache_ttl=config.max_cache_ttl,
+        prunes_under_pressure=config.pressure == "prune",
+        policy=config.policy,
+        max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
+        max_waiting_tokens=config.max_waiting_tokens,
+        queue_timeout=config.queue_timeout,
     )
     loop = EngineLoop(engine, Scheduler(limits))
     if config.cache_file is not None:
@@ -112,7 +119,7 @@ def run(loop: EngineLoop, wire: Wire) -> None:
                 return
             _handle(loop, message)
             message = None if wire.inbox.empty() else wire.inbox.get()
-        wire.send(loop.step() if loop.has_work else StepReport([], loop.stats()))
+        wire.send(loop.step())
 
 
 def _handle(loop: EngineLoop, message: Submit | Abort) -> None:

@@ -10,41 +10,38 @@ Plan and commit alternate; `add` and `abort` may come at any time between. No te
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 
-from ..core.errors import GenerationError, InvalidRequestError, OverloadedError, describe
+from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
-from ..core.plan import (
-    NO_TOKEN,
-    NON_FINITE,
-    BatchPlan,
-    Decodes,
-    IntArray,
-    PageGrants,
-    SequenceOutput,
-    StepOutput,
-    StoredBlock,
-)
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, StepOutput
 from ..core.request import Request
-from .admission import check_request
+from .admission import check_request, check_room
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
+from .growth import Growth
 from .outcome import accept, accept_tokens
+from .oversight import Oversight
+from .pace import Pace
+from .policy import POLICIES, position
+from .preemption import giving_way
 from .prefix import Bundle
+from .pruning import Pruning
 from .sequence import SequenceState
 from .swap import SwapCosts
 from .waiting import WaitingQueue
 
 
 class Scheduler:
-    """Continuous batching over a paged cache: first come, first served; preemption by swapping or recomputation.
+    """Continuous batching over a paged cache, in the order of a policy; preemption by swapping or recomputation.
 
-    Who is admitted fits alone, and the first sequence that a step plans may preempt all others: so every plan moves
-    at least one sequence forward, and every accepted request ends.
+    Who is admitted fits alone, and the policy's first sequence may preempt all others: so every plan moves at least
+    one sequence forward, and every accepted request ends.
     """
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,15 +49,20 @@ class Scheduler:
         self._clock = clock
         self._cache = CacheManager(config, clock)
         self._swap_costs = SwapCosts()
+        self._policy = POLICIES[config.policy]()
+        self._pace = Pace(config.max_itl, config.page_size)
+        self._oversight = Oversight(config.queue_timeout)
+        self._pruning = Pruning(config, self._cache)
         self._free_slots = [SlotId(slot) for slot in reversed(range(config.max_num_seqs))]
         self._arrivals = itertools.count()
         self._requests: dict[RequestId, list[SequenceState]] = {}
         """The unfinished choices of each request."""
-        self._waiting = WaitingQueue()
+        self._waiting = WaitingQueue(self._policy)
         self._running: list[SequenceState] = []
-        """Holders of a slot, oldest arrival first."""
+        """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
+        self._growth = Growth(config, self._cache, self._pruning, self._policy, self._running, self._preempt)
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
 
@@ -78,48 +80,59 @@ class Scheduler:
         check_request(request, self.config)
         if request.id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.id!r} is already being served", param="id")
-        choices, now = request.params.n, self._clock()
-        too_many = len(self._waiting) + choices - self.config.max_waiting
-        if too_many > 0:
-            seconds = self._waiting.retry_after(too_many, now)
-            raise OverloadedError(
-                f"the queue is full ({len(self._waiting):,} sequences wait); try again in {seconds:.0f} s",
-                retry_after=seconds,
-            )
+        now = self._clock()
+        check_room(request, self._waiting, self.config, now)
         self._requests[request.id] = [
-            SequenceState.create(request, index, next(self._arrivals), now, self.config) for index in range(choices)
+            SequenceState.create(request, index, next(self._arrivals), now, self.config)
+            for index in range(request.params.n)
         ]
         for sequence in self._requests[request.id]:
+            self._policy.arrived(sequence)
             self._waiting.add(sequence)
+        self._oversight.arrived(self._requests[request.id], now)
 
     def abort(self, request_id: RequestId) -> bool:
         """Forget a request in whatever state; no event tells of it. False if it is unknown (or ended already)."""
         sequences = self._requests.pop(request_id, None)
         if sequences is None:
             return False
+        self._oversight.ended(request_id)
         for sequence in sequences:
             self._retire(sequence)
         return True
 
+    def tend(self) -> list[Event]:
+        """End the requests that are late or stuck, each with its error. Before a step, or while one is in flight."""
+        return [self._fail(*late) for late in self._oversight.due(self._clock(), self._requests)]
+
     def plan(self) -> BatchPlan | None:
         """Decide the next step: decodes, then begun prompts, then new sequences, up to `max_batch_tokens`.
 
-        None exactly when there is no work. The plan must be committed before the next one.
+        None when there is no work, or by a fault, which the next `tend` ends. Commit the plan before the next one.
         """
         assert self._in_flight is None, "the last plan was not committed"
         if not self.has_work:
             return None
         self._cache.expire_pins()
         draft = BatchDraft(self.config.max_batch_tokens)
+        for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
+            self._preempt(victim)
+        self._pruning.compact(draft)
         prompts = self._plan_decodes(draft)
+        draft.budget = min(draft.budget, self._pace.prompt_tokens(draft.size))
         for sequence in prompts:
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
-        # After a preemption the victim heads the queue and does not fit: its pages went to who needed them.
+        # After a preemption the victim does not fit: its pages went to who needed them.
         self._admit(draft)
-        assert draft.members or draft.decoders, "there is work, but no sequence could be planned"
-        plan = draft.build(self._cache.take_swaps())
+        self._oversight.watchdog.planned(self._running, draft.size, draft.budget, draft.waiting)
+        if draft.is_empty:
+            stuck = self._running[0] if self._running else self._waiting.first()
+            if stuck is not None and not self.reclaim_leaks():
+                self._oversight.watchdog.unplannable(stuck)
+            return None
+        plan = draft.build(self._cache.swaps.take())
         self._in_flight = plan, draft
         return plan
 
@@ -127,67 +140,49 @@ class Scheduler:
         """Take in the results of the plan in flight; tells what is new, per choice its tokens before `Finished`."""
         assert self._in_flight is not None and self._in_flight[0] is plan, "this is not the plan in flight"
         draft, self._in_flight = self._in_flight[1], None
-        self._swap_costs.observe(plan, output)
         self._steps += 1
         self._batch_tokens = plan.num_tokens
+        self._pace.learn(plan, output)
+        self._swap_costs.observe(plan, output)
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
             assert sequence.done or result.error or len(result.prompt_logprobs) == len(part.score_ids)
-            events += self._settle(sequence, len(part.token_ids), result)
+            if part.scratch:
+                self._pruning.repeated(sequence)
+            events += self._settle(sequence, 0 if part.scratch else len(part.token_ids), result)
+        self._pruning.commit(list(draft.prunes), output.kept, output.prune_seconds)
+        for sequence in draft.prunes:
+            self._decodes.leave(sequence)
         return events
 
     def stats(self) -> EngineStats:
         """Counts after the last commit; the times are the loop's to fill in."""
-        self._cache.expire_pins()
-        host, page_bytes = self._cache.host, self.config.page_bytes
-        return EngineStats(
+        stats = EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            pages_used=self._cache.used,
-            pages_cached=self._cache.cached,
-            pages_total=self.config.num_pages,
             steps_total=self._steps,
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
-            prefix_queries_total=self._cache.queries,
-            prefix_hits_total=self._cache.hits,
-            prefix_host_hits_total=self._cache.host_hits,
-            pages_pinned=self._cache.pinned,
-            pins_dropped_total=self._cache.pins_dropped,
-            host_pages_parked=host.parked,
-            host_pages_cached=host.cached,
-            host_pages_total=host.total,
-            swap_out_sequences_total=self._cache.swapped_out,
-            swap_in_sequences_total=self._cache.swapped_in,
-            swap_out_pages_total=host.pages_out,
-            swap_in_pages_total=host.pages_in,
-            swap_out_bytes_total=host.pages_out * page_bytes,
-            swap_in_bytes_total=host.pages_in * page_bytes,
             batch_tokens=self._batch_tokens,
+            prunes=self._pruning.counts(),
+            lossy_preemptions_total=self._pruning.lossy_preemptions,
+            waiting_tokens=self._waiting.num_tokens,
+            waiting_priorities=dict(self._waiting.priorities),
+            timeouts_total=dict(self._oversight.timeouts),
+            watchdog_total=dict(self._oversight.stuck),
         )
+        return self._cache.report(stats)
 
-    def stored_blocks(self) -> list[StoredBlock]:
-        """Prefix blocks that no sequence uses: the next to be given up first."""
-        blocks = []
-        for bundle in self._cache.stored():
-            pages = bundle.host if bundle.pages is None else bundle.pages
-            assert pages is not None
-            blocks.append(StoredBlock(bundle.digest, pages, in_host=bundle.pages is None))
-        return blocks
+    def reclaim_leaks(self) -> int:
+        """When nothing runs, no page may be in use: take back those that are; returns how many. To be called idle."""
+        return 0 if self._running else self._cache.reclaim_leaked()
 
-    def adopt_blocks(self, digests: list[bytes]) -> list[StoredBlock]:
-        """Make room for blocks of an earlier run, given in the order of `stored_blocks`, before the first request.
-
-        Returns those that fit, the last ones; the caller fills their pages.
-        """
-        self._cache.adopt(digests)
-        return self.stored_blocks()
-
-    def forget_prefixes(self) -> None:
-        """Give up every prefix that no sequence uses."""
-        self._cache.reclaim_all()
+    @property
+    def prefixes(self) -> CacheManager:
+        """Whose are the computed prefixes, to be saved or restored while nothing runs."""
+        return self._cache
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
@@ -214,104 +209,64 @@ class Scheduler:
     def _plan_decodes(self, draft: BatchDraft) -> list[SequenceState]:
         """Plan the sequences that decode; returns those that have a prompt to compute.
 
-        First, by arrival, those that need more than a row of the decode batch: pages, or a part of their own.
+        First, in the policy's order, those that need more than a row of the decode batch: pages, or an own part.
         """
         lacking, others = self._decodes.without_room(), list[SequenceState]()
         if len(self._running) > len(self._decodes):
             others = [sequence for sequence in self._running if not sequence.steady]
-        if lacking and not self._grow_together(lacking, draft):
+        if lacking and not self._growth.together(lacking, self._decodes, draft):
             others += lacking
-            others.sort(key=lambda sequence: sequence.arrival)
+        others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
         for sequence in others:
-            if sequence.num_pending > 1:
+            if sequence.num_pending > 1 or self._pruning.repeats(sequence):
                 prompts.append(sequence)
             elif draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
         draft.decode(*self._decodes.plan(draft.budget))
         return prompts
 
-    def _grow_together(self, sequences: list[SequenceState], draft: BatchDraft) -> bool:
-        """A new page for each head of all the steady decodes given; False, and nothing done, if that is not so simple.
-
-        It is not if pages or budget are short, or heads differ. Otherwise each sequence costs a few microseconds.
-        """
-        needed = len(sequences) * self.config.num_rows
-        if len(sequences) > draft.budget or needed > self._cache.available or self.config.row_windows is not None:
-            return False
-        if any(sequence.table.ragged for sequence in sequences):
-            return False
-        ids = self._cache.take(needed)
-        per_sequence = ids.reshape(len(sequences), -1)
-        columns = [sequence.table.add_column(own) for sequence, own in zip(sequences, per_sequence, strict=True)]
-        draft.add_columns(sequences, columns, ids)
-        for sequence in sequences:
-            self._decodes.grown(sequence)
-            draft.promise(sequence)
-        return True
-
     def _continue(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the next tokens of a running sequence, if it can get the pages for them."""
+        if self._pruning.repeats(sequence):
+            self._repeat(sequence, draft)
+            return
         count = sequence.next_chunk(draft.budget)
-        if count > sequence.table.room and not self._grow(sequence, count, draft):
+        if count > sequence.table.room and not self._growth.grow(sequence, count, draft):
             return
         if sequence.steady:
             self._decodes.grown(sequence)
             draft.promise(sequence)
             return
-        draft.add(sequence, count)
+        draft.add(sequence, sequence.plan(count))
+        self._pruning.order_if_due(sequence, draft)
         if count < sequence.num_pending:
-            draft.owed += max(self.config.pages_needed(len(sequence.tokens)) - sequence.table.num_pages, 0)
+            most = self.config.pages_needed(sequence.most_entries(self.config))
+            draft.owed += max(most - sequence.table.num_pages, 0)
 
-    def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
-        """Make room for `count` entries: from its own windows, then from what nobody uses, then by preemption.
+    def _repeat(self, sequence: SequenceState, draft: BatchDraft) -> None:
+        """Plan what the model repeats of a sequence, for its policy to see, if it can get the pages for that."""
+        ids, count = self._pruning.repetition(sequence, draft.budget)
+        if not count or (len(ids) > sequence.table.room and not self._growth.grow(sequence, len(ids), draft)):
+            return
+        draft.add(sequence, sequence.plan_repetition(ids, count))
+        self._pruning.order_if_due(sequence, draft)
 
-        False if the sequence had to go itself, or to wait for a step.
+    def _preempt(self, sequence: SequenceState, compacts: bool = False) -> None:
+        """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters.
+
+        One that `compacts` in this plan cannot be swapped out by it: its pages are not what its table says yet.
         """
-        drops: list[tuple[IntArray, int]] = []
-        if self.config.row_windows is not None:
-            drops, freed = sequence.table.drop_unseen(self.config.row_windows)
-            self._cache.give(freed)
-        lacking = sequence.table.lacking(count)
-        needed = int(lacking.sum())
-        while needed > self._cache.available:
-            if len(self._running) == 1:
-                self._cache.drop_pins(needed)
-                assert needed <= self._cache.available, "a sequence that was admitted does not fit the pool alone"
-                break
-            victim = self._victim()
-            if victim is sequence and self._can_wait(sequence):
-                draft.change_pages(sequence, drops, PageGrants.none())
-                return False
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        ids = self._cache.take(needed)
-        rows, columns = sequence.table.grow(lacking, ids)
-        slots = np.full(needed, sequence.slot, np.int32)
-        draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
-        return True
-
-    def _victim(self) -> SequenceState:
-        """Whom to preempt: the youngest that comes back as it is, or the youngest of all.
-
-        Never one that is in this step already: its tokens and pages are promised.
-        """
-        idle = [sequence for sequence in reversed(self._running) if not sequence.in_flight]
-        return next((sequence for sequence in idle if self._cache.comes_back_whole(sequence)), idle[0])
-
-    def _can_wait(self, sequence: SequenceState) -> bool:
-        """Whether a sequence that would not come back as it is keeps its pages for now, because others move on."""
-        return not self._cache.comes_back_whole(sequence) and any(other.in_flight for other in self._running)
-
-    def _preempt(self, sequence: SequenceState) -> None:
-        """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters."""
-        self._cache.swap_out(sequence, self._swap_costs)
+        if not compacts:
+            self._cache.swaps.swap_out(sequence, self._swap_costs)
+        if sequence.prune is not None:
+            sequence.prune.cancel()
+        self._pruning.lossy_preemptions += not (sequence.is_exact or sequence.swapped)
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
         self._preemptions += 1
-        self._waiting.put_back(sequence)
+        self._waiting.add(sequence)
 
     def _admit(self, draft: BatchDraft) -> None:
         """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.
@@ -323,35 +278,37 @@ class Scheduler:
             return
         prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
         passed: set[RequestId] = set()
-        for sequence in list(itertools.islice(self._waiting, 2 * self.config.max_num_seqs)):
-            if sequence.request.id in passed:  # choices of one request wait for the same
-                continue
-            hits = self._cache.find(sequence)
-            if any(self._cache.awaits(sequence, hits, other) for other in prompts):
-                passed.add(sequence.request.id)
-                continue
-            needed = self._cache.cost(sequence, hits) + draft.owed
-            if self._running:
-                needed += self.config.watermark
-            if needed > self._cache.available:
+        with closing(self._waiting.candidates(2 * self.config.max_num_seqs)) as candidates:
+            for sequence in candidates:
+                if sequence.request.id in passed:  # choices of one request wait for the same
+                    continue
+                hits = self._cache.find(sequence)
+                if any(self._cache.awaits(sequence, hits, other) for other in prompts):
+                    passed.add(sequence.request.id)
+                    continue
+                needed = self._cache.cost(sequence, hits) + draft.owed
                 if self._running:
+                    needed += self.config.watermark
+                if needed > self._cache.available and (self._running or not self._cache.drop_pins(needed)):
                     return
-                self._cache.drop_pins(needed)
-            self._start(sequence, hits, draft)
-            prompts.append(sequence)
-            if not (draft.budget and self._free_slots):
-                return
+                self._start(sequence, hits, draft)
+                prompts.append(sequence)
+                if not (draft.budget and self._free_slots):
+                    return
 
     def _start(self, sequence: SequenceState, hits: list[Bundle], draft: BatchDraft) -> None:
         """Lend a waiting sequence a slot; it begins with what the prefix cache has of it."""
         now = self._clock()
         self._waiting.start(sequence, now)
         sequence.slot = self._free_slots.pop()
+        self._running.append(sequence)
+        if sequence.prune is not None and sequence.swapped is None:
+            sequence.prune.enter(len(sequence.tokens))
+        self._cache.enter(sequence, hits)
         if sequence.started_at is None:
             sequence.started_at = now
-        self._running.append(sequence)
-        self._running.sort(key=lambda running: running.arrival)
-        self._cache.enter(sequence, hits)
+            self._policy.started(sequence)
+            self._oversight.started(sequence)
         draft.enter(sequence)
         sequence.swapped = None
         self._continue(sequence, draft)
@@ -371,6 +328,7 @@ class Scheduler:
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
         self._generation_tokens += len(members)
+        self._policy.generated(members)
         for sequence in filled:
             self._cache.publish(sequence)
         for sequence, token in ending:
@@ -384,11 +342,9 @@ class Scheduler:
         if sequence.done:
             self._leave(sequence)
             return []
-        request_id = sequence.request.id
         if result.error is not None:
             self._cache.withdraw(sequence)
-            self.abort(request_id)
-            return [Failed(request_id, describe(GenerationError(result.error)))]
+            return [self._fail(sequence.request.id, GenerationError(result.error))]
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
         self._cache.pin(sequence)
@@ -397,7 +353,8 @@ class Scheduler:
             sequence.table.room = 0
         sequence.num_scored += len(result.prompt_logprobs)
         self._generation_tokens += len(result.token_ids)
-        events = accept(sequence, result)
+        self._policy.generated([sequence] * len(result.token_ids))
+        events = accept(sequence, result, self.config)
         if events and isinstance(events[-1], Finished):
             self._finish(sequence)
         elif sequence.decodes_plainly:
@@ -410,17 +367,25 @@ class Scheduler:
         choices.remove(sequence)
         if not choices:
             del self._requests[sequence.request.id]
+            self._oversight.ended(sequence.request.id)
         self._retire(sequence)
+
+    def _fail(self, request_id: RequestId, error: QuireError) -> Failed:
+        """End a request with an error."""
+        self.abort(request_id)
+        return Failed(request_id, describe(error))
 
     def _retire(self, sequence: SequenceState) -> None:
         """End a sequence; what is in flight keeps slot and pages until the commit, for the engine writes there."""
         sequence.done = True
+        self._oversight.watchdog.left(sequence)
         self._decodes.leave(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
-            self._cache.discard(sequence)
+            self._cache.swaps.discard(sequence)
         elif not sequence.in_flight:
             self._leave(sequence)
+        self._policy.left(sequence)
 
     def _leave(self, sequence: SequenceState) -> None:
         """Take back slot and pages."""

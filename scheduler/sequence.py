@@ -6,6 +6,7 @@ import numpy as np
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
+from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request
 from .config import SchedulerConfig
 from .prefix import BlockHashes, Bundle
@@ -28,6 +29,53 @@ def choice_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+@dataclass(slots=True)
+class PruneState:
+    """How far a sequence has forgotten. All but `params` begins anew when it re-enters, unless it was swapped out."""
+
+    params: PruneParams
+    prefill_end: int = 0
+    """Tokens known when it (re-)entered: what is computed below this is prompt, or recomputed."""
+    last: int = 0
+    """Tokens computed when it was last looked at for pruning."""
+    pruned: bool = False
+    """Entries were forgotten: recomputed from its tokens, the sequence would forget others."""
+    counts: IntArray | None = None
+    """What the engine would keep, int32 [R], between the commit that says it and the next plan."""
+    reason: str = ""
+    """Why that was asked."""
+    denied: bool = False
+    """Nothing came of it: pages are short, or nothing would be dropped. Until more is computed nothing will."""
+    repeated: int = 0
+    """Leading tokens that the model has repeated, where the policy asks for that."""
+    repeating: int = 0
+    """Tokens that it repeats in the step in flight."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether it forgets nothing unless pages run short, and they have not yet."""
+        return self.params.when == "pressure" and self.counts is None and not (self.pruned or self.denied)
+
+    def enter(self, known: int) -> None:
+        """The sequence begins (again) with no page and `known` tokens."""
+        self.prefill_end, self.last, self.repeated, self.repeating = known, 0, 0, 0
+        self.pruned = self.denied = False
+        self.counts = None
+
+    def cancel(self) -> None:
+        """What was chosen is not carried out: it is to be asked again."""
+        if self.counts is not None:
+            self.counts, self.denied = None, True
+
+
+def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None:
+    """None for who asks for nothing, and for who selects what to read but forgets nothing."""
+    params = request.prune
+    if params is None or not params.forgets or config.policies[params.policy].selects:
+        return None
+    return PruneState(params)
 
 
 @dataclass(slots=True, eq=False)
@@ -80,10 +128,10 @@ class SequenceState:
     time; without prefix cache only among the choices of one request."""
     pinned_tokens: int | None = None
     """Prompt tokens pinned for after its end; None: not decided yet."""
-    recomputable: bool = True
-    """Whether computing its tokens again gives what it has. If not, it is swapped out or kept, if at all possible."""
     swapped: SwappedTable | None = None
     """What it comes back with, while it waits swapped out."""
+    prune: PruneState | None = None
+    """None: it forgets nothing."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
 
@@ -96,7 +144,7 @@ class SequenceState:
         max_length = config.max_length if params.max_tokens is None else num_prompt + params.max_tokens
         # Sequences whose keys are rotated differently must not share them.
         rotation = max(config.rope_length, max_length) if config.rope_length else None
-        namespace = (config.model, request.cache_salt, rotation)
+        namespace = (config.model, request.namespace, request.cache_salt, rotation)
         return SequenceState(
             request=request,
             index=index,
@@ -112,7 +160,14 @@ class SequenceState:
             ),
             num_prompt=num_prompt,
             shares=config.row_windows is None and (config.prefix_cache or params.n > 1),
+            prune=_prune_state(request, config),
         )
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens computed once the step in flight is."""
+        repeats = self.prune is not None and self.prune.repeating
+        return self.num_computed + (0 if repeats else self.in_flight)
 
     @property
     def num_pending(self) -> int:
@@ -122,7 +177,10 @@ class SequenceState:
     @property
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
-        return self.num_pending == 1 and self.num_generated > 0 and self.request.params.logprobs is None
+        # What decode steps may forget, or what is told of it, takes more than a column.
+        forgets = self.prune is not None and not self.prune.rests
+        plain = self.request.params.logprobs is None and not forgets
+        return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property
     def num_generated(self) -> int:
@@ -133,13 +191,36 @@ class SequenceState:
         """Entries that each head keeps, int32 [L, K]."""
         return self.table.kept.reshape(num_layers, -1)
 
-    def reusable_blocks(self, block_size: int) -> int:
+    @property
+    def is_exact(self) -> bool:
+        """Whether it holds, or would recompute, exactly what the model gives for its tokens."""
+        return self.prune is None or not self.prune.pruned
+
+    def most_entries(self, config: SchedulerConfig) -> int:
+        """Most entries that a head holds until all known tokens are computed, if no prune is denied."""
+        known = len(self.tokens)
+        if self.swapped is not None and self.prune is not None and config.policies[self.prune.params.policy].repeats:
+            # It may go on with repeating, behind its own tokens.
+            return max(known, min(config.max_length - 1, self.swapped.num_computed + config.max_batch_tokens))
+        if self.prune is None or self.prune.params.when == "pressure" or not self.prune.params.chunked:
+            return known
+        info = config.policies[self.prune.params.policy]
+        if info.repeats or self.prune.params.budget == "threshold":
+            return known
+        # Heads of unequal length begin a page more than their mean.
+        return min(known, self.prune.params.target(known) + config.max_batch_tokens + config.page_size)
+
+    def reusable_blocks(self, config: SchedulerConfig) -> int:
         """How many leading blocks may come from the prefix cache.
 
         The last known token is always computed: it gives the next one. So is what gives prompt log-probabilities that
-        are yet to be delivered.
+        are yet to be delivered, and the tokens whose queries a pruning policy must observe.
         """
-        entries = len(self.tokens) - 1
+        block_size, entries = config.page_size, len(self.tokens) - 1
+        if self.prune is not None:
+            observes = config.policies[self.prune.params.policy].observes
+            observed = {"": 1, "newest": self.prune.params.window, "all": len(self.tokens)}[observes]
+            entries = max(len(self.tokens) - observed, 0)
         if self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1:
             entries = min(entries, self.num_scored)
         return entries // block_size
@@ -185,12 +266,18 @@ class SequenceState:
             scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
         return SequencePlan(self.slot, start, tuple(self.tokens[start:end]), end == len(self.tokens), scores)
 
+    def plan_repetition(self, token_ids: tuple[int, ...], count: int) -> SequencePlan:
+        """This sequence's part of a batch: tokens behind its own, which repeat `count` of them, only to be observed."""
+        assert self.slot is not None and self.prune is not None
+        self.prune.repeating = count
+        return SequencePlan(self.slot, self.num_computed, token_ids, sample=False, scratch=True)
+
     def assignment(self) -> SlotAssignment:
         """What the engine must know when the sequence enters its slot."""
         assert self.slot is not None
         restored = None
         if self.swapped is not None:
-            restored = Restored(self.swapped.ticket, self.swapped.kept)
+            restored = Restored(self.swapped.ticket, self.swapped.kept, self.swapped.num_computed)
         return SlotAssignment(
             slot=self.slot,
             params=self.request.params,
@@ -201,6 +288,7 @@ class SequenceState:
             max_length=self.max_length,
             cached=0 if restored else self.num_computed,
             restored=restored,
+            prune=self.request.prune,
         )
 
     def advance(self, count: int) -> int:
@@ -211,18 +299,28 @@ class SequenceState:
         self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
         return max(fresh, 0)
 
+    def cache_use(self, config: SchedulerConfig) -> CacheUse | None:
+        """What it holds and what it has forgotten; None if it is not one to forget."""
+        if self.prune is None:
+            return None
+        kept = float(self.table.kept[config.full_rows].mean())
+        return CacheUse(kept, self.num_computed - kept)
+
     def check(self, config: SchedulerConfig) -> None:
         """AssertionError unless lengths, pages and windows agree."""
         kept, held, size = self.table.kept, self.table.held, config.page_size
         assert self.num_computed < len(self.tokens) or self.done
         assert self.table.num_pages == held.sum()
         free = held * size - kept - self.in_flight
-        assert (free >= 0).all() and (free < size).all(), "a head has too few or too many pages"
+        spare = self.prune is not None and self.prune.repeated + self.prune.repeating > 0
+        assert (free >= 0).all() and ((free < size).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
+        assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
+        assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())
+        assert not self.is_exact or (kept[config.full_rows] == self.num_computed).all()
         windows = config.row_windows
         if windows is None:
-            assert (kept == self.num_computed).all()
             return
-        assert (kept >= np.minimum(windows - 1, self.num_computed)).all(), "a visible entry was dropped"
-        assert ((kept <= self.num_computed) & ((kept == self.num_computed) | (windows < NO_WINDOW))).all()
+        visible = np.minimum(windows - 1, self.num_computed)
+        assert ((kept >= visible) | (windows == NO_WINDOW)).all(), "a visible entry was dropped"
         assert (held <= -(-(windows + config.max_batch_tokens) // size) + 1).all(), "unseen pages were not dropped"

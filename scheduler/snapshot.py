@@ -14,7 +14,7 @@ log = logging.getLogger("quire")
 
 def save_cache(loop: EngineLoop, path: Path) -> None:
     """Write the prefixes that no sequence uses; a failure is one line in the log."""
-    blocks = loop.scheduler.stored_blocks()
+    blocks = loop.scheduler.prefixes.stored()
     try:
         loop.engine.save_prefixes(path, blocks)
     except (OSError, QuireError) as error:
@@ -32,11 +32,11 @@ def load_cache(loop: EngineLoop, path: Path) -> None:
         return
     try:
         digests = loop.engine.stored_prefixes(path)
-        blocks = loop.scheduler.adopt_blocks(digests)
+        blocks = loop.scheduler.prefixes.adopt(digests)
         try:
             loop.engine.load_prefixes(path, len(digests) - len(blocks), blocks)
         except QuireError:
-            loop.scheduler.forget_prefixes()
+            loop.scheduler.prefixes.reclaim_all()
             raise
     except QuireError as error:
         log.warning("the computed prefixes are not used: %s", error.message)

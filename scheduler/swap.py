@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..core.plan import BatchPlan, IntArray, PageCopies, Park, StepOutput
 from .prefix import Bundle
 
@@ -27,6 +29,12 @@ class SwappedTable:
     num_blocks: int
     """Length of `SequenceState.blocks`."""
     num_computed: int
+
+    def most_pages(self, known: int, page_size: int, most: int) -> int:
+        """Pages that all heads hold until `known` tokens are computed, at most `most` where that suffices to begin."""
+        entries = self.kept + np.int32(known - self.num_computed)
+        bound = int(np.maximum(self.held, -(-entries // page_size)).sum())
+        return max(min(most, bound), int(self.held.sum()))
 
     def blocks(self, found: list[Bundle]) -> list[Bundle | None]:
         """`SequenceState.blocks` with the shared ones `found` again, in the order of `shared`."""

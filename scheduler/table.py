@@ -142,6 +142,31 @@ class PageTable:
         self.num_pages -= len(ids)
         return groups, ids
 
+    def compact(self, counts: IntArray) -> IntArray:
+        """Every head keeps `counts` [R] entries, in its own leading pages; returns the ids that fell free."""
+        assert (counts <= self.kept).all(), "a head cannot keep more than it has"
+        held = -(-counts // self._page_size)
+        columns = np.arange(self._pages.shape[1])
+        freed = self._pages[(columns >= held[:, None]) & (columns < self._held[:, None])]
+        self._settle(counts, held)
+        return freed
+
+    def rebuild(self, counts: IntArray, ids: IntArray) -> None:
+        """The empty table holds `counts` [R] entries in the pages `ids`, ceil(count / B) per head, head after head."""
+        assert not self.num_pages
+        held = -(-counts // self._page_size)
+        self._reserve(int(held.max()))
+        self._pages[np.arange(self._pages.shape[1]) < held[:, None]] = ids
+        self._settle(counts, held)
+
+    def _settle(self, counts: IntArray, held: IntArray) -> None:
+        self._held[:] = held
+        self._kept[:] = counts
+        self.appended = 0
+        self.ragged = bool((counts != counts[0]).any())
+        self.num_pages = int(held.sum())
+        self.room = int((held * self._page_size - counts).min())
+
     def ids(self, without: Sequence[int] = ()) -> IntArray:
         """All pages of the table but those in the columns `without`, int32 [num_pages - len(without) * R]."""
         return self._pages[self._taken(without)]

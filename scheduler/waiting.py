@@ -1,10 +1,11 @@
-"""`WaitingQueue`: in the order of arrival; preempted sequences before new ones."""
+"""`WaitingQueue`: sequences without a slot, in the order that the policy gives them."""
 
 import math
-from bisect import insort
-from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
 
+from .heap import RemovalHeap
+from .policy import Policy
 from .sequence import SequenceState
 
 _RECENT = 64
@@ -12,47 +13,111 @@ _RECENT = 64
 _LONGEST_RETRY = 60.0
 """Seconds; a longer promise would be a guess."""
 
+_Lane = RemovalHeap[int, SequenceState]
+
 
 class WaitingQueue:
-    """Sequences without a slot, in the order in which they will get one."""
+    """Lanes of sequences (see `scheduler.policy`). Everything but looking at all of them is O(log n)."""
 
-    def __init__(self) -> None:
-        self._preempted: list[SequenceState] = []
-        """Oldest arrival first."""
-        self._new: OrderedDict[int, SequenceState] = OrderedDict()
-        """By arrival number: removing from the middle (aborts) costs as little as from the front."""
-        self._starts: deque[float] = deque(maxlen=_RECENT)
-        """Clock times at which new sequences left the queue to run."""
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._lanes: dict[str, _Lane] = {}
+        """None is empty."""
+        self._order: RemovalHeap[str, _Lane] = RemovalHeap()
+        """The lanes by standing as it was, then by who came first; a standing only grows, so the first is put right
+        when it comes up."""
+        self._size = 0
+        self.num_tokens = 0
+        """Prompt tokens of all that wait."""
+        self.priorities: Counter[str] = Counter()
+        """How many wait with a priority `above` (a number below 0), `normal` and `below`."""
+        self._starts: deque[tuple[float, int]] = deque(maxlen=_RECENT)
+        """Clock times at which new sequences left the queue to run, and their prompt tokens."""
 
     def __len__(self) -> int:
-        return len(self._preempted) + len(self._new)
+        return self._size
 
     def __iter__(self) -> Iterator[SequenceState]:
-        yield from self._preempted
-        yield from self._new.values()
+        """All in their present order; O(n log n)."""
+        waiting = [sequence for lane in self._lanes.values() for sequence in lane]
+        return iter(sorted(waiting, key=lambda s: (self._policy.standing(self._policy.lane(s)), self._key(s))))
 
     def add(self, sequence: SequenceState) -> None:
-        """Enqueue a new arrival."""
-        self._new[sequence.arrival] = sequence
-
-    def put_back(self, sequence: SequenceState) -> None:
-        """Enqueue a preempted sequence before all new ones."""
-        insort(self._preempted, sequence, key=lambda waiting: waiting.arrival)
+        """Enqueue a new arrival, or one that was preempted."""
+        self._put(sequence)
+        self._count(sequence, 1)
 
     def start(self, sequence: SequenceState, now: float) -> None:
         """Take out one that runs from clock time `now` (seconds) on."""
-        if sequence.arrival in self._new:
-            self._starts.append(now)
+        if not sequence.preemptions:
+            self._starts.append((now, sequence.num_prompt))
         self.remove(sequence)
 
     def remove(self, sequence: SequenceState) -> None:
-        """Take out one that will not run any more."""
-        if self._new.pop(sequence.arrival, None) is None:
-            self._preempted.remove(sequence)
+        """Take out one that will not run any more; KeyError if it does not wait."""
+        self._take(sequence)
+        self._count(sequence, -1)
 
-    def retry_after(self, places: int, now: float) -> float:
-        """Whole seconds, 1 to 60, until `places` sequences will probably have left, by the recent rate of starts."""
+    def first(self) -> SequenceState | None:
+        """Whose turn it is; None if nobody waits."""
+        while (top := self._order.first()) is not None:
+            (standing, _), name, lane = top
+            head = lane.first()
+            assert head is not None, "an empty lane is in the order"
+            if standing == self._policy.standing(name):
+                return head[2]
+            self._order.push(name, (self._policy.standing(name), head[1]), lane)
+        return None
+
+    def candidates(self, limit: int) -> Generator[SequenceState, None, None]:
+        """The first `limit` in turn. Whom the caller does not start keeps its place; close the iterator."""
+        passed: list[SequenceState] = []
+        try:
+            for _ in range(limit):
+                sequence = self.first()
+                if sequence is None:
+                    return
+                yield sequence
+                if sequence.slot is None:
+                    passed.append(sequence)
+                    self._take(sequence)
+        finally:
+            for sequence in passed:
+                self._put(sequence)
+
+    def retry_after(self, places: int, tokens: int, now: float) -> float:
+        """Whole seconds, 1 to 60, until `places` sequences and `tokens` prompt tokens will probably have left.
+
+        By the recent rate of starts; at most 0 stands for enough room.
+        """
         if not self._starts:
             return 1.0
-        seconds_per_start = (now - self._starts[0]) / len(self._starts)
-        return float(min(max(math.ceil(places * seconds_per_start), 1.0), _LONGEST_RETRY))
+        elapsed, started = now - self._starts[0][0], sum(count for _, count in self._starts)
+        seconds = max(places * elapsed / len(self._starts), tokens * elapsed / started)
+        return float(min(max(math.ceil(seconds), 1.0), _LONGEST_RETRY))
+
+    def _put(self, sequence: SequenceState) -> None:
+        name = self._policy.lane(sequence)
+        lane = self._lanes.get(name)
+        if lane is None:
+            lane = self._lanes[name] = RemovalHeap()
+            self._order.push(name, (self._policy.standing(name), sequence.arrival), lane)
+        lane.push(sequence.arrival, self._key(sequence), sequence)
+
+    def _key(self, sequence: SequenceState) -> tuple[float, bool, int]:
+        return self._policy.rank(sequence), not sequence.preemptions, sequence.arrival
+
+    def _take(self, sequence: SequenceState) -> None:
+        name = self._policy.lane(sequence)
+        lane = self._lanes[name]
+        if not lane.remove(sequence.arrival):
+            raise KeyError(sequence.arrival)
+        if not lane:
+            del self._lanes[name]
+            self._order.remove(name)
+
+    def _count(self, sequence: SequenceState, change: int) -> None:
+        self._size += change
+        self.num_tokens += change * sequence.num_prompt
+        priority = sequence.request.priority
+        self.priorities["above" if priority < 0 else "below" if priority else "normal"] += change

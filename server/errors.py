@@ -26,6 +26,7 @@ from ..core.errors import (
     ModelNotFoundError,
     OverloadedError,
     QuireError,
+    RequestTimeoutError,
     RequestTooLargeError,
 )
 
@@ -56,6 +57,7 @@ ERROR_TABLE: dict[type[QuireError], ErrorMapping] = {
     RequestTooLargeError: ErrorMapping(413, "invalid_request_error", "request_too_large"),
     OverloadedError: ErrorMapping(429, "rate_limit_error", "overloaded", retry_after=1.0),
     EngineUnavailableError: ErrorMapping(503, "server_error", "engine_unavailable", retry_after=5.0),
+    RequestTimeoutError: ErrorMapping(504, "timeout_error", "request_timeout"),
     GenerationError: ErrorMapping(500, "server_error", "generation_failed"),
     ConfigError: ErrorMapping(500, "server_error", "bad_configuration"),
     ModelLoadError: ErrorMapping(500, "server_error", "model_load_failed"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ..core.messages import Event, Finished, FinishReason, Logprob, Tokens
+from ..core.pruning import CacheUse
 from ..core.request import Request
 from .metrics import SequenceTimer
 from .settings import Service
@@ -57,6 +58,8 @@ class Delta:
     """With the first choice's first token: prompt tokens that the prefix cache had, for the usage."""
     pinned_tokens: int = 0
     """The same: prompt tokens kept for the time asked for."""
+    cache: CacheUse | None = None
+    """What the choice holds of its entries by now, if it prunes."""
     finish_reason: FinishReason | None = None
 
 
@@ -75,7 +78,7 @@ class _Choice:
 
     def push(self, event: Tokens) -> Delta:
         """Take new tokens; what follows a stop string is not even counted."""
-        delta = Delta(self.index)
+        delta = Delta(self.index, cache=event.cache)
         if self.index == self._job.first_index:  # the prompt counts once, whatever the number of choices
             delta.cached_tokens = event.cached_tokens
             delta.pinned_tokens = event.pinned_tokens
@@ -115,6 +118,7 @@ class _Choice:
             self.index,
             cached_tokens=delta.cached_tokens,
             pinned_tokens=delta.pinned_tokens,
+            cache=delta.cache,
             finish_reason=reason,
         )
 

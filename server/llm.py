@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..core.config import EngineConfig, embedded_model
 from ..core.errors import InvalidRequestError, revive
 from ..core.ids import RequestId
-from ..core.messages import EngineInfo, Event, Failed, FinishReason, Logprob, Tokens, single_events
+from ..core.messages import EngineInfo, EngineStats, Event, Failed, FinishReason, Logprob, Tokens, single_events
+from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request, SamplingParams
 from ..scheduler.client import load_in_process
 from .generation import Job, RequestOutput
 from .text import Tokenizer
 
-__all__ = ["LLM", "Choice", "Completion", "SamplingParams"]
+__all__ = ["LLM", "Choice", "Completion", "PruneParams", "SamplingParams"]
 
 _NO_LIMIT = 2**31
 """Nobody else waits here: all prompts of a call are queued at once."""
@@ -41,6 +42,8 @@ class Choice:
     finish_reason: FinishReason = "length"
     logprobs: list[Logprob] = field(default_factory=list)
     """One per token if asked for."""
+    cache: CacheUse | None = None
+    """Entries per head that it held at its end and had dropped, if it was pruned."""
 
 
 @dataclass(slots=True)
@@ -69,11 +72,17 @@ class LLM:
         self._loop = load_in_process(config, lambda phase, done, total: None)
         self._seeds = random.Random(seed)
         self._served = 0
+        self._prune = config.prune
 
     @property
     def info(self) -> EngineInfo:
         """What the engine settled on."""
         return self._loop.engine.info
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters of scheduler and engine, up to now."""
+        return self._loop.stats()
 
     def generate(
         self,
@@ -81,17 +90,22 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
         *,
         stop: Sequence[str] = (),
+        prune: PruneParams | None = None,
         progress: bool = True,
     ) -> list[Completion]:
         """Complete all prompts (texts or token ids), batched together; results are in the order of the prompts.
 
-        params: one for all, or one per prompt; stop: texts that end a completion and are cut off. Raises `QuireError`
+        params: one for all, or one per prompt; stop: texts that end a completion and are cut off; prune: how their KV
+        cache is pruned, by default as the settings say. Raises `QuireError`
         when a prompt cannot be served, before any is computed, or its computation fails.
         """
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts, but {len(all_params)} sampling parameters")
-        works = [self._work(prompt, one, tuple(stop)) for prompt, one in zip(prompts, all_params, strict=True)]
+        works = [
+            self._work(prompt, one, tuple(stop), prune or self._prune)
+            for prompt, one in zip(prompts, all_params, strict=True)
+        ]
         try:
             self._run({work.request.id: work for work in works}, progress)
         finally:
@@ -99,10 +113,15 @@ class LLM:
                 self._loop.abort(work.request.id)
         return [work.completion for work in works]
 
-    def _work(self, prompt: str | Sequence[int], params: SamplingParams, stops: tuple[str, ...]) -> "_Work":
+    def _work(
+        self, prompt: str | Sequence[int], params: SamplingParams, stops: tuple[str, ...], prune: PruneParams | None
+    ) -> "_Work":
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._served += 1
-        return _Work(Request.create(str(self._served), ids, params, self._seeds), self.tokenizer, stops)
+        repeat_ids = () if prune is None else self.tokenizer.repeat_ids
+        name = str(self._served)
+        request = Request.create(name, ids, params, self._seeds, prune=prune, repeat_ids=repeat_ids)
+        return _Work(request, self.tokenizer, stops)
 
     def _run(self, works: "dict[RequestId, _Work]", show: bool) -> None:
         for work in works.values():
@@ -140,6 +159,7 @@ class _Work:
         for delta in self._output.push(event):
             choice = self.completion.choices[delta.index]
             choice.text += delta.text
+            choice.cache = delta.cache or choice.cache
             choice.finish_reason = delta.finish_reason or choice.finish_reason
             if isinstance(event, Tokens):
                 choice.token_ids += event.token_ids[: delta.num_tokens]

@@ -11,7 +11,8 @@ from functools import partial
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from ..core.errors import QuireError
-from ..core.messages import EngineStats, FinishReason
+from ..core.messages import DEADLINES, PRIORITY_LEVELS, WATCHDOG_REASONS, EngineStats, FinishReason
+from ..core.pruning import PruneCounts
 from ..scheduler.client import EngineClient
 from .errors import ERROR_TABLE
 
@@ -41,6 +42,7 @@ TIER_GAUGES = (
     ("host_pages_total", "host_pages_total", "Host pages for swapping."),
 )
 """(name, field, help)."""
+PRUNE_REASONS = ("prompt", "decode", "pressure")
 ENGINE_STATES = ("starting", "ready", "restarting", "stopped")
 
 
@@ -53,9 +55,12 @@ class Metrics:
         self._prefix = prefix
         self._model_name = model_name
         self._last = EngineStats()
+        self._client = client
         self._define_requests()
         self._define_scheduler()
         self._define_tiers()
+        self._define_pruning()
+        self._define_faults()
         self._define_engine(client)
         self._define_http()
         self._define_labels()
@@ -137,6 +142,44 @@ class Metrics:
         self._tier_counters = {field: self._counter(f"quire:{field[:-6]}", text) for field, text in TIER_COUNTERS}
         self._tier_gauges = {field: self._gauge(f"quire:{name}", text) for name, field, text in TIER_GAUGES}
 
+    def _define_pruning(self) -> None:
+        """Per policy, which the engine names; nothing before it is ready."""
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter("quire:" + name, text, ["model_name", "policy", *labels], registry=self.registry)
+
+        self._pruned_entries = counter("pruned_entries", "KV entries dropped by pruning, of all heads.")
+        self._pruned_pages = counter("prune_pages_freed", "KV pages that pruning made available.")
+        self._prune_seconds = counter("prune_seconds", "Time to choose what to keep.")
+        self._prunes = counter("prunes", "Prunes, by what they were for.", "reason")
+        self._lossy_preemptions = self._counter(
+            "quire:lossy_preemptions", "Pruned sequences sent back to the queue: recomputed, they forget other entries."
+        )
+
+    def _define_faults(self) -> None:
+        """What the scheduler ended, and what it found wrong."""
+        self._waiting_tokens = self._gauge("quire:waiting_prompt_tokens", "Prompt tokens of the sequences that wait.")
+        labels = ["model_name"]
+        self._waiting_priorities = Gauge(
+            "quire:requests_waiting_by_priority",
+            "Waiting sequences whose priority comes before normal (a number below 0), is normal, or after it.",
+            [*labels, "priority"],
+            registry=self.registry,
+        )
+        self._timeouts = Counter(
+            "quire:request_timeouts",
+            "Requests not started in time (queue) or not ended in time (request).",
+            [*labels, "kind"],
+            registry=self.registry,
+        )
+        self._watchdog = Counter(
+            "quire:watchdog",
+            "Requests ended because the scheduler passed them over without reason: a fault of the server.",
+            [*labels, "reason"],
+            registry=self.registry,
+        )
+        self._leaks = self._counter("quire:page_leaks", "KV pages that belonged to nobody, and were taken back.")
+
     def _define_engine(self, client: EngineClient) -> None:
         """Values read from the client when the metrics are."""
         up = self._gauge("quire:engine_up", "1 while the engine takes requests.")
@@ -165,6 +208,12 @@ class Metrics:
             self._aborts.labels(self._model_name, state)
         for kind in ERROR_TABLE:
             self._failures.labels(self._model_name, kind.__name__)
+        for level in PRIORITY_LEVELS:
+            self._waiting_priorities.labels(self._model_name, level)
+        for deadline in DEADLINES:
+            self._timeouts.labels(self._model_name, deadline)
+        for fault in WATCHDOG_REASONS:
+            self._watchdog.labels(self._model_name, fault)
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -189,12 +238,34 @@ class Metrics:
             counter.inc(max(0, getattr(stats, field) - getattr(last, field)))
         for field, gauge in self._tier_gauges.items():
             gauge.set(getattr(stats, field))
+        self._lossy_preemptions.inc(max(0, stats.lossy_preemptions_total - last.lossy_preemptions_total))
+        for policy in self._client.info.policies if self._client.info else ():
+            self._add_prunes(policy, stats.prunes.get(policy, PruneCounts()), last.prunes.get(policy, PruneCounts()))
+        self._waiting_tokens.set(stats.waiting_tokens)
+        for level in PRIORITY_LEVELS:
+            self._waiting_priorities.labels(self._model_name, level).set(stats.waiting_priorities.get(level, 0))
+        self._leaks.inc(max(0, stats.page_leaks_total - last.page_leaks_total))
+        for counter, now, before in (
+            (self._timeouts, stats.timeouts_total, last.timeouts_total),
+            (self._watchdog, stats.watchdog_total, last.watchdog_total),
+        ):
+            for label, total in now.items():
+                counter.labels(self._model_name, label).inc(max(0, total - before.get(label, 0)))
         if stats.steps_total > last.steps_total:
             self._steps.inc(stats.steps_total - last.steps_total)
             self._iteration.observe(stats.batch_tokens)
             self._step_seconds.observe(stats.step_seconds)
             self._forward_seconds.observe(stats.forward_seconds)
         self._last = stats
+
+    def _add_prunes(self, policy: str, now: PruneCounts, last: PruneCounts) -> None:
+        labels = self._model_name, policy
+        self._pruned_entries.labels(*labels).inc(max(0, now.entries - last.entries))
+        self._pruned_pages.labels(*labels).inc(max(0, now.pages - last.pages))
+        self._prune_seconds.labels(*labels).inc(max(0.0, now.seconds - last.seconds))
+        for reason in PRUNE_REASONS:
+            more = now.prunes.get(reason, 0) - last.prunes.get(reason, 0)
+            self._prunes.labels(*labels, reason).inc(max(0, more))
 
     def finished(self, reason: FinishReason) -> None:
         """A sequence ended with its output."""

@@ -1,6 +1,5 @@
 """Around every route: the API key, the body limit, HTTP metrics, and the last resort for unexpected errors."""
 
-import hmac
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -9,6 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..core.errors import AuthenticationError, EngineUnavailableError, QuireError, RequestTooLargeError
 from .errors import error_response, unexpected
+from .keys import tenant_of
 from .settings import ServerSettings, Service
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -43,7 +43,8 @@ class Gate:
         self._service.open_requests += 1
         try:
             headers = Headers(scope=scope)
-            _authorize(scope["path"], headers, self._service.settings)
+            tenant = _authorize(scope["path"], headers, self._service.settings)
+            scope.setdefault("state", {})["tenant"] = tenant
             if self._service.draining and scope["method"] == "POST":
                 raise EngineUnavailableError("the server is shutting down", retry_after=DRAIN_RETRY_SECONDS)
             await self._app(scope, _limited(headers, receive, self._service.settings.max_body_bytes), noting)
@@ -59,14 +60,15 @@ class Gate:
             metrics.answered(_route_of(scope), status or HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _authorize(path: str, headers: Headers, settings: ServerSettings) -> None:
-    if settings.api_key is None or path in OPEN_PATHS:
-        return
+def _authorize(path: str, headers: Headers, settings: ServerSettings) -> str:
+    """Whose key the request came with; empty where none is needed."""
+    if not settings.api_keys or path in OPEN_PATHS:
+        return ""
     scheme, _, key = headers.get("authorization", "").partition(" ")
-    # In constant time, so that the time of a refusal tells nothing about the key; headers are raw bytes as Latin-1.
-    same = hmac.compare_digest(key.strip().encode("latin-1"), settings.api_key.encode())
-    if scheme.lower() != "bearer" or not same:
+    tenant = tenant_of(key.strip().encode("latin-1"), settings.api_keys)  # headers are raw bytes as Latin-1
+    if scheme.lower() != "bearer" or tenant is None:
         raise AuthenticationError("a valid API key is needed: Authorization: Bearer KEY")
+    return tenant
 
 
 def _limited(headers: Headers, receive: Receive, limit: int) -> Receive:

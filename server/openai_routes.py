@@ -45,7 +45,10 @@ class _Answer:
 
     @property
     def usage(self) -> Usage:
-        return Usage(sum(len(job.request.prompt_ids) for job in self.jobs))
+        prune = self.jobs[0].request.prune
+        return Usage(
+            sum(len(job.request.prompt_ids) for job in self.jobs), policy=None if prune is None else prune.policy
+        )
 
     def deltas(self) -> AsyncGenerator[list[Delta], None]:
         return stream_deltas(self.service, self.jobs, self.arrived)
@@ -58,7 +61,7 @@ async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse_body(CompletionBody, await request.body())
     heading = _heading(service, body, "cmpl", logprobs=body.logprobs is not None)
-    jobs = await completion_jobs(service, body, heading.id)
+    jobs = await completion_jobs(service, body, heading.id, request.state.tenant)
     return await _respond(request, body, _Answer(service, jobs, CompletionFormat(heading, service.tokenizer), arrived))
 
 
@@ -69,7 +72,7 @@ async def chat_completions(request: Request) -> Response:
     service: Service = request.app.state.service
     body = parse_body(ChatBody, await request.body())
     heading = _heading(service, body, "chatcmpl", logprobs=bool(body.logprobs))
-    jobs = await chat_jobs(service, body, heading.id)
+    jobs = await chat_jobs(service, body, heading.id, request.state.tenant)
     return await _respond(request, body, _Answer(service, jobs, ChatFormat(heading, service.tokenizer), arrived))
 
 
@@ -99,6 +102,7 @@ def _model_card(service: Service, name: str) -> dict[str, Any]:
         "root": info.model.name if info else None,
         "parent": None,
         "max_model_len": service.max_model_len,
+        "prune_policies": [name for name, policy in info.policies.items() if not policy.obstacle] if info else [],
     }
 
 

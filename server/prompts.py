@@ -3,8 +3,10 @@
 from typing import Any
 
 from ..core.errors import ContextLengthError, InvalidRequestError
+from ..core.pruning import PruneParams
 from ..core.request import Request, SamplingParams
 from .generation import Job
+from .keys import short_hash
 from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
 from .settings import Service
 from .text import Tokenizer
@@ -27,8 +29,11 @@ _SHARED = (
 )
 
 
-async def completion_jobs(service: Service, body: CompletionBody, response_id: str) -> list[Job]:
-    """One engine request per prompt; choices are numbered through all prompts."""
+async def completion_jobs(service: Service, body: CompletionBody, response_id: str, key_tenant: str = "") -> list[Job]:
+    """One engine request per prompt; choices are numbered through all prompts.
+
+    key_tenant: whose API key the request came with.
+    """
     echo = bool(body.echo)
     score_only = echo and body.max_tokens == 0  # one token must be generated: it is dropped
     wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -45,19 +50,19 @@ async def completion_jobs(service: Service, body: CompletionBody, response_id: s
         else:
             ids = prompt
         shown = (prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)) if echo else None
-        request = _request(service, body, f"{response_id}-{number}", ids, params, param="prompt")
+        request = _request(service, body, f"{response_id}-{number}", ids, params, key_tenant, param="prompt")
         jobs.append(_job(body, request, first_index=number * params.n, echo=shown, score_only=score_only))
     return jobs
 
 
-async def chat_jobs(service: Service, body: ChatBody, response_id: str) -> list[Job]:
-    """The one engine request of a conversation."""
+async def chat_jobs(service: Service, body: ChatBody, response_id: str, key_tenant: str = "") -> list[Job]:
+    """The one engine request of a conversation; `key_tenant` as for completions."""
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = _sampling(body, max_tokens=wanted, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     ids = await chat_ids(service.tokenizer, body.messages, body)
-    request = _request(service, body, response_id, ids, params, param="messages")
+    request = _request(service, body, response_id, ids, params, key_tenant, param="messages")
     return [_job(body, request, first_index=0, echo=None, score_only=False)]
 
 
@@ -85,7 +90,14 @@ def _sampling(body: GenerationBody, **other: Any) -> SamplingParams:
 
 
 def _request(
-    service: Service, body: GenerationBody, request_id: str, ids: list[int], params: SamplingParams, *, param: str
+    service: Service,
+    body: GenerationBody,
+    request_id: str,
+    ids: list[int],
+    params: SamplingParams,
+    key_tenant: str,
+    *,
+    param: str,
 ) -> Request:
     if not ids:
         raise InvalidRequestError("the prompt is empty", param=param)
@@ -96,6 +108,7 @@ def _request(
             f"{limit:,} tokens",
             param=param,
         )
+    prune = _pruning(service, body)
     return Request.create(
         request_id,
         ids,
@@ -103,7 +116,27 @@ def _request(
         service.seeds,
         cache_salt=body.cache_salt or "",
         cache_ttl=body.cache_ttl or 0.0,
+        prune=prune,
+        repeat_ids=() if prune is None else service.tokenizer.repeat_ids,
+        priority=body.priority or 0,
+        tenant=key_tenant or (short_hash(body.user) if body.user else ""),
+        timeout=body.timeout,
+        namespace=key_tenant if service.settings.isolate_keys else "",
     )
+
+
+def _pruning(service: Service, body: GenerationBody) -> PruneParams | None:
+    """What the body asks for, or the operator's default where it says nothing."""
+    if "prune" not in body.model_fields_set:
+        return service.settings.prune
+    if not body.prune:
+        return None
+    params, least = body.prune.params(), service.settings.prune_min_keep
+    if params.keep < least:
+        raise InvalidRequestError(
+            f"prune.keep must be at least {least:g} here, got {params.keep:g}", param="prune.keep"
+        )
+    return params
 
 
 def _job(body: GenerationBody, request: Request, *, first_index: int, echo: str | None, score_only: bool) -> Job:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ..core.messages import FinishReason
+from ..core.pruning import CacheUse
 from .generation import Delta, ScoredToken
 from .text import Tokenizer
 
@@ -22,24 +23,35 @@ class Usage:
     """Prompt tokens that the prefix cache had."""
     pinned_tokens: int = 0
     """Prompt tokens kept for the `cache_ttl` that was asked for."""
+    policy: str | None = None
+    """By which its sequences are pruned."""
+    caches: dict[int, CacheUse] = field(default_factory=dict)
+    """Of each choice, as last heard."""
 
     def add(self, delta: Delta) -> None:
         """Count what a delta brought."""
         self.completion_tokens += delta.num_tokens
         self.cached_tokens += delta.cached_tokens
         self.pinned_tokens += delta.pinned_tokens
+        if delta.cache is not None:
+            self.caches[delta.index] = delta.cache
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's `usage`."""
+        """OpenAI's `usage`; where something was pruned, entries per head too, summed over the choices."""
         details = {"cached_tokens": self.cached_tokens}
         if self.pinned_tokens:
             details["pinned_tokens"] = self.pinned_tokens
-        return {
+        body: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": details,
         }
+        if self.policy is None or not self.caches:
+            return body
+        kept = round(sum(cache.kept for cache in self.caches.values()), 1)
+        dropped = round(sum(cache.dropped for cache in self.caches.values()), 1)
+        return body | {"kv_cache": {"policy": self.policy, "kept_entries": kept, "dropped_entries": dropped}}
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from ..core.errors import InvalidRequestError
+from ..core.pruning import Budget, PruneParams, Refinement
 from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS
 from .errors import invalid_request
 
@@ -157,6 +158,32 @@ class StreamOptions(BaseModel):
     """Send a last chunk with the usage and no choices."""
 
 
+class PruneBody(BaseModel):
+    """How a request's sequences may forget. None stands for the default of `PruneParams`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    policy: str
+    keep: float | None = None
+    floor: Int32 | None = None
+    window: Int32 | None = None
+    sinks: Int32 | None = None
+    budget: Budget | None = None
+    threshold: float | None = None
+    refine: list[Refinement] | None = None
+    chunked: bool | None = None
+    every: Int32 | None = None
+    when: Literal["always", "pressure"] | None = None
+
+    def params(self) -> PruneParams:
+        """Raises `InvalidRequestError` for what is out of range."""
+        fields = self.model_dump(exclude_none=True)
+        return PruneParams(**fields | {"refine": tuple(fields.get("refine", ()))})
+
+
+Pruning = Annotated[PruneBody | None, BeforeValidator(lambda value: None if value is False else value)]
+
+
 class GenerationBody(Body):
     """What completions and chat completions share. None stands for the default of `SamplingParams`."""
 
@@ -183,6 +210,12 @@ class GenerationBody(Body):
     """Only requests of equal salt reuse each other's computed prefixes."""
     cache_ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Seconds for which the prompt's computed blocks stay cached after the request; the operator sets a limit."""
+    prune: Pruning = None
+    """How the KV cache of this request is pruned; false or null: not at all; absent: as the server is set up."""
+    priority: Int32 | None = None
+    """Lower is sooner; counts where the server serves by priority."""
+    timeout: float | None = None
+    """Seconds after which the request fails if it has not ended."""
 
 
 class CompletionBody(GenerationBody):

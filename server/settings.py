@@ -3,8 +3,10 @@
 import random
 from dataclasses import dataclass
 
-from ..core.errors import ModelNotFoundError
+from ..core.errors import ConfigError, ModelNotFoundError
+from ..core.pruning import PruneParams
 from ..scheduler.client import EngineClient
+from .keys import ApiKey
 from .metrics import Metrics
 from .text import Tokenizer
 
@@ -15,8 +17,10 @@ class ServerSettings:
 
     served_model_names: tuple[str, ...]
     """Names under which requests may ask for the model; the first one labels metrics."""
-    api_key: str | None = None
-    """Guards every route but /health and /ready."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Any of them opens every route but /health and /ready; without one all are open."""
+    isolate_keys: bool = False
+    """Requests reuse only those prefixes that came with a key of the same tenant."""
     max_body_bytes: int = 8 * 2**20
     """Largest request body."""
     seed: int | None = None
@@ -25,6 +29,14 @@ class ServerSettings:
     """Of the metrics that vLLM has too, so that its dashboards work."""
     heartbeat_limit: float = 120.0
     """Seconds without a sign of life from the engine after which /health says 503; a step may take long."""
+    prune: PruneParams | None = None
+    """How the sequences of requests that do not say so themselves are pruned; None: not at all."""
+    prune_min_keep: float = 0.0
+    """Least share of its entries that a request may ask to keep."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune_min_keep <= 1:
+            raise ConfigError(f"prune_min_keep must be from 0 to 1, got {self.prune_min_keep}", param="prune_min_keep")
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # 60 MB and most of a second: paid when a tokenizer is loaded
 Result = TypeVar("Result")
 INLINE_CHARS = 4096
 """Texts up to this length are tokenized on the event loop (well under a millisecond), longer ones in a thread."""
+REPEAT_INSTRUCTION = "\n\nRepeat the text above, word for word:\n\n"
 PRIME_TOKENS = 6
 """Prompt tokens a detokenizer sees first, so that decoders which drop a text's leading space keep it."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -40,6 +41,8 @@ class Tokenizer:
         decoder = self.backend.decoder
         self._decoder_state = decoder.__getstate__().decode() if decoder is not None else ""
         self._token_bytes: dict[int, bytes] = {}
+        self.repeat_ids = tuple(self.encode(REPEAT_INSTRUCTION, add_special_tokens=False))
+        """Asks the model to say its context again, for policies that score by that."""
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="quire-text")
 
     @classmethod

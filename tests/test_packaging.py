@@ -22,13 +22,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "speculation": {"models", "kernels", "core"},
     "engine": {"pruning", "speculation", "models", "kernels", "core"},
     "scheduler": {"engine", "core"},
-    "server": {"scheduler", "core"},
+    "server": {"evaluation", "scheduler", "core"},
     "distill": {"engine", "speculation", "pruning", "models", "kernels", "core"},
+    "evaluation": {"distill", "core"},
 }
 """Package -> packages below it: imports only point down."""
 
-TORCH_FREE = ["core", "scheduler", "server"]
-"""Packages without a torch import of their own: the scheduler decides over ids and counts, the server over text."""
+TORCH_FREE = ["core", "scheduler", "server", "evaluation"]
+"""Packages without a torch import of their own: decisions are over ids and counts, server and evaluation over text."""
 
 
 def _sources() -> Iterator[tuple[str, Path, ast.Module]]:

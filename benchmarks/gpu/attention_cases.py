@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.measure import Meter, Row, Work
+from quire.kernels.attention import paged_attention
 from quire.kernels.attention_mass_triton import attention_mass_triton
 from quire.kernels.attention_triton import paged_attention_triton, paged_attention_with_lse_triton
 
@@ -146,8 +147,19 @@ def flashinfer(batch: Batch) -> Callable[[], object]:
     return lambda: wrapper.run(batch.query, cache)
 
 
-CONTENDERS = {"torch SDPA": sdpa, "xformers": xformers, "FlashInfer": flashinfer}
-_NEEDS = {"xformers": "xformers", "FlashInfer": "flashinfer"}
+def xformers_backend(batch: Batch) -> Callable[[], object]:
+    """Quire's backend xformers: over the pages, gathering included."""
+    case = batch.case
+    return partial(paged_attention, **batch.arguments(), value_dim=case.head_dim, backend="xformers")
+
+
+CONTENDERS = {
+    "torch SDPA": sdpa,
+    "xformers": xformers,
+    "quire, xformers": xformers_backend,
+    "FlashInfer": flashinfer,
+}
+_NEEDS = {"xformers": "xformers", "quire, xformers": "xformers", "FlashInfer": "flashinfer"}
 
 
 def rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iterator[Row]:

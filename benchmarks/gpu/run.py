@@ -44,6 +44,7 @@ def run_tests() -> str:
         "-m",
         "gpu and not slow",
         "tests/kernels",
+        "tests/engine",
         "-p",
         "no:cacheprovider",
     ]
@@ -67,6 +68,7 @@ def measure(meter: "Meter", skip: list[str], *, tiny: bool) -> Iterator["Row"]:
     import torch
 
     from benchmarks.gpu import attention_cases, operation_cases, serving
+    from quire.kernels.attention_xformers import xformers_obstacle
 
     dtype = torch.float32 if tiny else torch.bfloat16
     cases = attention_cases.TINY if tiny else attention_cases.CASES
@@ -82,7 +84,11 @@ def measure(meter: "Meter", skip: list[str], *, tiny: bool) -> Iterator["Row"]:
         yield from serving.rows(meter, (serving.TINY,), serving.TINY_LOADS, dtype, "triton")
         return
     yield from serving.rows(meter, (serving.QWEN_06B, serving.LLAMA_8B), serving.LOADS, dtype, "triton")
+    yield from serving.rows(meter, (serving.QWEN_06B,), serving.LOADS[1:], dtype, "triton", graphs=False)
+    yield from serving.rows(meter, (serving.LLAMA_8B,), serving.LOADS[-1:], dtype, "triton", graphs=False)
     yield from serving.rows(meter, (serving.QWEN_06B,), serving.LOADS[-1:], dtype, "reference")
+    if xformers_obstacle(meter.device, dtype) is None:
+        yield from serving.rows(meter, (serving.QWEN_06B,), serving.LOADS[-1:], dtype, "xformers")
 
 
 def table(rows: list["Row"]) -> str:

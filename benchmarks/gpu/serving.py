@@ -61,7 +61,9 @@ LOADS = (Load(1, 8192, 64), Load(1, 128, 128), Load(16, 512, 64), Load(128, 512,
 TINY_LOADS = (Load(2, 9, 3),)
 
 
-def random_engine(network: Network, device: torch.device, dtype: torch.dtype, backend: Backend, load: Load) -> Engine:
+def random_engine(
+    network: Network, device: torch.device, dtype: torch.dtype, backend: Backend, load: Load, graphs: bool
+) -> Engine:
     """An engine that could have been loaded from a checkpoint of this shape, with normal weights of deviation 0.02."""
     shape = network.shape
     length = 2 * max(16, load.prompt + load.output)
@@ -78,15 +80,21 @@ def random_engine(network: Network, device: torch.device, dtype: torch.dtype, ba
     runner = NativeRunner(spec, decoder, RotaryEmbedding(settings, device))
     config = EngineConfig(
         model=network.name, max_num_seqs=load.requests, max_batch_tokens=max(2048, load.requests),
-        prefix_cache=False, max_model_len=length,
+        prefix_cache=False, max_model_len=length, cuda_graphs=graphs,
     )  # fmt: skip
     return Engine(runner, config, "native", place)
 
 
 def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
     """Serve the load: (seconds until all prompts are computed, seconds of each step that only decodes)."""
-    limits = {"max_num_seqs": load.requests, "max_batch_tokens": max(2048, load.requests), "max_waiting": 1024}
-    loop = EngineLoop(engine, Scheduler(scheduler_config(engine.info, **limits, prefix_cache=False)))
+    config = scheduler_config(
+        engine.info,
+        max_num_seqs=load.requests,
+        max_batch_tokens=max(2048, load.requests),
+        max_waiting=1024,
+        prefix_cache=False,
+    )
+    loop = EngineLoop(engine, Scheduler(config))
     seeds = random.Random(0)
     params = SamplingParams(temperature=0.0, max_tokens=load.output, ignore_eos=True)
     for number in range(load.requests):
@@ -109,9 +117,18 @@ def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
 
 
 def rows(
-    meter: Meter, networks: tuple[Network, ...], loads: tuple[Load, ...], dtype: torch.dtype, backend: Backend
+    meter: Meter,
+    networks: tuple[Network, ...],
+    loads: tuple[Load, ...],
+    dtype: torch.dtype,
+    backend: Backend,
+    *,
+    graphs: bool = True,
 ) -> Iterator[Row]:
-    """Prompt and decode speed of each network under each load; what cannot run says why."""
+    """Prompt and decode speed of each network under each load; what cannot run says why.
+
+    graphs: whether decode steps may be replayed as CUDA graphs (they are with the backend triton).
+    """
     for network in networks:
         for load in loads:
             # The engine sizes its pool by what is free: give back what earlier work left with the allocator.
@@ -119,25 +136,26 @@ def rows(
             torch.cuda.empty_cache()
             case = f"{network.name}, {load.requests} x {load.prompt} + {load.output}"
             try:
-                yield from _load_rows(meter, network, load, dtype, backend, case)
+                yield from _load_rows(meter, network, load, dtype, backend, case, graphs)
             except Exception as error:  # one load that fails must not take the other results with it
                 note = f"{type(error).__name__}: {str(error)[:200]}"
                 yield Row("serving", case, backend, None, note=note)
 
 
 def _load_rows(
-    meter: Meter, network: Network, load: Load, dtype: torch.dtype, backend: Backend, case: str
+    meter: Meter, network: Network, load: Load, dtype: torch.dtype, backend: Backend, case: str, graphs: bool
 ) -> Iterator[Row]:
     """The second of two equal rounds counts."""
-    engine = random_engine(network, meter.device, dtype, backend, load)
+    engine = random_engine(network, meter.device, dtype, backend, load, graphs)
+    way = f"{backend}, {'with' if graphs else 'without'} graphs" if backend == "triton" else backend
     with torch.inference_mode():
         run_load(engine, load)
         filled, decodes = run_load(engine, load)
     tokens, step = load.requests * load.prompt, sorted(decodes)[len(decodes) // 2]
     share = _prompt_floor(meter, network, load) / filled
-    yield Row("serving", case, f"prompt, {backend}", filled * 1e6, share, f"{tokens / filled:,.0f} tokens/s")
+    yield Row("serving", case, f"prompt, {way}", filled * 1e6, share, f"{tokens / filled:,.0f} tokens/s")
     share = _decode_floor(meter, network, load, dtype) / step
-    yield Row("serving", case, f"decode step, {backend}", step * 1e6, share, f"{load.requests / step:,.0f} tokens/s")
+    yield Row("serving", case, f"decode step, {way}", step * 1e6, share, f"{load.requests / step:,.0f} tokens/s")
 
 
 def _matrix_weights(network: Network) -> int:

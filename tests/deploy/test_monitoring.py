@@ -43,7 +43,10 @@ def _script() -> ModuleType:
 def _exported() -> dict[str, set[str]]:
     """Sample name -> label names, of a server to which everything has happened once."""
     listeners: list[Callable[[EngineStats], None]] = []
-    client = SimpleNamespace(status="ready", heartbeat_age=0.0, restarts=0, add_stats_listener=listeners.append)
+    info = SimpleNamespace(policies=("window",))
+    client = SimpleNamespace(
+        status="ready", heartbeat_age=0.0, restarts=0, info=info, add_stats_listener=listeners.append
+    )
     metrics = Metrics(cast(EngineClient, client), "m", "vllm:")
     listeners[0](EngineStats(running=1, steps_total=1, pages_total=4))
     metrics.finished("stop")
@@ -79,7 +82,8 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         vllm:e2e_request_latency_seconds_bucket vllm:request_queue_time_seconds_bucket vllm:prompt_tokens_total
         vllm:generation_tokens_total vllm:kv_cache_usage_perc vllm:num_preemptions_total quire:engine_up
         quire:engine_restarts quire:engine_heartbeat_age_seconds quire:requests_failed_total
-        quire:http_requests_total"""
+        quire:http_requests_total vllm:prefix_cache_hits_total vllm:prefix_cache_queries_total
+        quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total"""
     assert set(wanted.split()) <= shown
 
 

@@ -37,6 +37,11 @@ class FakeRunner:
         self.weights = [torch.randn(shape, generator=generator) / hidden**0.5 for shape in shapes]
         self.seen_lengths: list[list[int]] = []
 
+    rope = None
+
+    def output_weight(self, layer: int) -> Tensor | None:
+        return None
+
     def forward(
         self, input_ids: Tensor, positions: Tensor, lengths: Tensor, context: AttentionContext, logit_rows: Tensor
     ) -> Tensor:

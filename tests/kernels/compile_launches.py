@@ -25,6 +25,7 @@ from quire.kernels import (
     compaction_triton,
     layers_triton,
     page_bounds_triton,
+    sampling_triton,
 )
 from quire.kernels.tiles_triton import DeviceLimits
 
@@ -41,6 +42,7 @@ _POINTERS = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 Recorded = tuple[Any, dict[str, Any]]
 
@@ -99,8 +101,19 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"window": 100, "softcap": 30.0}
     attention_triton.paged_attention_with_lse_triton(**shared, value_dim=head_dim, sinks=sinks, **options)
     log_sums = torch.zeros(sum(lengths), 32)
+    slots = torch.zeros(sequences, dtype=torch.int64)
+    attention_triton.paged_attention_triton(**shared, value_dim=head_dim, table_rows=slots)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums, observe=4, **options)
+
+
+def launch_draws() -> None:
+    """With and without penalties."""
+    logits, counts = torch.zeros(4, 151936), torch.zeros(8, 151936, dtype=torch.int32)
+    rows, keys = logits[:, 0].contiguous(), torch.zeros(4, dtype=torch.int64)
+    tables = sampling_triton.Penalties(keys, counts, counts > 0, torch.zeros(4, 3))
+    for penalties in (None, tables):
+        sampling_triton.draw_triton(logits, rows, rows, keys, keys, penalties)
 
 
 def launch_others(head_dim: int, dtype: torch.dtype) -> None:
@@ -129,6 +142,7 @@ def main() -> None:
         with recorded(limits) as launches:
             launch_attention(head_dim, dtype)
             launch_others(head_dim, dtype)
+            launch_draws()
         for kernel, arguments in launches:
             compiled = compile_launch(kernel, arguments, capability)
             instructions = [name for name in ("wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]]

@@ -120,6 +120,25 @@ def test_views_into_larger_tensors(device: str) -> None:
     assert torch.equal(attend(case, device), expected)
 
 
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [3, 1, 20]])
+def test_sequences_are_rows_of_a_table_of_all_slots(device: str, lengths: list[int]) -> None:
+    """In any order, beside slots that are not in the batch, whose table is worthless."""
+    case = make_case([[9, 40], [12, 3], [0, 170]], lengths)
+    naive_append(case)
+    expected = attend(case, device)
+    rows = torch.tensor([4, 0, 2])
+    table = torch.full((6, *case.page_table.shape[1:]), 2**31 - 1, dtype=torch.int32)
+    kept = torch.full((6, 2), 2**31 - 1, dtype=torch.int32)
+    table[rows], kept[rows] = case.page_table, case.kept
+    longest = case.max_kept
+    case.page_table, case.kept = table, kept
+    there = to_device(case, device)
+    result = attention_triton.paged_attention_triton(
+        **attention_arguments(there), max_kept=longest, value_dim=16, scale=SCALE, table_rows=rows.to(device)
+    )
+    assert torch.equal(result.cpu(), expected)
+
+
 def test_nan_behind_the_last_entry_or_of_another_sequence_does_not_reach_a_row(device: str) -> None:
     case = make_case([[9, 70], [30, 30]], [1, 20])
     naive_append(case)

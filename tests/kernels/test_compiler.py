@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,28 @@ def test_the_chosen_compiler_is_used(sources, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -x")
     with pytest.raises(CompileError, match=r"no C\+\+ compiler found \(tried no-such-compiler -x\)"):
         compile_library(sources[0], sources[1], tmp_path / "cache")
+
+
+def test_each_architecture_has_its_library(sources, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("QUIRE_CPU_ARCH", "x86-64-v3")
+    compile_library(sources[0], sources[1], tmp_path / "cache")
+    monkeypatch.setenv("QUIRE_CPU_ARCH", "x86-64")
+    compile_library(sources[0], sources[1], tmp_path / "cache")
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    monkeypatch.setenv("QUIRE_CPU_ARCH", "pentium-99")
+    with pytest.raises(CompileError, match="pentium-99"):
+        compile_library(sources[0], sources[1], tmp_path / "cache")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="architectures of x86 CPUs")
+@pytest.mark.parametrize("name", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_kernels_are_right_on_lesser_cpus(name: str) -> None:
+    """The sweeps of the kernels again, as SSE2, AVX2 and AVX-512 without bfloat16 compute them."""
+    tests = [str(Path(__file__).with_name(f"test_{part}.py")) for part in ("layers", "cpu_attention", "sampling")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *tests]
+    done = subprocess.run(command, env=os.environ | {"QUIRE_CPU_ARCH": name}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_the_cache_follows_the_environment(monkeypatch) -> None:

@@ -81,6 +81,24 @@ def test_a_row_depends_neither_on_the_batch_nor_on_threads(dtype: torch.dtype) -
         row += n
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_are_read_whole_equal_heads_in_parts(dtype: torch.dtype) -> None:
+    """To the bit: alone, a long sequence is cut into parts; among many others it is not."""
+    kept, lengths = [[700 + 9 * s, 40 * s] for s in range(12)], [1] * 12
+    together = attend(make_case(kept, lengths, head_dim=64, page_size=16, dtype=dtype))
+    whole = make_case(kept, lengths, head_dim=64, page_size=16, dtype=dtype)
+    for s in range(12):
+        assert torch.equal(attend(_rows(whole, s, s, 1)), together[s : s + 1])
+
+
+def test_what_a_page_holds_behind_its_entries_does_not_count() -> None:
+    case = make_case([[20, 3]], [5], head_dim=64, page_size=16, dtype=torch.bfloat16)
+    expected = attend(dataclasses.replace(case, pool=torch.zeros_like(case.pool)))
+    stale = attend(dataclasses.replace(case, pool=torch.full_like(case.pool, torch.nan), kept=case.kept * 0))
+    clean = attend(dataclasses.replace(case, pool=torch.zeros_like(case.pool), kept=case.kept * 0))
+    assert torch.equal(stale, clean) and not torch.equal(clean, expected)
+
+
 @pytest.mark.parametrize("chunks", [[1] * 8, [3, 5], [7, 1], [600]])
 def test_a_row_does_not_depend_on_how_its_prompt_is_cut(chunks: list[int]) -> None:
     """To the bit, so a preempted or prefix-sharing request computes what an undisturbed one does."""

@@ -63,6 +63,29 @@ def test_a_row_does_not_depend_on_the_batch(dtype: torch.dtype, inputs: int) -> 
         assert torch.equal(gated_linear(x[first:end], weight, backend="cpu"), gated[first:end])
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 16), (4896, 40), (800, 100)])
+def test_many_rows(inputs: int, outputs: int) -> None:
+    """So many that they are cut among threads, into blocks, and the inputs into chunks; the outputs fill no tile."""
+    x = normal(290, inputs, seed=1, dtype=torch.bfloat16)
+    weight = normal(2 * outputs, inputs, seed=2, dtype=torch.bfloat16) / inputs**0.5
+    bias, residual = (normal(*shape, seed=3, dtype=torch.bfloat16) for shape in ((2 * outputs,), (290, 2 * outputs)))
+    whole = linear(x, weight, bias, residual=residual, backend="cpu")
+    torch.testing.assert_close(whole, linear(x, weight, bias, residual=residual), **TOLERANCE[torch.bfloat16])
+    gated = gated_linear(x, weight, bias, backend="cpu")
+    torch.testing.assert_close(gated, gated_linear(x, weight, bias), **TOLERANCE[torch.bfloat16])
+    for first, end in ((0, 1), (128, 131), (150, 170), (289, 290)):
+        alone = linear(x[first:end], weight, bias, residual=residual[first:end], backend="cpu")
+        assert torch.equal(alone, whole[first:end])
+        assert torch.equal(gated_linear(x[first:end], weight, bias, backend="cpu"), gated[first:end])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(linear(x, weight, bias, residual=residual, backend="cpu"), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_wrong_shapes_are_refused() -> None:
     weight = torch.zeros(6, 4)
     with pytest.raises(ValueError, match=r"x must be \[T, 4\], got \[2, 5\]"):

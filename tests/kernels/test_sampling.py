@@ -164,6 +164,20 @@ def test_finite_rows_allow_forbidden_tokens_but_no_nan() -> None:
     assert finite_rows(rows).tolist() == [True, False, False, False, True]
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 33, 2048, 5001])
+def test_cpu_maxima_equal_torchs(vocab: int) -> None:
+    """Ties, infinities and NaN anywhere in the row, rows apart in memory."""
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-9, 9, (60, vocab + 3), generator=generator).float()[:, :vocab]
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for row in range(30):
+        logits[row, torch.randint(0, vocab, (1,), generator=generator)] = special[row % 3]
+    logits[59] = -torch.inf
+    assert torch.equal(finite_rows(logits, "cpu"), finite_rows(logits))
+    numbers = ~logits.isnan().any(-1)
+    assert torch.equal(greedy_tokens(logits, "cpu")[numbers], greedy_tokens(logits)[numbers])
+
+
 def test_logprobs_are_of_the_given_logits() -> None:
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(70, 100, generator=generator)

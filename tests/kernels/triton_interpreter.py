@@ -20,6 +20,7 @@ from quire.kernels import (
     compaction_triton,
     layers_triton,
     page_bounds_triton,
+    sampling_triton,
 )
 
 from .oracle import PagedCase
@@ -42,6 +43,7 @@ __all__ = [
     "layers_triton",
     "log_sum_arguments",
     "page_bounds_triton",
+    "sampling_triton",
     "to_device",
     "tolerance",
     "widened",

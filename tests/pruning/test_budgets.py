@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.core.pruning import Budget, PruneParams
+from quire.pruning.budgets import BUDGETS
 from quire.pruning.policy import LayerView
 from quire.pruning.select import select
+from quire.pruning.table import make_policy
 
 from .views import GivenScores, make_view
 
@@ -90,7 +92,7 @@ def test_ada_formula() -> None:
     scores[1] *= 0.01
     target = 20
     free = [i for i in range(50) if 2 <= i < 46]
-    ranked = [sorted(free, key=lambda i, h=h: -float(scores[h, i])) for h in range(3)]
+    ranked = [[free[i] for i in scores[h, free].argsort(descending=True).tolist()] for h in range(3)]
     safe = {(h, i) for h in range(3) for i in [0, 1, 46, 47, 48, 49, *ranked[h]][: int(0.2 * target)]}
     safe |= {(h, i) for h in range(3) for i in (0, 1, 46, 47, 48, 49)}
     rest = sorted(
@@ -115,8 +117,8 @@ def test_prefix_formula() -> None:
     scores = [torch.rand(view.valid.shape) ** power for view, power in zip(views, (1, 4, 12), strict=True)]
     curves = []
     for score in scores:
-        heads = [score[h, 2:56].sort(descending=True).values for h in range(2)]
-        curves.append(sum((head / head.sum()).cumsum(0) for head in heads) / 2)
+        heads = score[:, 2:56].sort(descending=True).values
+        curves.append((heads / heads.sum(1, keepdim=True)).cumsum(1).mean(0))
 
     def sizes(threshold: float) -> list[int]:
         return [next((k + 1 for k in range(54) if curve[k] >= threshold), 54) for curve in curves]
@@ -136,6 +138,26 @@ def test_prefix_does_not_depend_on_the_unit_of_negative_scores() -> None:
     counts = counts_of(views, scores, 20, "prefix")
     assert counts == counts_of(views, [score * 50 for score in scores], 20, "prefix")
     assert counts[0] != counts[1]
+
+
+def kept_of(view: LayerView, keep: Tensor, counts: Tensor) -> LayerView:
+    """The view after a prune."""
+    width = keep.shape[1]
+    valid = torch.arange(width) < counts[:, None]
+    index = torch.where(valid, keep.long(), 0)
+    positions, keys = view.positions.gather(1, index), view.keys.gather(1, index[:, :, None].expand(-1, -1, 8))
+    return replace(view, keys=keys, values=keys, positions=positions, lengths=counts.long(), valid=valid)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_second_prune_to_the_same_target_takes_nothing(budget: Budget) -> None:
+    views = layers_of([[200, 200, 180]] * 3, 200)
+    bar = -3.0 if budget == "threshold" else None
+    params = PruneParams(policy="knorm", budget=budget, sinks=2, window=4, threshold=bar, floor=1)
+    first = select(make_policy(params), views, params, 150)
+    assert first.counts.sum() < 3 * 580
+    again = [kept_of(view, *pruned) for view, *pruned in zip(views, first.keep, first.counts, strict=True)]
+    assert torch.equal(select(make_policy(params), again, params, 150).counts, first.counts)
 
 
 def test_threshold_lets_through_what_scores_enough() -> None:

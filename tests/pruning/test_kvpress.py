@@ -30,8 +30,9 @@ def make_model(attention: str = "sdpa") -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HEADS * DIM, intermediate_size=96, num_hidden_layers=LAYERS, head_dim=DIM,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, attn_implementation=attention, initializer_range=0.3,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, initializer_range=0.3,
     )  # fmt: skip
+    config._attn_implementation = attention
     return LlamaForCausalLM(config).eval()
 
 
@@ -55,6 +56,12 @@ def hidden_states(model: LlamaForCausalLM) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
+def held(cache: DynamicCache, index: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [K, E, D] of a layer."""
+    layer: Any = cache.layers[index]
+    return layer.keys[0], layer.values[0]
+
+
 @torch.no_grad()
 def observe(count: int, window: int) -> list[LayerView]:
     """The model's unpruned cache and all that a policy can ask for."""
@@ -69,6 +76,7 @@ def observe(count: int, window: int) -> list[LayerView]:
     views = []
     for index, layer in enumerate(model.model.layers):
         queries = layer.self_attn.q_proj(hidden[index]).view(count, HEADS, DIM)
+        keys, values = held(cache, index)
         centred = queries[SINKS:] - queries[SINKS:].mean(0)
         cos, sin = (part[:, None] for part in rotation(torch.arange(count)))
         first, second = queries.chunk(2, dim=-1)
@@ -76,8 +84,8 @@ def observe(count: int, window: int) -> list[LayerView]:
         views.append(
             LayerView(
                 layer=index,
-                keys=cache.layers[index].keys[0],
-                values=cache.layers[index].values[0],
+                keys=keys,
+                values=values,
                 positions=torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1),
                 lengths=torch.full((KV_HEADS,), count),
                 valid=torch.ones(KV_HEADS, count, dtype=torch.bool),
@@ -109,7 +117,7 @@ def theirs(press: Any, views: list[LayerView], attention: str = "sdpa") -> list[
         if masked is not None:
             heads = [set(range(count)) - set(masked[2][masked[1] == k].tolist()) for k in range(KV_HEADS)]
         else:
-            kept = torch.cdist(cache.layers[index].keys[0], views[index].keys).argmin(-1)
+            kept = torch.cdist(held(cache, index)[0], views[index].keys).argmin(-1)
             heads = [set(row.tolist()) for row in kept]
         result.append(heads)
     return result

@@ -7,12 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from quire.core.pruning import PruneParams
+from quire.core.pruning import Budget, PruneParams, Refinement
 from quire.pruning.expected import HORIZON
 from quire.pruning.lagkv import PARTITION
 from quire.pruning.policy import LayerView, Limits, Policy
+from quire.pruning.select import select
 from quire.pruning.snapkv import KERNEL
 from quire.pruning.table import POLICIES, make_policy
 
@@ -29,13 +32,14 @@ def rotation(positions: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap: float | None = None) -> LayerView:
+def observed_view(
+    lengths: list[int], *, num_tokens: int, seed: int = 0, softcap: float | None = None, sinks: bool = False
+) -> LayerView:
     """A view with everything that any policy may ask for."""
     view = make_view(lengths, num_tokens=num_tokens, dim=DIM, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     heads, window = GROUP * len(lengths), min(LIMITS.window, num_tokens)
     factors = torch.randn(heads, DIM, DIM, generator=generator)
-    observed = {name: torch.rand(view.valid.shape, generator=generator) for name in ("mass", "repeated")}
     return replace(
         view,
         queries=torch.randn(window, heads, DIM, generator=generator) * 3,
@@ -46,7 +50,9 @@ def observed_view(lengths: list[int], *, num_tokens: int, seed: int = 0, softcap
         rotation=rotation,
         output_weight=torch.randn(20, heads * DIM, generator=generator),
         softcap=softcap,
-        **observed,
+        sink_logits=torch.randn(heads, generator=generator) if sinks else None,
+        mass=torch.rand(view.valid.shape, generator=generator),
+        repeated=torch.rand(view.valid.shape, generator=generator),
     )
 
 
@@ -62,8 +68,9 @@ def attention(view: LayerView, head: int, row: int, query_head: int) -> list[flo
         logit = float(view.queries[row, query_head] @ view.keys[head, e]) * view.scale
         logit = view.softcap * math.tanh(logit / view.softcap) if view.softcap else logit
         logits.append(logit if view.positions[head, e] <= view.query_positions[row] else -math.inf)
-    exps = [math.exp(x - max(logits)) for x in logits]
-    return [x / sum(exps) for x in exps]
+    sink = 0.0 if view.sink_logits is None else math.exp(float(view.sink_logits[query_head]))
+    exps = [math.exp(x) for x in logits]
+    return [x / (sum(exps) + sink) for x in exps]
 
 
 def window_literal(view: LayerView, head: int) -> list[float]:
@@ -152,9 +159,9 @@ def fresh(name: str) -> Policy:
 
 
 @pytest.mark.parametrize("name", LITERAL)
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_formula(name: str, softcap: float | None) -> None:
-    view = observed_view([30, 21], num_tokens=40, softcap=softcap)
+@pytest.mark.parametrize(("softcap", "sinks"), [(None, False), (2.0, False), (None, True)])
+def test_formula(name: str, softcap: float | None, sinks: bool) -> None:
+    view = observed_view([30, 21], num_tokens=40, softcap=softcap, sinks=sinks)
     scores = fresh(name).scores(view, LIMITS)
     assert scores.shape == view.valid.shape
     for head in range(2):
@@ -189,6 +196,15 @@ def test_lagkv_formula() -> None:
             assert scores[head, e] >= 1 if rank is None else scores[head, e] == pytest.approx(rank, abs=1e-6)
         unranked = scores[head, : len(expected)][[rank is None for rank in expected]]
         assert (unranked.diff() > 0).all(), "the newer, the better"
+
+
+def test_lagkv_before_a_run_of_one_token() -> None:
+    """The next partition's values have no range: what differs from them stands out, and nothing is NaN."""
+    view = make_view([4 * PARTITION], num_tokens=4 * PARTITION)
+    view.keys[:], view.values[:] = 1.0, 2.0
+    view.keys[0, 50], view.values[0, 50] = torch.randn(2, 8)
+    scores = fresh("lagkv").scores(view, LIMITS)
+    assert int(scores[0, LIMITS.sinks : LIMITS.sinks + PARTITION].argmax()) == 50 - LIMITS.sinks
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -244,3 +260,27 @@ def test_bfloat16_cache(name: str) -> None:
     scores = fresh(name).scores(half, LIMITS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(POLICIES)),
+    budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada"]),
+    refine=st.sampled_from([(), ("value-norm",), ("chunk",), ("value-norm", "chunk")]),
+    lengths=st.lists(st.integers(8, 60), min_size=2, max_size=2),
+    target=st.integers(8, 60),
+    seed=st.integers(0, 50),
+)
+def test_any_combination_keeps_what_is_protected(
+    name: str, budget: Budget, refine: tuple[Refinement, ...], lengths: list[int], target: int, seed: int
+) -> None:
+    params = PruneParams(policy=name, budget=budget, refine=refine, sinks=2, window=6)
+    views = [replace(observed_view(lengths, num_tokens=64, seed=seed + i), layer=i) for i in range(2)]
+    selection = select(make_policy(params), views, params, target)
+    assert selection.counts.sum() <= target * 4
+    for view, keep, counts in zip(views, selection.keep, selection.counts, strict=True):
+        for head, count in enumerate(counts.tolist()):
+            kept = keep[head, :count].tolist()
+            assert kept == sorted(set(kept)) and (not kept or kept[-1] < lengths[head])
+            positions = view.positions[head, : lengths[head]].tolist()
+            assert {i for i, p in enumerate(positions) if p < 2 or p >= 58} <= set(kept)

@@ -1,5 +1,7 @@
 """Turning cached keys to other positions."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from quire.pruning.policy import Rotation
 from quire.pruning.positions import bounded, contiguous, rerotate
 
 DIM = 16
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {"rope_theta": 10000.0},
     "partial": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "max_position_embeddings": 4096},

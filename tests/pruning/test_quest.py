@@ -72,7 +72,7 @@ def test_the_best_pages_in_their_order_and_the_newest_last(lengths: list[list[in
                 heads = cache.query[s, k * GROUP : (k + 1) * GROUP, None]
                 least, greatest = cache.bounds[page]
                 bounds.append(float(torch.maximum(heads * least, heads * greatest).sum(-1).max()))
-            best = sorted(sorted(range(newest), key=lambda i, b=bounds: -b[i])[: pages - 1])
+            best = sorted(torch.tensor(bounds).argsort(descending=True)[: pages - 1].tolist())
             expected = [*(int(cache.table[s, k, i]) for i in best), int(cache.table[s, k, newest])]
             assert table[s, k, : len(expected)].tolist() == expected
             assert int(kept[s, k]) + 1 == len(best) * PAGE + total - newest * PAGE

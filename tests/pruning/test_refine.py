@@ -43,10 +43,10 @@ def test_value_norm_takes_half_by_score_and_the_rest_weighed(negative: bool) -> 
         masses = masses / masses[:, :40].sum(1, keepdim=True)
     for head in range(2):
         always = [0, 37, 38, 39]
-        ranked = sorted(set(range(40)) - set(always), key=lambda i, h=head: -float(scores[h, i]))
+        ranked = [i for i in scores[head, :40].argsort(descending=True).tolist() if i not in always]
         first = always + ranked[: 10 - 4]
         weighed = (masses[head] + 1e-4) * norms[head]
-        second = sorted(set(range(40)) - set(first), key=lambda i, w=weighed: -float(w[i]))[:10]
+        second = [i for i in weighed[:40].argsort(descending=True).tolist() if i not in first][:10]
         assert kept[head] == {*first, *second}
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quire.core.errors import InvalidRequestError
 from quire.core.pruning import PruneParams
+from quire.kernels.compaction_reference import compact_kv
 from quire.pruning.policy import LayerView
 from quire.pruning.select import Selection, select
 from quire.pruning.table import POLICIES, make_policy, policy_infos
@@ -64,6 +65,28 @@ def test_non_finite_scores_never_harm() -> None:
     scores[0, 10], scores[0, 11] = float("inf"), float("-inf")
     kept = kept_sets(select(GivenScores(scores), [view], PruneParams(policy="x", sinks=1, window=2), 14))[0][0]
     assert kept == {0, 18, 19, 10, *range(12, 18), 1, 2, 3, 4}
+
+
+def test_compaction_takes_a_selection_as_it_is() -> None:
+    """Pages of 4 entries; what a head keeps, and nothing else, ends in its new pages in order."""
+    view = make_view([18, 11], num_tokens=30)
+    selection = select(GivenScores(torch.rand(2, 21)), [view], PruneParams(policy="x", sinks=1, window=2), 7)
+    pool, positions = torch.zeros(20, 2, 4, 8), torch.zeros(20, 4, dtype=torch.int32)
+    sources, targets = (
+        torch.arange(12, dtype=torch.int32).view(2, 6),
+        torch.arange(12, 16, dtype=torch.int32).view(2, 2),
+    )
+    for head, length in enumerate((18, 11)):
+        for e in range(length):
+            page, offset = int(sources[head, e // 4]), e % 4
+            pool[page, 0, offset], pool[page, 1, offset] = view.keys[head, e], view.values[head, e]
+            positions[page, offset] = view.positions[head, e]
+    keep, counts = selection.keep.flatten(0, 1), selection.counts.flatten()
+    compact_kv(pool, positions, sources, targets, keep, counts, in_place=False)
+    for head in range(2):
+        kept = keep[head, :7].long()
+        assert torch.equal(positions[targets[head].long()].flatten()[:7], view.positions[head, kept])
+        assert torch.equal(pool[targets[head].long(), 0].flatten(0, 1)[:7], view.keys[head, kept])
 
 
 def test_no_layer_is_an_error() -> None:

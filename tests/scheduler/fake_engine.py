@@ -8,15 +8,17 @@ It is told which pages are published, that is, may be read by sequences to come:
 lent as a fresh one, and a sequence may only begin with those that hold its own tokens.
 """
 
+import random
 import zlib
 
 import numpy as np
 
-from quire.core.ids import SlotId
 from quire.core.plan import (
     NO_TOKEN,
     BatchPlan,
+    Compaction,
     PageGrants,
+    PruneOrder,
     SequenceOutput,
     SequencePlan,
     SlotAssignment,
@@ -65,9 +67,7 @@ def expected_output(request: Request, index: int, config: SchedulerConfig) -> tu
 
 def parts(plan: BatchPlan) -> list[SequencePlan]:
     """All sequences of the batch, one by one: the steady decodes, then the others."""
-    columns = (plan.decodes.slots, plan.decodes.starts, plan.decodes.token_ids)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
-    return [*(SequencePlan(SlotId(slot), start, (token,), True) for slot, start, token in rows), *plan.sequences]
+    return list(plan.parts())
 
 
 class _Slot:
@@ -79,6 +79,8 @@ class _Slot:
         self.computed = assignment.cached
         self.pages: list[list[int]] = [[] for _ in range(num_rows)]
         self.kept = [assignment.cached] * num_rows
+        self.forgotten: list[set[int]] = [set() for _ in range(num_rows)]
+        """Per head, positions that pruning dropped."""
         if assignment.restored is not None:
             self.kept = assignment.restored.kept.tolist()
 
@@ -101,6 +103,11 @@ class FakeEngine:
         """Pages that are published with this step's swap-ins."""
         self.published: dict[int, bytes] = {}
         """Pages that must not change, with their contents."""
+        self.chosen: dict[int, list[list[int]]] = {}
+        """Slot -> per head, indices of the entries to keep; of the last step."""
+        self.rng = random.Random(0)
+        self.compactions = 0
+        self.restored_after_pruning = 0
 
     def protect(self, pages: set[int]) -> None:
         """Say which pages are published now; those that were before must still be what they were."""
@@ -112,9 +119,12 @@ class FakeEngine:
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
-        assert 0 < plan.num_tokens <= self.config.max_batch_tokens
-        assert len({part.slot for part in parts(plan)}) == len(parts(plan))
+        assert plan.num_tokens <= self.config.max_batch_tokens and (plan.num_tokens or plan.prunes or plan.compactions)
         self._leave(plan)
+        for compaction in plan.compactions:
+            self._compact(compaction)
+        self.chosen.clear()
+        assert len({part.slot for part in parts(plan)}) == len(parts(plan))
         for assignment in plan.assignments:
             assert 0 <= assignment.slot < self.config.max_num_seqs
             self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
@@ -129,10 +139,49 @@ class FakeEngine:
         steady = results[: len(plan.decodes)]
         assert not any(result.logprobs for result in steady), "a steady decode that wants more than a token"
         decoded = np.array([(*result.token_ids, NO_TOKEN)[0] for result in steady], np.int32)
-        return StepOutput(tuple(results[len(plan.decodes) :]), decoded=decoded)
+        kept = tuple(self._choose(order) for order in plan.prunes)
+        seconds = (0.5,) * len(kept)
+        return StepOutput(tuple(results[len(plan.decodes) :]), decoded=decoded, kept=kept, prune_seconds=seconds)
+
+    def _choose(self, order: PruneOrder) -> np.ndarray:
+        """Any entries, any number of them per head, about as many as ordered."""
+        slot = self.slots[order.slot]
+        assert slot.assignment.prune is not None and order.target >= 1 and slot.computed
+        self.chosen[order.slot] = choices = []
+        for row, kept in enumerate(slot.kept):
+            count = min(kept, max(1, order.target + self.rng.choice([-1, 0, 0, 1])))
+            windowed = self.config.windows[row // self.config.num_kv_heads] is not None
+            choices.append(list(range(kept)) if windowed else sorted(self.rng.sample(range(kept), count)))
+        return np.array([len(choice) for choice in choices], np.int32)
+
+    def _compact(self, compaction: Compaction) -> None:
+        """Move what was chosen; read everything before anything is written."""
+        slot, size = self.slots[compaction.slot], self.config.page_size
+        choices = self.chosen[compaction.slot]
+        assert compaction.counts.tolist() == [len(choice) for choice in choices]
+        stays = [self._entries(slot, row)[choice] for row, choice in enumerate(choices)]
+        held = [-(-len(entries) // size) for entries in stays]
+        if compaction.pages is None:
+            pages = [own[:count] for own, count in zip(slot.pages, held, strict=True)]
+        else:
+            assert len(compaction.pages) == sum(held)
+            assert not {page for own in slot.pages for page in own} & set(compaction.pages.tolist())
+            pages = [part.tolist() for part in np.split(compaction.pages, np.cumsum(held)[:-1])]
+        for row, entries in enumerate(stays):
+            assert not self.published.keys() & set(pages[row]), "a published page was compacted into"
+            slot.forgotten[row] |= {int(p) for p in self._entries(slot, row)[:, 0]} - {int(p) for p in entries[:, 0]}
+        slot.pages, slot.kept = pages, [len(entries) for entries in stays]
+        for row, entries in enumerate(stays):
+            where = np.arange(len(entries))
+            self.entries[np.array(pages[row], np.int64)[where // size], where % size] = entries
+        self.compactions += 1
+
+    def _entries(self, slot: _Slot, row: int) -> np.ndarray:
+        """What the head holds, int32 [kept, 2]."""
+        return self.entries[slot.pages[row]].reshape(-1, 2)[: slot.kept[row]].copy()
 
     def _leave(self, plan: BatchPlan) -> None:
-        """Copy out, all of it before anything is copied in."""
+        """Copy out, all of it before anything else is written."""
         for park in plan.parks:
             self.parked[park.ticket] = self.slots[park.slot]
         for ticket in plan.unparked:
@@ -150,10 +199,14 @@ class FakeEngine:
         assert all(
             new == old or self._window(row) for row, (new, old) in enumerate(zip(slot.kept, left.kept, strict=True))
         )
-        slot.computed = left.computed
-        for row, pages in enumerate(slot.pages):
-            entries = self.entries[pages].reshape(-1, 2)[: slot.kept[row]]
+        assert slot.assignment.restored.computed == left.computed
+        self.restored_after_pruning += any(left.forgotten)
+        slot.computed, slot.forgotten = left.computed, left.forgotten
+        for row in range(self.config.num_rows):
+            entries = self._entries(slot, row)
             positions = np.arange(left.computed - slot.kept[row], left.computed)
+            if self._window(row) is None:
+                positions = np.array([p for p in range(left.computed) if p not in left.forgotten[row]], np.int64)
             assert np.array_equal(entries, np.stack([positions, np.array(slot.known)[positions]], axis=1))
 
     def _apply_page_changes(self, plan: BatchPlan) -> None:
@@ -198,8 +251,10 @@ class FakeEngine:
     def _write(self, part: SequencePlan) -> None:
         slot, count = self.slots[part.slot], len(part.token_ids)
         assert count >= 1 and part.start == slot.computed, "positions are not consecutive"
-        assert list(part.token_ids) == slot.known[part.start : part.start + count], "other tokens than the known ones"
-        assert part.sample == (part.start + count == len(slot.known))
+        assert part.scratch or list(part.token_ids) == slot.known[part.start : part.start + count], (
+            "other tokens than the known ones"
+        )
+        assert part.sample == (not part.scratch and part.start + count == len(slot.known))
         prompt = slot.assignment.prompt_ids
         if part.score_ids:
             assert slot.assignment.params.prompt_logprobs is not None
@@ -213,8 +268,8 @@ class FakeEngine:
             written = pages[where // size]
             assert not self.published.keys() & set(written.tolist()), "a write into a published page"
             self.entries[written, where % size] = new
-            slot.kept[row] += count
-        slot.computed += count
+            slot.kept[row] += 0 if part.scratch else count
+        slot.computed += 0 if part.scratch else count
 
     def _result(self, part: SequencePlan) -> SequenceOutput:
         slot = self.slots[part.slot]
@@ -240,7 +295,11 @@ class FakeEngine:
         views = []
         for row in range(self.config.num_rows):
             window = self._window(row)
-            entries = self.entries[slot.pages[row]].reshape(-1, 2)[: slot.kept[row]]
+            entries = self._entries(slot, row)
+            assert (entries[:, 1] == np.array(slot.known)[entries[:, 0]]).all(), "an entry of another sequence"
+            if window is None:
+                expected = [p for p in range(slot.computed) if p not in slot.forgotten[row]]
+                assert entries[:, 0].tolist() == expected, "other entries than those that were kept"
             if window is not None:
                 entries = entries[slot.computed - 1 - entries[:, 0] < window]
             views.append(entries)

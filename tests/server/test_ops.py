@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.errors import OverloadedError
 from quire.core.messages import EngineStats
+from quire.server.keys import parse_keys
 from quire.server.metrics import Metrics, SequenceTimer
 from quire.server.text import Tokenizer
 
@@ -118,7 +119,7 @@ async def test_bad_tokenizing(http: httpx.AsyncClient, url: str, body: dict[str,
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_the_key_guards_every_route(make_http: HttpFactory, method: str, path: str) -> None:
-    http = make_http(api_key="schlüssel")
+    http = make_http(api_keys=parse_keys(["other", "team=schlüssel"]))
     for header in (None, "Bearer wrong", "schlüssel", "Basic schlüssel", "Bearer", "Bearer schlüssel2"):
         headers = {} if header is None else {b"Authorization": header.encode()}
         response = await http.request(method, path, headers=headers)
@@ -130,7 +131,7 @@ async def test_the_key_guards_every_route(make_http: HttpFactory, method: str, p
 
 
 async def test_probes_need_no_key(make_http: HttpFactory) -> None:
-    http = make_http(api_key="secret")
+    http = make_http(api_keys=parse_keys(["secret"]))
     assert (await http.get("/health")).status_code == 200
     assert (await http.get("/ready")).status_code == 200
 

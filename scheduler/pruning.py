@@ -1,0 +1,202 @@
+"""`Pruning`: when a sequence forgets, and how far. What exactly, the engine chooses by the sequence's policy.
+
+Two phases, because only the engine knows the scores and only the scheduler owns the pages:
+
+    plan n     orders a prune: "keep so many entries per head"
+    step n     computes, then chooses what to keep and reports how many entries of each head that is
+    plan n+1   compacts: says where the survivors go; the pages left behind are free from there on
+
+Between the choice and the compaction the sequence computes nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from msgspec.structs import replace
+
+from ..core.plan import Compaction, IntArray, PruneOrder
+from ..core.pruning import PruneCounts
+from .batch import BatchDraft
+from .cache_manager import CacheManager
+from .config import SchedulerConfig
+from .sequence import PruneState, SequenceState
+
+REPEATED_AT_ONCE = 2048
+"""Tokens that the model repeats after one instruction (KVzip, Kim et al. 2025)."""
+REPEATED_LEAD = 8
+"""Tokens of the last chunk that a later instruction ends with, so that the model knows where it is."""
+LEAST_REPEATED = 8
+"""A shorter repetition would be mostly instruction."""
+
+
+class Pruning:
+    """Orders prunes, turns the engine's answers into compactions, and counts both."""
+
+    def __init__(self, config: SchedulerConfig, cache: CacheManager) -> None:
+        self._config = config
+        self._cache = cache
+        self._chosen: list[SequenceState] = []
+        """Whose counts came with the last commit."""
+        self._totals: dict[str, PruneCounts] = {}
+        """By policy."""
+        self.lossy_preemptions = 0
+        """Sequences preempted after they were pruned."""
+
+    def counts(self) -> dict[str, PruneCounts]:
+        """What each policy has done so far; does not change any more."""
+        return {name: replace(total, prunes=dict(total.prunes)) for name, total in self._totals.items()}
+
+    def compact(self, draft: BatchDraft) -> None:
+        """Take back what the sequences that were just asked can spare; first of all in a plan."""
+        chosen, self._chosen = self._chosen, []
+        for sequence in chosen:
+            state = sequence.prune
+            if sequence.slot is None or state is None or state.counts is None:
+                continue
+            counts, state.counts = state.counts, None
+            dropped, before = int(sequence.table.kept.sum() - counts.sum()), self._cache.available
+            done, pages = self._cache.compact(sequence, counts) if dropped else (False, None)
+            state.denied = not done
+            if done:
+                state.pruned = True
+                draft.compactions[sequence] = Compaction(sequence.slot, counts, pages)
+                self._count(state, dropped, self._cache.available - before)
+
+    def order_if_due(self, sequence: SequenceState, draft: BatchDraft) -> None:
+        """Order the prune that the sequence's parameters ask for after what it computes in this step."""
+        state = sequence.prune
+        if state is None or state.params.when == "pressure":
+            return
+        reason = self._due(sequence, state)
+        if reason and (self._ratio(sequence, state) > 1 or state.params.budget == "threshold"):
+            self._order(sequence, state, reason, draft)
+
+    def repeats(self, sequence: SequenceState) -> bool:
+        """Whether the model must repeat more of the sequence before it goes on.
+
+        One that leaves context or step too little room for that is not pruned at all.
+        """
+        state = sequence.prune
+        if state is None or state.params.when == "pressure" or not self._config.policies[state.params.policy].repeats:
+            return False
+        left = state.prefill_end - state.repeated
+        if sequence.num_computed < state.prefill_end or not left:
+            return False
+        return self._room(sequence, self._config.max_batch_tokens) >= min(left, LEAST_REPEATED)
+
+    def repetition(self, sequence: SequenceState, budget: int) -> tuple[tuple[int, ...], int]:
+        """What to compute for that, at most `budget` tokens, and how many tokens of the sequence it repeats.
+
+        None where others leave the step too little room.
+        """
+        state = sequence.prune
+        assert state is not None
+        left, start = state.prefill_end - state.repeated, state.repeated
+        count = min(left, self._room(sequence, budget), REPEATED_AT_ONCE)
+        if count < min(left, LEAST_REPEATED):
+            return (), 0
+        lead = sequence.tokens[max(start - REPEATED_LEAD, 0) : start]
+        return (*sequence.request.repeat_ids, *lead, *sequence.tokens[start : start + count]), count
+
+    def _room(self, sequence: SequenceState, budget: int) -> int:
+        """Tokens that can be repeated in a step of `budget` tokens, behind the sequence's own."""
+        assert sequence.prune is not None
+        behind = self._config.max_length - 1 - sequence.num_computed
+        return min(budget, behind) - len(sequence.request.repeat_ids) - min(sequence.prune.repeated, REPEATED_LEAD)
+
+    def repeated(self, sequence: SequenceState) -> None:
+        """The model has repeated what was planned."""
+        state = sequence.prune
+        assert state is not None
+        state.repeated, state.repeating = state.repeated + state.repeating, 0
+
+    def relieve(self, needed: int, running: Sequence[SequenceState], draft: BatchDraft) -> bool:
+        """Prune whom it harms least until `needed` pages come free with the next plan, if that may be and can be.
+
+        Least harmed is who holds most in proportion to what it must keep. True if pages will come: then the sequence
+        that needs them waits a step. Each such prune leaves less to forget, so waiting ends.
+        """
+        if not self._config.prunes_under_pressure:
+            return False
+        missing = draft.reserved + needed - self._cache.available - draft.relief
+        for sequence, state in self._candidates(running, draft):
+            if missing <= 0:
+                break
+            missing -= self._order(sequence, state, "pressure", draft)
+        if not draft.relief:
+            return False
+        draft.reserved += needed
+        draft.owed += needed
+        return True
+
+    def commit(self, sequences: Sequence[SequenceState], kept: Sequence[IntArray], seconds: Sequence[float]) -> None:
+        """What the engine would keep of the `sequences` that the plan ordered to be pruned, in its order."""
+        for sequence, counts, time in zip(sequences, kept, seconds, strict=True):
+            state = sequence.prune
+            assert state is not None
+            self._total(state).seconds += time
+            # One that has ended meanwhile, or gave its slot back, has no pages any more.
+            if sequence.slot is None or sequence.done:
+                continue
+            state.counts, state.last = counts, sequence.num_computed
+            self._chosen.append(sequence)
+
+    def _due(self, sequence: SequenceState, state: PruneState) -> str:
+        """Why to prune after the tokens in flight; empty if there is no reason."""
+        computed = sequence.num_stored
+        if self._config.policies[state.params.policy].repeats:
+            # Once, when all is repeated: of what comes later nothing was seen.
+            done = state.repeated + state.repeating >= state.prefill_end and (state.repeating or state.denied)
+            return "prompt" if done else ""
+        if sequence.num_computed < state.prefill_end:
+            return "prompt" if state.params.chunked or computed >= state.prefill_end else ""
+        if state.denied:
+            return state.reason if computed - state.last >= self._config.page_size else ""
+        every = state.params.every
+        return "decode" if every and computed - max(state.last, state.prefill_end) >= every else ""
+
+    def _candidates(
+        self, running: Iterable[SequenceState], draft: BatchDraft
+    ) -> list[tuple[SequenceState, PruneState]]:
+        """Who can be pruned under pressure, least harmed first."""
+        found: list[tuple[float, SequenceState, PruneState]] = []
+        for sequence in running:
+            state = sequence.prune
+            if state is None or sequence.done or sequence in draft.prunes:
+                continue
+            computed = sequence.num_stored
+            repeats = self._config.policies[state.params.policy].repeats
+            waits = computed < state.prefill_end and not state.params.chunked
+            if repeats or waits or not computed or (state.denied and computed == state.last):
+                continue
+            ratio = self._ratio(sequence, state)
+            if ratio > 1 and self._gain(sequence, state):
+                found.append((ratio, sequence, state))
+        found.sort(key=lambda candidate: -candidate[0])
+        return [(sequence, state) for _, sequence, state in found]
+
+    def _order(self, sequence: SequenceState, state: PruneState, reason: str, draft: BatchDraft) -> int:
+        """Returns how many pages that will surely make available."""
+        assert sequence.slot is not None
+        draft.prunes[sequence] = PruneOrder(sequence.slot, state.params.target(len(sequence.tokens)))
+        state.reason = reason
+        gain = self._gain(sequence, state)
+        draft.relief += gain
+        return gain
+
+    def _ratio(self, sequence: SequenceState, state: PruneState) -> float:
+        """What it holds after this step in proportion to what it must keep."""
+        fresh = sequence.num_stored - sequence.num_computed
+        held = float(sequence.table.kept[self._config.full_rows].mean()) + fresh
+        return held / state.params.target(len(sequence.tokens))
+
+    def _gain(self, sequence: SequenceState, state: PruneState) -> int:
+        return self._cache.gain(sequence, state.params.target(len(sequence.tokens)))
+
+    def _total(self, state: PruneState) -> PruneCounts:
+        return self._totals.setdefault(state.params.policy, PruneCounts())
+
+    def _count(self, state: PruneState, entries: int, pages: int) -> None:
+        total = self._total(state)
+        total.entries += entries
+        total.pages += pages
+        total.prunes[state.reason] = total.prunes.get(state.reason, 0) + 1

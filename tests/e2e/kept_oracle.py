@@ -1,0 +1,170 @@
+"""What a pruned model must say: a plain dense pass that hides from each query exactly what the engine had forgotten.
+
+`Recorder` watches the engine forget; `expected_logprobs` replays that in the library's own model over whole sequences.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface
+
+from quire.core.plan import BatchPlan, StepOutput
+from quire.scheduler.loop import EngineLoop
+
+NEVER = 2**31
+
+
+@dataclass
+class Life:
+    """A sequence from an assignment to its end or preemption."""
+
+    outputs: int
+    """Tokens generated before."""
+    forgotten: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    """(layer, head, position) -> position of the first query that no longer sees it."""
+    passed_over: dict[tuple[int, int, int], set[int]] = field(default_factory=dict)
+    """(layer, head, position of a query) -> positions that it did not read."""
+
+
+class Recorder:
+    """Notes per choice what each head has forgotten, and when; checks what a compaction must leave alone."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self.lives: dict[tuple[str, int], list[Life]] = defaultdict(list)
+        self._loop = loop
+        engine: Any = loop.engine
+        self._engine = engine
+        self._step, self._compact = self._engine.step, self._engine.cache.compact
+        self._engine.step = self.step
+        self._engine.cache.compact = self.compact
+        self.compactions = 0
+
+    def step(self, plan: BatchPlan) -> StepOutput:
+        shared = self._shared_pages(arriving=plan.swap_ins.device)
+        pool = self._engine.cache.pool
+        before = pool[shared].clone()
+        # The slots' occupants before the plan was made are those that are compacted.
+        for assignment in plan.assignments:
+            if assignment.restored is None:
+                self.lives[self._owner(assignment.slot)].append(Life(len(assignment.output_ids)))
+        selector_of = self._engine._selection.selector
+
+        def watched(plan: BatchPlan) -> Any:
+            selector = selector_of(plan)
+            if selector is not None:
+                select = selector.select
+                selector.select = lambda *call: self._note(plan, call, select(*call))
+            return selector
+
+        self._engine._selection.selector = watched
+        output: StepOutput = self._step(plan)
+        self._engine._selection.selector = selector_of
+        assert torch.equal(pool[shared], before), "a page that others may read was written"
+        return output
+
+    def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
+        """Which entries the step's single rows leave out in this layer."""
+        context, layer, _ = call
+        for index, part in enumerate(plan.parts() if selected is not None else ()):
+            for head in range(context.kept.shape[2]):
+                tables = [(context.page_table[index, layer, head], context.kept[index, layer, head])]
+                tables.append((selected[0][index, head], selected[1][index, head]))
+                every, read = (
+                    set(context.entry_positions[table.long()].flatten()[: int(kept) + len(part.token_ids)].tolist())
+                    for table, kept in tables
+                )
+                assert read <= every and part.start in read
+                if every - read:
+                    assert len(part.token_ids) == 1
+                    life = self.lives[self._owner(part.slot)][-1]
+                    life.passed_over[layer, head, part.start] = every - read
+        return selected
+
+    def compact(self, compaction: Any, *rest: Any) -> None:
+        cache, slot = self._engine.cache, compaction.slot
+        before = self._positions(slot)
+        self._compact(compaction, *rest)
+        after = self._positions(slot)
+        life, now = self.lives[self._owner(slot)][-1], int(cache.computed[slot])
+        self.compactions += 1
+        for head, positions in before.items():
+            assert set(after[head]) <= set(positions) and sorted(after[head]) == after[head]
+            for position in set(positions) - set(after[head]):
+                life.forgotten[*head, position] = now
+
+    def _owner(self, slot: int) -> tuple[str, int]:
+        (sequence,) = [s for s in self._loop.scheduler._running if s.slot == slot]
+        return sequence.request.id, sequence.index
+
+    def _shared_pages(self, arriving: np.ndarray) -> Tensor:
+        """Pages of published blocks, as they are when the step begins; but not those that are `arriving` with it."""
+        scheduler = self._loop.scheduler
+        bundles = {bundle for s in scheduler._running for bundle in s.blocks if bundle is not None}
+        pages = [bundle.pages for bundle in {*bundles, *scheduler._cache._index} if bundle.pages is not None]
+        return torch.from_numpy(
+            np.setdiff1d(np.concatenate(pages) if pages else np.empty(0, np.int32), arriving)
+        ).long()
+
+    def _positions(self, slot: int) -> dict[tuple[int, int], list[int]]:
+        cache = self._engine.cache
+        found = {}
+        for layer in range(cache.layout.num_layers):
+            for head in range(cache.layout.num_kv_heads):
+                count = int(cache.kept[slot, layer, head])
+                pages = cache.page_table[slot, layer, head].long()
+                found[layer, head] = cache.entry_positions[pages].flatten()[:count].tolist()
+        return found
+
+
+def load_reference(folder: Path) -> Any:
+    """The library's model, whose attention hides what `hidden` says."""
+    AttentionInterface.register("forgetful", _forgetful_attention)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="forgetful").eval()
+
+
+attended: dict[int, Tensor] = {}
+"""Layer -> [H, T, T]: weights of the last pass."""
+_hidden: dict[int, Tensor] = {}
+"""Layer -> [K, T, T] bool: query, entry."""
+
+
+def _forgetful_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, **_):
+    groups = query.shape[1] // key.shape[1]
+    scores = query[0] @ key[0].repeat_interleave(groups, 0).transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
+    place = torch.arange(scores.shape[-1])
+    distance = place[:, None] - place
+    unseen = (distance < 0) | (distance >= (sliding_window or NEVER))
+    unseen = unseen | _hidden[module.layer_idx].repeat_interleave(groups, 0)
+    weights = attended[module.layer_idx] = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    return (weights @ value[0].repeat_interleave(groups, 0)).transpose(0, 1)[None], None
+
+
+def hide(life: Life, config: Any, size: int) -> None:
+    """Let passes over `size` tokens see what the life had not forgotten."""
+    for layer in range(config.num_hidden_layers):
+        _hidden[layer] = torch.zeros(config.num_key_value_heads, size, size, dtype=torch.bool)
+    for (layer, head, position), first in life.forgotten.items():
+        _hidden[layer][head, first:, position] = True
+    for (layer, head, query), positions in life.passed_over.items():
+        _hidden[layer][head, query, list(positions)] = True
+
+
+@torch.inference_mode()
+def expected_logprobs(reference: Any, lives: list[Life], prompt: list[int], output: list[int]) -> Tensor:
+    """[len(output), V]: log-probabilities of each generated token's place."""
+    ids = [*prompt, *output[:-1]]
+    config, size = reference.config, len(ids)
+    rows = []
+    for number, life in enumerate(lives):
+        end = lives[number + 1].outputs if number + 1 < len(lives) else len(output)
+        hide(life, config, size)
+        logits = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        start = len(prompt) - 1
+        rows.append(logits[start + life.outputs : start + end].log_softmax(-1))
+    return torch.cat(rows)

@@ -1,0 +1,148 @@
+"""Decode graphs with a fake capture: sizes, padding, laziness, and the same tokens as without them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from quire.core.plan import BatchPlan, Decodes, SequenceOutput, StepOutput
+from quire.core.request import SamplingParams
+from quire.engine.engine import Engine
+from quire.engine.graphs import DecodeGraphs, graph_sizes
+
+from .fake_model import FakeRunner
+from .harness import Harness, Sequence, make_engine
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7], [9], [3, 2, 3, 8]]
+MIXED = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.9), SamplingParams(top_p=0.7)]
+
+
+class FakeCapture:
+    """Holds on to the work, as a graph would, and counts."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replayed = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.captured += 1
+        work()
+
+        def replay() -> None:
+            self.replayed += 1
+            work()
+
+        return replay
+
+
+def with_graphs(
+    runner: FakeRunner, capture: Callable[..., Callable[[], None]], backend: Literal["cpu", "reference"] = "reference"
+) -> Engine:
+    engine = make_engine(runner)
+    engine._graphs = DecodeGraphs(runner, engine.cache, graph_sizes(6), backend, capture)
+    return engine
+
+
+def in_columns(engine: Engine) -> None:
+    """Pure decode steps reach the engine as columns, as the scheduler sends them."""
+    step = engine.step
+
+    def convert(plan: BatchPlan) -> StepOutput:
+        if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
+            return step(plan)
+        columns = [(part.slot, part.start, part.token_ids[0]) for part in plan.sequences]
+        decodes = Decodes(*np.array(columns, np.int32).T)
+        output = step(replace(plan, sequences=(), decodes=decodes))
+        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
+
+    engine.step = convert  # type: ignore[method-assign]
+
+
+def run(engine: Engine, count: int = 9) -> list[list[int]]:
+    """All prompts, joining one by one in odd slots, so that the batch grows; then they leave in another order."""
+    harness = Harness(engine, drop_windows=True)
+    sequences: list[Sequence] = []
+    for index, prompt in enumerate(PROMPTS):
+        sequences.append(harness.add((4, 1, 3, 0, 5)[index], prompt, MIXED[index % 3], seed=index))
+        harness.step([(sequences[-1], len(prompt))])
+        harness.step([(sequence, 1) for sequence in reversed(sequences)])
+    while open_ := [s for s in sequences if len(s.output_ids) < count + s.seed]:
+        harness.step([(sequence, 1) for sequence in open_])
+    return [sequence.output_ids for sequence in sequences]
+
+
+def test_sizes_cover_every_batch_and_are_at_most_sixteen() -> None:
+    for limit in (1, 2, 3, 7, 16, 50, 64, 200, 256, 1000):
+        sizes = graph_sizes(limit)
+        assert len(sizes) <= 16 and list(sizes) == sorted(set(sizes)) and sizes[-1] == min(limit, 256)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_padded_replays_give_the_plain_tokens(backend: Literal["cpu", "reference"], columns: bool) -> None:
+    """Also beside sliding windows, with slots that are not the batch's rows, and for every way of drawing."""
+    runner = FakeRunner()
+    capture = FakeCapture()
+    engine = with_graphs(runner, capture, backend)
+    if columns:
+        in_columns(engine)
+    assert run(engine) == run(make_engine(runner))
+    assert capture.captured == 4, "sizes 1, 2, 4 and 6, each at its first use"
+    assert capture.replayed > 12
+    assert not engine.cache.padded_kept[-1].any(), "padding holds no entries"
+    assert (engine.cache.padded_table[-1] == engine.cache.num_pages).all()
+
+
+def test_padding_writes_to_no_page_of_anybody() -> None:
+    runner = FakeRunner()
+    engine = with_graphs(runner, FakeCapture())
+    harness = Harness(engine)
+    first, second, third = (harness.add(slot, PROMPTS[slot]) for slot in range(3))
+    for sequence in (first, second, third):
+        harness.step([(sequence, len(sequence.prompt))])
+    before = engine.cache.pool.clone()
+    harness.step([(first, 1), (second, 1), (third, 1)])
+    changed = (engine.cache.pool != before).flatten(1).any(1).nonzero().squeeze(1).tolist()
+    heads = harness.rows
+    mine = {s.pages[row][-1] for s in (first, second, third) for row in range(heads)}
+    assert set(changed) == mine | {engine.cache.num_pages}
+
+
+def test_only_pure_decodes_are_replayed() -> None:
+    runner, capture = FakeRunner(), FakeCapture()
+    harness = Harness(with_graphs(runner, capture))
+    long, scored = harness.add(0, PROMPTS[2]), harness.add(1, PROMPTS[0], SamplingParams(prompt_logprobs=0))
+    harness.step([(long, 1)])  # a prompt's first token, which samples nothing
+    harness.step([(long, 6), (scored, 1)])
+    harness.step([(long, 1), (scored, 4)])
+    assert capture.captured == 0
+    harness.step([(long, 1), (scored, 1)])
+    assert capture.replayed == 1
+
+
+def test_what_cannot_be_captured_runs_plainly_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    runner = FakeRunner()
+    assert run(with_graphs(runner, refuse)) == run(make_engine(runner))
+    assert [record.getMessage() for record in caplog.records] == [
+        "decode steps run without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_poisoned_row_touches_no_other() -> None:
+    """A graph computes all rows together; what is not finite stays in its own."""
+    runner = FakeRunner()
+    engine = with_graphs(runner, FakeCapture())
+    harness = Harness(engine)
+    good, bad = harness.add(0, PROMPTS[0]), harness.add(1, PROMPTS[1])
+    harness.step([(good, 5), (bad, 2)])
+    bad.tokens[-1] = 13  # the runner's token whose embedding is NaN
+    outputs = harness.step([(good, 1), (bad, 1)])
+    assert outputs[0].error is None and outputs[1].error is not None
+    alone = Harness(make_engine(runner))
+    assert good.output_ids == alone.generate(alone.add(0, PROMPTS[0]), 2)
+    assert engine.cache.pool[-1].isfinite().all()

@@ -1,0 +1,61 @@
+"""Whole steps of a tiny native model on the Triton kernels (interpreted without a GPU) against plain torch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire.core.config import EngineConfig
+from quire.core.request import SamplingParams
+from quire.engine.engine import Engine
+from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.kernels.backend import Backend
+from quire.models.placement import Placement
+
+from ..kernels.triton_interpreter import ON_GPU
+from ..models.conftest import load, make_checkpoint
+from .harness import Harness, Sequence
+from .test_graphs import FakeCapture
+
+PARAMS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.8, min_p=0.02),
+    SamplingParams(temperature=1.0, repetition_penalty=1.3, presence_penalty=0.4),
+    SamplingParams(temperature=0.0, frequency_penalty=0.9),
+]
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2, 3, 8, 4], [6]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Grouped heads, norms of queries and keys, gated feed-forward: every Triton operation of the native layers."""
+    settings = {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    return make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3", settings).folder
+
+
+def make_engine(folder: Path, backend: Backend) -> Engine:
+    place = Placement(torch.device("cuda" if ON_GPU else "cpu"), torch.float32, backend)
+    config = EngineConfig(model="tiny", page_size=4, max_num_seqs=5, max_batch_tokens=64, max_model_len=40)
+    return Engine(load(folder, "native", place=place), config, "native", place)
+
+
+def run(engine: Engine) -> list[list[int]]:
+    """A prompt in chunks beside decodes, then decodes alone."""
+    harness = Harness(engine)
+    sequences = [harness.add(4 - i, p, PARAMS[i], seed=i) for i, p in enumerate(PROMPTS)]
+    work: list[list[tuple[Sequence, int]]] = [[(sequences[0], 4)], [(sequences[0], 5), (sequences[1], 2)]]
+    work += [[(sequences[1], 1), (sequences[2], 7), (sequences[0], 2), (sequences[3], 1)]]
+    for step in work + [[(sequence, 1) for sequence in sequences]] * 4:
+        harness.step(step)
+    return [sequence.output_ids for sequence in sequences]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_tokens_are_the_references_with_and_without_graphs(checkpoint: Path, device: str) -> None:
+    expected = run(make_engine(checkpoint, "reference"))
+    assert run(make_engine(checkpoint, "triton")) == expected
+    engine, capture = make_engine(checkpoint, "triton"), FakeCapture()
+    if device == "cpu":
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", capture)
+    assert run(engine) == expected
+    assert device == "cuda" or capture.replayed == 4

@@ -1,0 +1,163 @@
+"""When sequences are told to forget, where the survivors go, and who waits for whose pages."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+import pytest
+
+from quire.core.messages import single_events
+from quire.core.plan import BatchPlan
+from quire.core.pruning import PolicyInfo, PruneParams
+from quire.core.request import Request
+
+from .fake_engine import expected_output
+from .world import World, make_config, make_request
+
+POLICIES = {"any": PolicyInfo(), "newest": PolicyInfo(observes="newest"), "repeating": PolicyInfo(repeats=True)}
+PROMPT = range(1, 19)
+"""Four pages of 4 and two tokens."""
+
+
+def world_of(**changes: Any) -> World:
+    return World(make_config(policies=POLICIES, **changes))
+
+
+def pruned(name: str, prompt: Iterable[int] = PROMPT, *, seed: int = 1, max_tokens: int = 8, **changes: Any) -> Request:
+    """A request that keeps half of its entries, at least 3."""
+    values: dict[str, Any] = {"policy": "any", "floor": 3, "window": 1, "sinks": 1, "every": 4} | changes
+    params = PruneParams(**values)
+    plain = make_request(name, prompt, seed=seed, max_tokens=max_tokens)
+    return msgspec.structs.replace(plain, prune=params, repeat_ids=(7, 7))
+
+
+def step(world: World) -> BatchPlan:
+    plan = world.step()
+    assert plan is not None
+    return plan
+
+
+def test_ordered_with_the_last_chunk_and_compacted_in_the_next_plan():
+    world = world_of(prefix_cache=False)
+    world.scheduler.add(pruned("a"))
+    (order,) = step(world).prunes
+    assert order.target == 9 and world.scheduler.stats().pages_used == 10
+    plan = step(world)
+    (compaction,) = plan.compactions
+    assert compaction.pages is None and 6 <= world.scheduler.stats().pages_used <= 8
+    assert world.scheduler.stats().prunes["any"].prunes == {"prompt": 1}
+    world.run()
+    assert world.scheduler.stats().prunes["any"].prunes == {"prompt": 1, "decode": 1}
+
+
+def test_after_each_chunk_so_that_the_peak_falls():
+    world = world_of(max_batch_tokens=6, prefix_cache=False)
+    world.scheduler.add(pruned("a", range(1, 37), keep=0.25))
+    peaks = []
+    while world.scheduler.has_work:
+        step(world)
+        peaks.append(world.scheduler.stats().pages_used)
+    assert max(peaks) <= 2 * 5 < 2 * 9, "36 entries take 9 pages a head, 9 and a chunk of 6 five at most"
+    world.scheduler.add(pruned("b", range(1, 37), keep=0.25, chunked=False))
+    world.run()
+    assert world.scheduler.stats().prunes["any"].prunes["prompt"] > 1
+
+
+def test_keeping_all_is_no_pruning():
+    world = world_of()
+    world.scheduler.add(pruned("a", keep=1.0))
+    while world.scheduler.has_work:
+        plan = step(world)
+        assert not plan.prunes and not plan.compactions
+    assert world.tokens["a", 0] == expected_output(make_request("a", PROMPT, max_tokens=8), 0, world.config)[0]
+
+
+def test_published_blocks_stay_as_they_are_and_serve_others():
+    world = world_of()
+    world.scheduler.add(pruned("a"))
+    step(world)
+    plan = step(world)
+    assert plan.compactions[0].pages is not None, "its full blocks may be read by others"
+    world.scheduler.add(make_request("b", PROMPT, max_tokens=8))
+    assert step(world).assignments[0].cached == 16
+    world.run()
+    assert world.tokens["b", 0] == expected_output(make_request("b", PROMPT, max_tokens=8), 0, world.config)[0]
+    world.scheduler.add(make_request("c", (*PROMPT, *world.tokens["a", 0]), seed=3))
+    assert step(world).assignments[0].cached == 16, "what it computed after it was pruned is nobody's"
+    world.run()
+
+
+def test_without_free_pages_its_blocks_are_taken_back():
+    world = world_of(num_pages=10, max_model_len=20)
+    world.scheduler.add(pruned("a", max_tokens=2))
+    step(world)
+    assert len(world.published_pages()) == 8
+    assert step(world).compactions[0].pages is None and not world.published_pages()
+    world.run()
+
+
+def test_blocks_that_others_read_deny_a_prune_until_there_is_room():
+    world = world_of(num_pages=18, max_model_len=24)
+    world.scheduler.add(pruned("first", seed=2, max_tokens=6, when="pressure"))
+    step(world)
+    for name, seed in (("a", 3), ("b", 4)):
+        world.scheduler.add(pruned(name, seed=seed, max_tokens=6))
+    step(world)
+    scheduler, cache = world.scheduler, world.scheduler._cache
+    taken = cache.take(cache.available)
+    plan = scheduler.plan()
+    cache.give(taken)
+    assert plan is not None and not plan.compactions and not scheduler.stats().prunes["any"].entries
+    for event in single_events(scheduler.commit(plan, world.engine.step(plan))):
+        world._collect(event)
+    world.run()
+    assert world.engine.compactions, "it is tried again"
+    assert len(world.finished) == 3
+
+
+def test_what_must_be_observed_is_computed_anew():
+    world = world_of()
+    world.scheduler.add(make_request("a", PROMPT))
+    world.run()
+    for policy, window, cached in (("any", 1, 16), ("newest", 1, 16), ("newest", 7, 8), ("repeating", 1, 16)):
+        world.scheduler.add(pruned(policy + str(window), policy=policy, window=window, max_tokens=1))
+        assert step(world).assignments[0].cached == cached
+        world.run()
+
+
+def test_the_model_repeats_its_prompt_before_it_forgets():
+    world = world_of(max_batch_tokens=16, prefix_cache=False)
+    world.scheduler.add(pruned("a", policy="repeating"))
+    plans = [step(world) for _ in range(5)]
+    scratch = [part for plan in plans for part in plan.sequences if part.scratch]
+    assert [part.start for part in scratch] == [18, 18], "behind the prompt, the second over the first"
+    assert scratch[0].token_ids == (7, 7, *range(1, 15))
+    assert scratch[1].token_ids == (7, 7, *range(7, 15), *range(15, 19)), "after the end of what it said before"
+    assert len(plans[3].prunes) == len(plans[4].compactions) == 1
+    world.run()
+    assert world.engine.compactions == 1
+
+
+@pytest.mark.parametrize("prunes", [True, False])
+def test_under_pressure_who_holds_most_forgets_and_the_needy_waits_a_step(prunes: bool):
+    world = world_of(num_pages=24, prefix_cache=False, prunes_under_pressure=prunes)
+    world.scheduler.add(pruned("big", range(1, 25), max_tokens=12, when="pressure"))
+    world.scheduler.add(make_request("plain", range(1, 9), seed=2, max_tokens=16))
+    reasons = []
+    while world.scheduler.has_work:
+        plan = step(world)
+        reasons += [order.target for order in plan.prunes]
+    stats = world.scheduler.stats()
+    assert bool(reasons) == prunes == (stats.preemptions_total == 0)
+    plain = expected_output(make_request("plain", range(1, 9), seed=2, max_tokens=16), 0, world.config)[0]
+    assert world.tokens["plain", 0] == plain and len(world.tokens["big", 0]) == 12
+
+
+def test_pruned_sequences_are_preempted_last_and_that_is_counted():
+    world = world_of(num_pages=16, prefix_cache=False, max_model_len=28)
+    world.scheduler.add(pruned("a", range(1, 10), max_tokens=12, keep=0.9))
+    world.scheduler.add(pruned("b", range(1, 10), seed=2, max_tokens=12, keep=0.9))
+    world.run()
+    stats = world.scheduler.stats()
+    assert stats.preemptions_total >= stats.lossy_preemptions_total >= 1
+    assert len(world.finished) == 2
