@@ -62,7 +62,7 @@ class Watched(Client):
         return {bundle: (bundle.pages, pool[torch.from_numpy(bundle.pages).long()].clone()) for bundle in bundles}
 
 
-def traffic(client: Client, seed: int, count: int = 30) -> list[Request]:
+def traffic(client: Client, seed: int, count: int = 20) -> list[Request]:
     """Requests at twice the rate at which they can be served, some of them cancelled."""
     rng, requests = random.Random(seed), []
     openings = [tokens(length, seed=length) for length in (8, 13, 24)]
@@ -98,7 +98,7 @@ def test_swapping_changes_no_token(
     assert stats.swap_out_sequences_total >= stats.swap_in_sequences_total > 0
     assert recomputable or stats.swap_out_sequences_total == stats.preemptions_total
     assert stats.host_pages_parked == 0 and stats.swap_out_bytes_total > 0
-    assert len(client.ended) >= 24
+    assert len(client.ended) >= 16
 
 
 def test_a_sequence_comes_back_bit_by_bit(windowed: Path) -> None:
