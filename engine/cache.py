@@ -37,14 +37,16 @@ class KVCache:
         self.padded_table = zeros((*padded, layout.max_pages), torch.int32, device)
         """[N + 1, L, K, max_pages]: `page_table`, and a slot of padding, all of whose pages are the last one."""
         self.padded_table[-1] = num_pages
-        self.padded_kept = torch.zeros(padded, dtype=torch.int32, device=device)
+        counts: IntArray = np.zeros((padded[0], heads[1] * heads[2]), np.int32)
+        self.padded_kept = torch.from_numpy(counts).view(padded).to(device)
         """[N + 1, L, K]: `kept`, and 0 for padding."""
         self.page_table = self.padded_table[:-1]
         """[N, L, K, max_pages]; columns past a head's pages are stale, but valid ids."""
         self.kept = self.padded_kept[:-1]
         """[N, L, K]: entries of each head."""
-        self._kept_host: IntArray = np.zeros((heads[0], heads[1] * heads[2]), np.int32)
-        """[N, R], equal to `kept`: sizes of a step are known without asking the device."""
+        self._kept_host: IntArray = counts[:-1]
+        """[N, R], equal to `kept`: sizes of a step are known without asking the device. On a CPU the same memory."""
+        self._mirrored = device.type != "cpu"
         self._columns = np.zeros(heads[0], np.int64)
         """[N]: columns of the slot's table that its sequence may have used."""
         self.computed = np.zeros(heads[0], np.int64)
@@ -97,7 +99,8 @@ class KVCache:
         table = self.page_table[drop.slot].view(-1, self.layout.max_pages)
         used = int(self._columns[drop.slot])
         table[rows, : used - drop.pages] = table[rows, drop.pages : used]
-        self.kept[drop.slot].view(-1)[rows] -= entries
+        if self._mirrored:
+            self.kept[drop.slot].view(-1)[rows] -= entries
         kept[drop.rows] -= entries
 
     def _enter(self, grants: PageGrants) -> Tensor:
@@ -161,7 +164,8 @@ class KVCache:
 
     def advance(self, slots: Tensor, lengths: Tensor, host_slots: IntArray, host_lengths: Sequence[int]) -> None:
         """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""
-        self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
+        if self._mirrored:
+            self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
         self._kept_host[host_slots] += np.asarray(host_lengths, np.int32)[:, None]
         self.computed[host_slots] += np.asarray(host_lengths)
 

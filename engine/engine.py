@@ -1,6 +1,5 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,10 +31,8 @@ from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
-from .sizing import CacheLayout, num_host_pages, num_pages
+from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
 from .timer import StepTimer
-
-log = logging.getLogger("quire")
 
 _WARM_UP_TOKENS = 8
 
@@ -49,34 +46,13 @@ class Engine:
         """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
         self._runner = runner
         self._place = place
-        spec = runner.spec
-        layout = CacheLayout(
-            num_layers=spec.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            page_size=config.page_size,
-            num_slots=config.max_num_seqs,
-            max_model_len=_max_model_len(config, spec),
-            dtype=place.dtype,
-        )
-        per_sequence = pages_needed(
-            spec.windows,
-            spec.num_kv_heads,
-            layout.max_model_len,
-            page_size=layout.page_size,
-            max_batch_tokens=config.max_batch_tokens,
-        )
+        layout = cache_layout(config, runner.spec, place.dtype)
+        per_sequence = _pages_per_sequence(config, runner.spec, layout)
         enough = config.max_num_seqs * per_sequence
-        pages = num_pages(layout, budget=config.kv_memory, device=place.device, enough=enough)
+        self.cache = _allocate(layout, num_pages(layout, config.kv_memory, place.device, enough), place.device)
+        self.sampler = Sampler(config.max_num_seqs, runner.spec.vocab_size, place.device, place.backend)
         host_pages = num_host_pages(layout, config.swap_memory)
-        try:
-            self.cache = KVCache(layout, pages, place.device)
-            self.host = HostPool(self.cache, host_pages) if host_pages else None
-        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-            raise ConfigError(
-                f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
-            ) from error
-        self.sampler = Sampler(config.max_num_seqs, spec.vocab_size, place.device, place.backend)
+        self.host = _allocate_host(self.cache, host_pages) if host_pages else None
         self._pruner = Pruner(self.cache, runner, place.backend)
         self._selection = PageSelection(self.cache, runner.spec, place.backend)
         self.parking = Parking(self._pruner, self._selection)
@@ -88,16 +64,16 @@ class Engine:
             self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture())
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
-            model=spec,
+            model=runner.spec,
             runner=kind,
             device=place.device_name,
             dtype=place.dtype_name,
             max_model_len=layout.max_model_len,
             page_size=layout.page_size,
-            num_pages=pages,
+            num_pages=self.cache.num_pages,
             kv_bytes=self.cache.num_bytes,
             num_host_pages=host_pages,
-            max_concurrency=pages / per_sequence,
+            max_concurrency=self.cache.num_pages / per_sequence,
             policies=offered_policies(runner),
             refinements=offered_refinements(runner),
         )
@@ -241,14 +217,32 @@ class Engine:
         self._pruner.clear()
 
 
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    """The setting, or what the model was trained for; a larger setting is allowed with a warning."""
-    if config.max_model_len is None:
-        return spec.max_context
-    if config.max_model_len > spec.max_context:
-        log.warning(
-            "max_model_len is %d, but the model was trained for %d positions: the output may degrade beyond them",
-            config.max_model_len,
-            spec.max_context,
-        )
-    return config.max_model_len
+def _pages_per_sequence(config: EngineConfig, spec: ModelSpec, layout: CacheLayout) -> int:
+    """Pages of a sequence that grows as long as it may."""
+    return pages_needed(
+        spec.windows,
+        spec.num_kv_heads,
+        layout.max_model_len,
+        page_size=layout.page_size,
+        max_batch_tokens=config.max_batch_tokens,
+    )
+
+
+def _allocate_host(cache: KVCache, num_pages: int) -> HostPool:
+    """Raises `ConfigError` if the memory is not there."""
+    try:
+        return HostPool(cache, num_pages)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"the host memory for swapping could not be allocated: {str(error).splitlines()[0]}", param="swap_memory"
+        ) from error
+
+
+def _allocate(layout: CacheLayout, pages: int, device: torch.device) -> KVCache:
+    """The cache; raises `ConfigError` if the device has no room for it after all."""
+    try:
+        return KVCache(layout, pages, device)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise ConfigError(
+            f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
+        ) from error

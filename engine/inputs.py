@@ -81,20 +81,16 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     """
     decodes, others = plan.decodes, plan.sequences
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
-    starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
     counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
     stored = (1,) * len(decodes) + tuple(0 if part.scratch else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
-    chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
-    host_ids = np.concatenate([decodes.token_ids, chunks])
-    ends = np.cumsum(counts)
-    positions = np.arange(len(host_ids)) + np.repeat(starts - (ends - counts), counts)
-    lengths = np.repeat(max_lengths[slots], counts)
-    parts = (host_ids, positions, lengths, slots, stored, layout.rows, [0], ends)
+    rows = np.array(counts, np.int64)
+    ids, positions, ends = _rows(plan, rows)
+    parts = (ids, positions, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
-        [len(host_ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
+        [len(ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
     )
     longest = cache.longest(slots, counts)
     page_table, kept = cache.tables(slot_rows, longest)
@@ -111,14 +107,15 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
         backend=backend,
     )
     return StepInputs(
-        input_ids=input_ids,
-        positions=position_rows,
-        lengths=length_rows,
-        context=context,
-        logit_rows=logit_rows,
-        layout=layout,
-        slots=slot_rows,
-        new_entries=new.int(),
-        host_slots=slots,
-        host_lengths=stored,
+        input_ids, position_rows, length_rows, context, logit_rows, layout, slot_rows, new.int(), slots, stored
     )
+
+
+def _rows(plan: BatchPlan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Token ids [T] and positions [T] of the flattened batch, the row after each sequence's last [S]; counts [S] int64."""
+    decodes, others = plan.decodes, plan.sequences
+    starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
+    chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
+    ids = np.concatenate([decodes.token_ids, chunks])
+    ends = counts.cumsum()
+    return ids, np.arange(len(ids)) + (starts - (ends - counts)).repeat(counts), ends

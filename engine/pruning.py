@@ -172,6 +172,7 @@ class Pruner:
                 num_tokens=num_tokens,
                 scale=scoring.scale,
                 softcap=scoring.softcap,
+                sink_logits=scoring.sinks,
                 output_weight=output_weight(self._runner, layer),
                 **({} if seen is None else _observed(seen, layer, positions, num_tokens)),
             )

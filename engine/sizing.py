@@ -1,12 +1,17 @@
 """How large the KV pool is: bytes of a page, pages of a sequence, and what memory the device has to give."""
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..core.config import EngineConfig
 from ..core.errors import ConfigError
+from ..core.model_spec import ModelSpec
+
+log = logging.getLogger("quire")
 
 CPU_SHARE = 0.25
 """Of the available memory: the pool is one guest of a machine among others, and weights are page-cached."""
@@ -50,7 +55,27 @@ class CacheLayout:
         return self.num_slots * self.num_layers * self.num_kv_heads * self.max_pages * torch.int32.itemsize
 
 
-def num_pages(layout: CacheLayout, *, budget: int | None, device: torch.device, enough: int) -> int:
+def cache_layout(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> CacheLayout:
+    """The layout for a model; a context longer than it was trained for is allowed with a warning."""
+    max_model_len = config.max_model_len or spec.max_context
+    if max_model_len > spec.max_context:
+        log.warning(
+            "max_model_len is %d, but the model was trained for %d positions: the output may degrade beyond them",
+            max_model_len,
+            spec.max_context,
+        )
+    return CacheLayout(
+        num_layers=spec.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        page_size=config.page_size,
+        num_slots=config.max_num_seqs,
+        max_model_len=max_model_len,
+        dtype=dtype,
+    )
+
+
+def num_pages(layout: CacheLayout, budget: int | None, device: torch.device, enough: int) -> int:
     """Pages of the pool: as many as `budget` bytes hold, or by default a share of the free memory, at most `enough`.
 
     Raises `ConfigError` if the budget is more than the device has, or less than two pages per head of every layer.

@@ -42,16 +42,22 @@ def attention_columns(
     for first in range(0, rows, step):
         part = folded[:, first : first + step]
         hidden = missing[:, None] | (entry_positions[:, None] > positions[first : first + step, None])
-        scores = torch.bmm(part.flatten(1, 2).float(), transposed).mul_(scale).unflatten(1, part.shape[1:3])
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores.masked_fill_(hidden[:, :, None], float("-inf"))
-        if sinks is not None:
-            column = sinks.float().view(kv_heads, 1, group, 1).expand(-1, part.shape[1], -1, -1)
-            scores = torch.cat([scores, column], dim=-1)
-        weights = scores.softmax(-1)[..., :longest]
+        logits = torch.bmm(part.flatten(1, 2).float(), transposed).mul_(scale).unflatten(1, part.shape[1:3])
+        weights = _weights(logits, hidden, softcap, sinks)
         if reduce == "sum":
             result += weights.sum((1, 2))
         else:
             result = torch.maximum(result, weights.amax((1, 2)))
     return result
+
+
+def _weights(logits: Tensor, hidden: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Probabilities [K, n, G, E] of logits (overwritten), with hidden [K, n, E] and sinks [H]."""
+    kv_heads, rows, group, entries = logits.shape
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits.masked_fill_(hidden[:, :, None], float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(kv_heads, 1, group, 1).expand(-1, rows, -1, -1)
+        logits = torch.cat([logits, column], dim=-1)
+    return logits.softmax(-1)[..., :entries]

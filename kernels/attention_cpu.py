@@ -7,12 +7,15 @@ from .cpu_library import AttentionArgs, loaded_library
 
 _NO_WINDOW_FROM = 2**30
 """A window beyond every position is none."""
+_TABLE_BYTES = 4
+"""Of an entry of the tables, int32."""
 
 
 class PagedStep:
     """What all layers of one step share, ready as C arguments. Arguments as in `kernels.attention`, for all L layers.
 
-    page_table [S, L, K, M] and kept [S, L, K] int32, the last axis contiguous. Keeps the tensors alive.
+    page_table [S, L, K, M] and kept [S, L, K] int32, the last axis contiguous. Keeps the tensors alive. `args` has all
+    but what a layer brings; its tables are those of the first layer.
     """
 
     def __init__(
@@ -31,11 +34,14 @@ class PagedStep:
         self._tensors = (entry_positions, query_start, positions)
         self._threads = torch.get_num_threads()
         self._is_bf16 = int(pool.dtype == torch.bfloat16)
-        self._table_pointer, self._table_layer = self._table.data_ptr(), self._table.stride(1) * 4
-        self._kept_pointer, self._kept_layer = self._kept.data_ptr(), self._kept.stride(1) * 4
-        self._args = AttentionArgs(
+        self._table_pointer, self._kept_pointer = self._table.data_ptr(), self._kept.data_ptr()
+        self.table_layer, self.kept_layer = self._table.stride(1), self._kept.stride(1)
+        """Elements from one layer's tables to the next."""
+        self.args = AttentionArgs(
             pool=pool.data_ptr(),
             entry_positions=entry_positions.data_ptr(),
+            page_table=self._table_pointer,
+            kept=self._kept_pointer,
             query_start=query_start.data_ptr(),
             positions=positions.data_ptr(),
             table_sequence=self._table.stride(0),
@@ -61,7 +67,7 @@ class PagedStep:
     ) -> Tensor:
         """`append_kv` and `paged_attention` of one layer: query [T, H, D], key [T, K, D], value [T, K, Dv]."""
         key, value = _packed_heads(key.to(self._pool.dtype)), _packed_heads(value.to(self._pool.dtype))
-        args = self._args
+        args = self.args
         args.key, args.key_stride = key.data_ptr(), key.stride(0)
         args.value, args.value_stride = value.data_ptr(), value.stride(0)
         return self._run(layer, query, value.shape[2], scale, window, softcap, sinks, append=True)
@@ -96,16 +102,21 @@ class PagedStep:
         tokens, heads, _ = query.shape
         output = torch.empty((tokens, heads, value_dim), dtype=query.dtype)
         sinks = None if sinks is None else sinks.float().contiguous()
-        args = self._args
+        args = self.args
         args.query, args.query_stride, args.output = query.data_ptr(), query.stride(0), output.data_ptr()
         args.sinks = None if sinks is None else sinks.data_ptr()
-        args.page_table = self._table_pointer + layer * self._table_layer
-        args.kept = self._kept_pointer + layer * self._kept_layer
+        args.page_table = self._table_pointer + layer * self.table_layer * _TABLE_BYTES
+        args.kept = self._kept_pointer + layer * self.kept_layer * _TABLE_BYTES
         args.heads, args.value_width, args.scale = heads, value_dim, scale
         args.softcap = softcap or 0.0
-        args.window = window if window and window < _NO_WINDOW_FROM else 0
+        args.window = window_argument(window)
         self._function(args, append, True, self._is_bf16, self._threads)
         return output
+
+
+def window_argument(window: int | None) -> int:
+    """As the C++ kernels take it."""
+    return window if window and window < _NO_WINDOW_FROM else 0
 
 
 def _packed_heads(rows: Tensor) -> Tensor:

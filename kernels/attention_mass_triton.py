@@ -16,16 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_tile_triton import cap_scores, load_columns, locate_head
-from .checks_triton import (
-    INDEX_TYPES,
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_float,
-    check_pool,
-    check_rows,
-    check_shape,
-)
+from .checks_triton import check_contiguous, check_device, check_dtype, check_pool, check_shape, check_step
 from .tiles_triton import HeadShape, device_limits, padded, uses_tensor_cores
 
 _LOG2_E = math.log2(math.e)
@@ -123,12 +114,9 @@ def attention_mass_triton(
     Raises `TypeError` or `ValueError` naming the tensor; never syncs.
     """
     check_pool(pool, entry_positions)
-    _check(query, pool, page_table, kept, query_start, query_lengths, positions, log_sums)
-    check_device(query.device, pool=pool, entry_positions=entry_positions)
-    if observe is not None and observe < 1:
-        raise ValueError(f"observe must be at least 1 row, got {observe}")
-    sequences, kv_heads, _ = page_table.shape
-    heads, width = query.shape[1:]
+    check_step(query, pool, page_table, kept, query_start, query_lengths, positions)
+    _check_rows(query, entry_positions, log_sums, observe)
+    (sequences, kv_heads, _), (_, heads, width) = page_table.shape, query.shape
     group = heads // kv_heads
     mass = query.new_empty(sequences, kv_heads, max_kept, dtype=torch.float32)
     rows, entries = _tile(max(query_lengths, default=0) * group, width, query, pool)
@@ -144,46 +132,18 @@ def attention_mass_triton(
     return mass
 
 
+def _check_rows(query: Tensor, entry_positions: Tensor, log_sums: Tensor, observe: int | None) -> None:
+    check_shape("log_sums", log_sums, tuple(query.shape[:2]))
+    check_dtype("log_sums", log_sums, torch.float32)
+    check_contiguous("log_sums", log_sums)
+    check_device(query.device, entry_positions=entry_positions, log_sums=log_sums)
+    if observe is not None and observe < 1:
+        raise ValueError(f"observe must be at least 1 row, got {observe}")
+
+
 def _tile(rows: int, width: int, query: Tensor, pool: Tensor) -> tuple[int, int]:
     """(rows, entries) of a step of a program."""
     shape = HeadShape(width, width, max(query.itemsize, pool.itemsize))
     if not uses_tensor_cores(shape, device_limits(query.device)):
         return 16, 16
     return (16 if rows <= 16 else 64), (64 if padded(width) <= 128 else 32)
-
-
-def _check(
-    query: Tensor,
-    pool: Tensor,
-    page_table: Tensor,
-    kept: Tensor,
-    query_start: Tensor,
-    query_lengths: tuple[int, ...],
-    positions: Tensor,
-    log_sums: Tensor,
-) -> None:
-    """Raise for the first argument that breaks the contract."""
-    sequences = len(query_lengths)
-    check_shape("query", query, (None, None, pool.shape[3]))
-    check_float("query", query)
-    check_rows("query", query)
-    check_shape("page_table", page_table, (sequences, None, None))
-    check_rows("page_table", page_table)
-    check_shape("kept", kept, (sequences, page_table.shape[1]))
-    check_shape("query_start", query_start, (sequences + 1,))
-    check_shape("positions", positions, (query.shape[0],))
-    check_shape("log_sums", log_sums, tuple(query.shape[:2]))
-    check_dtype("log_sums", log_sums, torch.float32)
-    for name, tensor in (("page_table", page_table), ("kept", kept)):
-        check_dtype(name, tensor, torch.int32)
-    for name, tensor in (("query_start", query_start), ("positions", positions)):
-        check_dtype(name, tensor, *INDEX_TYPES)
-        check_contiguous(name, tensor)
-    check_contiguous("log_sums", log_sums)
-    check_device(
-        query.device, page_table=page_table, kept=kept, query_start=query_start, positions=positions, log_sums=log_sums
-    )
-    if query.shape[1] % page_table.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads, no multiple of page_table's {page_table.shape[1]}")
-    if sum(query_lengths) != query.shape[0]:
-        raise ValueError(f"query_lengths must add up to query's {query.shape[0]} rows, got {sum(query_lengths)}")

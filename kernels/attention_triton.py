@@ -26,16 +26,7 @@ from torch import Tensor
 
 from .attention_plan_triton import Launch, plan_launches
 from .attention_tile_triton import attend_entries, find_tile, locate_head, row_heads
-from .checks_triton import (
-    INDEX_TYPES,
-    check_contiguous,
-    check_device,
-    check_dtype,
-    check_float,
-    check_pool,
-    check_rows,
-    check_shape,
-)
+from .checks_triton import check_contiguous, check_device, check_dtype, check_float, check_pool, check_shape, check_step
 from .tiles_triton import HeadShape, device_limits, padded
 
 _LOG2_E = math.log2(math.e)
@@ -273,30 +264,11 @@ def paged_attention_with_lse_triton(
 def _check(x: _Inputs) -> None:
     """Raise for the first argument that breaks the contract."""
     check_pool(x.pool, x.entry_positions)
-    _, _, page_size, width = x.pool.shape
-    check_shape("query", x.query, (None, None, width))
-    check_float("query", x.query)
-    check_rows("query", x.query)
-    sequences = len(x.query_lengths)
-    slots = sequences if x.table_rows is None else x.page_table.shape[0]
-    check_shape("page_table", x.page_table, (slots, None, None))
-    check_dtype("page_table", x.page_table, torch.int32)
-    check_rows("page_table", x.page_table)
-    check_shape("kept", x.kept, (slots, x.page_table.shape[1]))
-    check_dtype("kept", x.kept, torch.int32)
-    check_shape("query_start", x.query_start, (sequences + 1,))
-    check_dtype("query_start", x.query_start, *INDEX_TYPES)
-    check_contiguous("query_start", x.query_start)
-    check_shape("positions", x.positions, (x.query.shape[0],))
-    check_dtype("positions", x.positions, *INDEX_TYPES)
-    check_contiguous("positions", x.positions)
-    if x.query.shape[1] % x.page_table.shape[1]:
-        raise ValueError(f"query has {x.query.shape[1]} heads, no multiple of page_table's {x.page_table.shape[1]}")
-    if sum(x.query_lengths) != x.query.shape[0]:
-        raise ValueError(f"query_lengths must add up to query's {x.query.shape[0]} rows, got {sum(x.query_lengths)}")
-    if not 0 < x.value_dim <= width:
-        raise ValueError(f"value_dim must be between 1 and pool's head dim {width}, got {x.value_dim}")
-    if x.max_kept > x.page_table.shape[2] * page_size:
+    slots = None if x.table_rows is None else x.page_table.shape[0]
+    check_step(x.query, x.pool, x.page_table, x.kept, x.query_start, x.query_lengths, x.positions, slots)
+    if not 0 < x.value_dim <= x.pool.shape[3]:
+        raise ValueError(f"value_dim must be between 1 and pool's head dim {x.pool.shape[3]}, got {x.value_dim}")
+    if x.max_kept > x.page_table.shape[2] * x.pool.shape[2]:
         raise ValueError(f"page_table's {x.page_table.shape[2]} pages cannot hold max_kept = {x.max_kept} entries")
     if x.window is not None and x.window < 1:
         raise ValueError(f"window must be at least 1, got {x.window}")
@@ -305,13 +277,10 @@ def _check(x: _Inputs) -> None:
         check_float("sinks", x.sinks)
         check_contiguous("sinks", x.sinks)
     if x.table_rows is not None:
-        check_shape("table_rows", x.table_rows, (sequences,))
+        check_shape("table_rows", x.table_rows, (len(x.query_lengths),))
         check_dtype("table_rows", x.table_rows, torch.int64)
         check_contiguous("table_rows", x.table_rows)
-    check_device(
-        x.query.device, pool=x.pool, entry_positions=x.entry_positions, page_table=x.page_table, kept=x.kept,
-        query_start=x.query_start, positions=x.positions, sinks=x.sinks, table_rows=x.table_rows,
-    )  # fmt: skip
+    check_device(x.query.device, entry_positions=x.entry_positions, sinks=x.sinks, table_rows=x.table_rows)
 
 
 def _run(x: _Inputs, log_sums: Tensor | None) -> Tensor:

@@ -55,3 +55,37 @@ def check_pool(pool: Tensor, entry_positions: Tensor) -> None:
     check_shape("entry_positions", entry_positions, (pool.shape[0], pool.shape[2]))
     check_dtype("entry_positions", entry_positions, int32)
     check_contiguous("entry_positions", entry_positions)
+
+
+def check_step(
+    query: Tensor,
+    pool: Tensor,
+    page_table: Tensor,
+    kept: Tensor,
+    query_start: Tensor,
+    query_lengths: tuple[int, ...],
+    positions: Tensor,
+    slots: int | None = None,
+) -> None:
+    """Raise unless these are the tensors of one step; `slots`: rows of page_table and kept, None: the sequences."""
+    sequences = len(query_lengths)
+    check_shape("query", query, (None, None, pool.shape[3]))
+    check_float("query", query)
+    check_rows("query", query)
+    check_shape("page_table", page_table, (sequences if slots is None else slots, None, None))
+    check_rows("page_table", page_table)
+    check_shape("kept", kept, tuple(page_table.shape[:2]))
+    for name, tensor in (("page_table", page_table), ("kept", kept)):
+        check_dtype(name, tensor, int32)
+    check_shape("query_start", query_start, (sequences + 1,))
+    check_shape("positions", positions, (query.shape[0],))
+    for name, tensor in (("query_start", query_start), ("positions", positions)):
+        check_dtype(name, tensor, *INDEX_TYPES)
+        check_contiguous(name, tensor)
+    if query.shape[1] % page_table.shape[1]:
+        raise ValueError(f"query has {query.shape[1]} heads, no multiple of page_table's {page_table.shape[1]}")
+    if sum(query_lengths) != query.shape[0]:
+        raise ValueError(f"query_lengths must add up to query's {query.shape[0]} rows, got {sum(query_lengths)}")
+    check_device(
+        query.device, pool=pool, page_table=page_table, kept=kept, query_start=query_start, positions=positions
+    )

@@ -9,6 +9,7 @@
 // on how its prompt was cut into chunks, or on the number of threads.
 #include "cpu_attention.h"
 #include "cpu_attention_tiles.h"
+#include "cpu_kernels.h"
 
 #include <stdlib.h>
 

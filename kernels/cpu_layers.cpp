@@ -1,6 +1,6 @@
 // The elementwise steps between the matrices: RMSNorm, and (norm and) rotary embedding of query and key heads in place.
 // Each row is one pass over memory; roundings are those of the library's modelling code.
-#include "cpu.h"
+#include "cpu_kernels.h"
 
 #include <math.h>
 

@@ -33,6 +33,34 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """`quire::Matrix` of cpu_decoder.cpp."""
+
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER))
+
+
+class DecoderLayerArgs(ctypes.Structure):
+    """`quire::DecoderLayer` of cpu_decoder.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "head_norm")),
+        *((name, Matrix) for name in ("qkv", "output", "gate_up", "down")),
+        ("window", _LONG),
+    )
+
+
+class DecoderStepArgs(ctypes.Structure):
+    """`quire::DecoderStep` of cpu_decoder.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "normed", "heads", "gated", "cos", "sin")),
+        *((name, _LONG) for name in ("rows", "hidden", "feed_forward", "half", "table_layer", "kept_layer")),
+        ("epsilon", _FLOAT),
+        ("is_bf16", _INT),
+        ("threads", _INT),
+    )
+
+
 class CpuLibrary:
     """The functions of the library; arguments as in the C++ sources."""
 
@@ -46,9 +74,11 @@ class CpuLibrary:
         self.rotate.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_FLOAT, _INT, _INT]
         self.attention = library.quire_attention
         self.attention.argtypes = [ctypes.POINTER(AttentionArgs), _INT, _INT, _INT, _INT]
+        self.decoder = library.quire_decoder
+        self.decoder.argtypes = [_POINTER, _LONG, ctypes.POINTER(DecoderStepArgs), ctypes.POINTER(AttentionArgs)]
         self.row_maxima = library.quire_row_maxima
         self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
-        for function in (self.linear, self.rms_norm, self.rotate, self.attention, self.row_maxima):
+        for function in (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.row_maxima):
             function.restype = None
 
 

@@ -7,6 +7,7 @@
 // that there are always enough independent sums to hide the latency; that case is bound by reading the weights once,
 // which the hardware prefetcher does well because consecutive outputs are consecutive memory.
 #include "cpu_linear.h"
+#include "cpu_kernels.h"
 #include "cpu_linear_tiles.h"
 
 #include <omp.h>

@@ -27,13 +27,7 @@ def rotate_heads(
     cos, sin [T, R / 2], contiguous, of the heads' dtype. A row's heads lie in one piece, rows may lie apart. Raises
     `ValueError` where shapes disagree.
     """
-    rows, num_heads, width = heads.shape
-    if cos.shape != sin.shape or cos.dim() != 2 or len(cos) != rows or 2 * cos.shape[1] > width:
-        raise ValueError(f"cos and sin must be [{rows}, at most {width // 2}], got {list(cos.shape)}")
-    if norm_weight is not None and norm_weight.shape != (num_heads, width):
-        raise ValueError(f"norm_weight must be {[num_heads, width]}, got {list(norm_weight.shape)}")
-    if heads.stride(2) != 1 or heads.stride(1) != width:
-        raise ValueError(f"each row's heads must lie in one piece, got strides {heads.stride()}")
+    _check(heads, cos, sin, norm_weight)
     if backend in TRITON_BACKENDS:
         from .layers_triton import rotate_heads_triton  # triton is installed beside a GPU only
 
@@ -49,14 +43,22 @@ def rotate_heads(
         sin.data_ptr(),
         None if norm_weight is None else norm_weight.data_ptr(),
         heads.stride(0),
-        rows,
-        num_heads,
-        width,
+        *heads.shape,
         cos.shape[1],
         epsilon,
         heads.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
+
+
+def _check(heads: Tensor, cos: Tensor, sin: Tensor, norm_weight: Tensor | None) -> None:
+    rows, num_heads, width = heads.shape
+    if cos.shape != sin.shape or cos.dim() != 2 or len(cos) != rows or 2 * cos.shape[1] > width:
+        raise ValueError(f"cos and sin must be [{rows}, at most {width // 2}], got {list(cos.shape)}")
+    if norm_weight is not None and norm_weight.shape != (num_heads, width):
+        raise ValueError(f"norm_weight must be {[num_heads, width]}, got {list(norm_weight.shape)}")
+    if heads.stride(2) != 1 or heads.stride(1) != width:
+        raise ValueError(f"each row's heads must lie in one piece, got strides {heads.stride()}")
 
 
 def rotate_reference(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

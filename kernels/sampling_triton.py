@@ -192,22 +192,9 @@ def draw_triton(
     equals), min_p [R] float32, seeds and positions [R] int64 as in `kernels.sampling.sample_full`. A row that is not
     finite gives some token of the vocabulary. Raises `TypeError` or `ValueError` naming the tensor.
     """
-    check_shape("logits", logits, (None, None))
-    check_dtype("logits", logits, torch.float32)
-    check_rows("logits", logits)
-    rows, vocabulary = logits.shape
-    for name, tensor, dtype in (
-        ("temperature", temperature, torch.float32),
-        ("min_p", min_p, torch.float32),
-        ("seeds", seeds, torch.int64),
-        ("positions", positions, torch.int64),
-    ):
-        check_shape(name, tensor, (rows,))
-        check_dtype(name, tensor, dtype)
-    check_device(logits.device, temperature=temperature, min_p=min_p, seeds=seeds, positions=positions)
+    _check(logits, temperature, min_p, seeds, positions)
     tables = _checked_tables(penalties, logits)
-    if vocabulary < 1:
-        raise ValueError("logits must have at least one column")
+    rows, vocabulary = logits.shape
     chunks = triton.cdiv(vocabulary, _BLOCK)
     padded = triton.next_power_of_2(chunks)
     peaks, best = logits.new_empty(2, rows, chunks).unbind()
@@ -223,6 +210,23 @@ def draw_triton(
         )  # fmt: skip
         _pick_kernel[(rows,)](best, winners, tokens, CHUNKS=chunks, CHUNKS_PADDED=padded, num_warps=1)
     return tokens
+
+
+def _check(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> None:
+    check_shape("logits", logits, (None, None))
+    check_dtype("logits", logits, torch.float32)
+    check_rows("logits", logits)
+    if logits.shape[1] < 1:
+        raise ValueError("logits must have at least one column")
+    for name, tensor, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("seeds", seeds, torch.int64),
+        ("positions", positions, torch.int64),
+    ):
+        check_shape(name, tensor, (len(logits),))
+        check_dtype(name, tensor, dtype)
+    check_device(logits.device, temperature=temperature, min_p=min_p, seeds=seeds, positions=positions)
 
 
 def _checked_tables(penalties: Penalties | None, logits: Tensor) -> tuple[Tensor | None, ...]:

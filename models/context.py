@@ -8,6 +8,7 @@ M pages of the longest head in this step.
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels.attention import check_paged, check_query, paged_attention
@@ -108,6 +109,19 @@ class AttentionContext:
             self.observer.observe(self, layer, query, scoring)
         return mixed
 
+    def whole_step(self, scale: float, dtype: torch.dtype) -> PagedStep | None:
+        """For all layers in one call, each as by `attend` with queries in `dtype`; None if somebody needs them singly.
+
+        The layers count as seen from here on.
+        """
+        watched = self.observer is not None or self.selector is not None
+        if self.backend != "cpu" or dtype != self.pool.dtype or watched:
+            return None
+        layers = range(self.page_table.shape[1])
+        self.layers_seen.extend(layers)
+        self.scorings.update(dict.fromkeys(layers, Scoring(scale)))
+        return self._step or self._plan()
+
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, window: int | None
     ) -> Tensor:
@@ -147,8 +161,10 @@ class AttentionContext:
         )
 
     def _plan(self) -> PagedStep:
-        rows = slice(None) if self.table_rows is None else self.table_rows
-        tensors = (self.page_table[rows], self.kept[rows], self.query_start, self.positions)
+        table, kept, rows = self.page_table, self.kept, self.table_rows
+        if rows is not None:
+            table, kept = table[rows], kept[rows]
+        tensors = (table, kept, self.query_start, self.positions)
         check_paged(self.pool, self.entry_positions, *tensors)
         self._step = PagedStep(self.pool, self.entry_positions, *tensors)
         return self._step

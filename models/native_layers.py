@@ -8,11 +8,12 @@ makes about forty calls, and those of `nn.Module` would cost as much as the arit
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.decoder_cpu import DecoderCPU, LayerWeights
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate_heads
@@ -145,6 +146,20 @@ class DecoderLayer:
         x = self.attention(self.attention_norm(x), cos, sin, context, x)
         return self.mlp(self.mlp_norm(x), x)
 
+    def weights(self) -> LayerWeights:
+        """For the kernel that computes all layers."""
+        attention, mlp = self.attention, self.mlp
+        return LayerWeights(
+            attention_norm=self.attention_norm.weight,
+            mlp_norm=self.mlp_norm.weight,
+            head_norm=attention.qk_weight,
+            qkv=(attention.qkv.weight, attention.qkv.bias),
+            output=(attention.output.weight, attention.output.bias),
+            gate_up=(mlp.gate_up.weight, mlp.gate_up.bias),
+            down=(mlp.down.weight, mlp.down.bias),
+            window=attention.window,
+        )
+
 
 class Decoder:
     """Embedding, layers, final norm and output head (the embedding itself where they are tied)."""
@@ -163,14 +178,26 @@ class Decoder:
         self.norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.head = self.embedding if tied else place.parameter(vocab_size, shape.hidden)
         self.backend = place.backend
+        self._shape = shape
+        self._fusible = place.backend == "cpu" and activation is F.silu
+
+    @cached_property
+    def _fused(self) -> DecoderCPU:
+        """All layers in one call."""
+        weights = [layer.weights() for layer in self.layers]
+        return DecoderCPU(weights, self._shape.num_kv_heads, self._shape.head_dim, self._shape.norm_epsilon)
 
     def __call__(
         self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor
     ) -> Tensor:
         """input_ids [T] -> logits [R, V] float32 of the rows `logit_rows` [R]."""
         x = F.embedding(input_ids, self.embedding)
-        for layer in self.layers:
-            x = layer(x, cos, sin, context)
+        step = context.whole_step(self.layers[0].attention.scale, x.dtype) if self._fusible else None
+        if step is None:
+            for layer in self.layers:
+                x = layer(x, cos, sin, context)
+        else:
+            self._fused(x, cos, sin, step)
         return linear(self.norm(x.index_select(0, logit_rows)), self.head, wide=True, backend=self.backend)
 
     def parameters(self) -> Iterator[Tensor]:

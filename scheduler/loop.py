@@ -1,8 +1,6 @@
 """The step loop: plan, compute, commit. One thread owns it; the same loop serves a process and the offline API."""
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -10,7 +8,7 @@ import msgspec
 from ..core.errors import QuireError, describe
 from ..core.ids import RequestId
 from ..core.messages import EngineInfo, EngineStats, Failed, StepEvent, StepReport
-from ..core.plan import BatchPlan, StepOutput, StoredBlock
+from ..core.plan import BatchPlan, StepOutput
 from ..core.request import Request
 from .scheduler import Scheduler, SchedulerConfig
 
@@ -25,18 +23,6 @@ class StepEngine(Protocol):
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
-        ...
-
-    def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
-        """Write blocks to a file; raises `OSError` or `QuireError`."""
-        ...
-
-    def stored_prefixes(self, path: Path) -> list[bytes]:
-        """Names of the blocks in a file; raises `QuireError` if they cannot be used here."""
-        ...
-
-    def load_prefixes(self, path: Path, skipped: int, blocks: Sequence[StoredBlock]) -> None:
-        """Read the blocks after the `skipped` first ones; raises `QuireError`."""
         ...
 
 

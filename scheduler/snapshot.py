@@ -4,19 +4,40 @@ Nothing here stops a server.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from ..core.errors import QuireError
+from ..core.plan import StoredBlock
 from .loop import EngineLoop
 
 log = logging.getLogger("quire")
 
 
+@runtime_checkable
+class PrefixKeeper(Protocol):
+    """An engine that can write computed prefixes to a file and read them."""
+
+    def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
+        """Write blocks to a file; raises `OSError` or `QuireError`."""
+        ...
+
+    def stored_prefixes(self, path: Path) -> list[bytes]:
+        """Names of the blocks in a file; raises `QuireError` if they cannot be used here."""
+        ...
+
+    def load_prefixes(self, path: Path, skipped: int, blocks: Sequence[StoredBlock]) -> None:
+        """Read the blocks after the `skipped` first ones; raises `QuireError`."""
+        ...
+
+
 def save_cache(loop: EngineLoop, path: Path) -> None:
     """Write the prefixes that no sequence uses; a failure is one line in the log."""
-    blocks = loop.scheduler.prefixes.stored()
+    blocks, engine = loop.scheduler.prefixes.stored(), loop.engine
+    assert isinstance(engine, PrefixKeeper)
     try:
-        loop.engine.save_prefixes(path, blocks)
+        engine.save_prefixes(path, blocks)
     except (OSError, QuireError) as error:
         log.error("the computed prefixes could not be written to %s: %s", path, error)
     else:
@@ -30,11 +51,13 @@ def load_cache(loop: EngineLoop, path: Path) -> None:
     """
     if not path.exists():
         return
+    engine = loop.engine
+    assert isinstance(engine, PrefixKeeper)
     try:
-        digests = loop.engine.stored_prefixes(path)
+        digests = engine.stored_prefixes(path)
         blocks = loop.scheduler.prefixes.adopt(digests)
         try:
-            loop.engine.load_prefixes(path, len(digests) - len(blocks), blocks)
+            engine.load_prefixes(path, len(digests) - len(blocks), blocks)
         except QuireError:
             loop.scheduler.prefixes.reclaim_all()
             raise

@@ -46,6 +46,16 @@ class EvalOptions:
     """Fields of `core.config.EngineConfig`."""
 
 
+def eval_options(options: dict[str, Any]) -> EvalOptions:
+    """From the command's options by name. Raises `InvalidRequestError` for a list that is none."""
+    rest = dict(options)
+    prune = {name: rest.pop(name) for name in ("budget", "threshold", "floor", "window", "chunked")}
+    engine = {name: rest.pop(name) for name in ("device", "dtype", "runner", "attention_backend", "trust_remote_code")}
+    for name, kind in (("policies", str), ("keeps", float), ("tasks", str), ("lengths", int), ("refine", str)):
+        rest[name] = items(rest[name], kind, f"--{name}")
+    return EvalOptions(prune=prune | {"refine": tuple(rest.pop("refine"))}, engine=engine, **rest)
+
+
 def evaluate(options: EvalOptions) -> None:
     """Run it all. Raises `QuireError` for what cannot be measured, before anything is."""
     require_matplotlib()

@@ -83,7 +83,9 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         vllm:generation_tokens_total vllm:kv_cache_usage_perc vllm:num_preemptions_total quire:engine_up
         quire:engine_restarts quire:engine_heartbeat_age_seconds quire:requests_failed_total
         quire:http_requests_total vllm:prefix_cache_hits_total vllm:prefix_cache_queries_total
-        quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total"""
+        quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total
+        quire:pruned_entries_total quire:prune_pages_freed_total quire:prunes_total quire:prune_seconds_total
+        quire:lossy_preemptions_total"""
     assert set(wanted.split()) <= shown
 
 

@@ -134,14 +134,19 @@ _hidden: dict[int, Tensor] = {}
 """Layer -> [K, T, T] bool: query, entry."""
 
 
-def _forgetful_attention(module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, **_):
+def _forgetful_attention(
+    module, query, key, value, attention_mask, *, scaling=None, sliding_window=None, s_aux=None, **_
+):
     groups = query.shape[1] // key.shape[1]
     scores = query[0] @ key[0].repeat_interleave(groups, 0).transpose(1, 2) * (scaling or query.shape[-1] ** -0.5)
     place = torch.arange(scores.shape[-1])
     distance = place[:, None] - place
     unseen = (distance < 0) | (distance >= (sliding_window or NEVER))
     unseen = unseen | _hidden[module.layer_idx].repeat_interleave(groups, 0)
-    weights = attended[module.layer_idx] = scores.masked_fill(unseen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if s_aux is not None:  # one more logit per head, without a value
+        scores = torch.cat([scores, s_aux[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    weights = attended[module.layer_idx] = scores.softmax(-1)[..., : len(place)]
     return (weights @ value[0].repeat_interleave(groups, 0)).transpose(0, 1)[None], None
 
 

@@ -78,6 +78,7 @@ class Serving:
         self.requests: dict[str, Request] = {}
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.logprobs: dict[tuple[str, int], list[float]] = defaultdict(list)
+        self.prompt_logprobs: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.last: dict[tuple[str, int], Tokens] = {}
         self.ended: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
@@ -99,6 +100,7 @@ class Serving:
             else:
                 self.tokens[event.request_id, event.index] += event.token_ids
                 self.logprobs[event.request_id, event.index] += [entry.logprob for entry in event.logprobs or ()]
+                self.prompt_logprobs[event.request_id, event.index] += [e.logprob for e in event.prompt_logprobs or ()]
                 self.last[event.request_id, event.index] = event
         self.loop.scheduler.check_integrity()
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from quire.pruning.attention import mean_attention
 from quire.pruning.policy import LayerView
 
 from .kept_oracle import Life, attended, hide, load_reference
-from .test_pruning_matrix import INSTRUCTION, Serving, params, prompt, save
+from .test_pruning_matrix import INSTRUCTION, SHAPE, Serving, params, prompt, save
 
 LAYERS, HEADS, KV_HEADS, WIDTH = 3, 4, 2, 8
 PROMPT = prompt(41)
@@ -120,3 +122,22 @@ def test_repetition_is_the_greatest_attention_to_each_entry(model: Path) -> None
         weights = attended[view.layer].view(KV_HEADS, HEADS // KV_HEADS, *attended[view.layer].shape[1:])
         assert view.repeated is not None and view.repeated.shape == (KV_HEADS, n)
         torch.testing.assert_close(view.repeated, weights[:, :, n:, :n].amax((1, 2)), atol=1e-4, rtol=1e-4)
+
+
+def test_a_models_sinks_take_their_part_of_what_is_seen(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    shape = SHAPE | {"num_hidden_layers": 2, "head_dim": WIDTH, "num_local_experts": 4, "sliding_window": 8}
+    gpt_oss = transformers.GptOssForCausalLM(transformers.GptOssConfig(**shape))
+    for layer in gpt_oss.model.layers:
+        torch.nn.init.uniform_(layer.self_attn.sinks, 2.0, 4.0)
+    gpt_oss.save_pretrained(tmp_path)
+    serving = Shown(tmp_path, max_batch_tokens=64)
+    serving.submit("a", PROMPT, params("snapkv", chunked=False, every=0))
+    serving.run()
+    serving.check()
+    (views,) = serving.views
+    (view,) = views  # the other layer has a window
+    reference_pass(serving, PROMPT, Life(0))
+    expected = attended[view.layer][:, -5:].view(KV_HEADS, -1, 5, len(PROMPT))
+    assert expected.sum(-1).mean() < 0.8
+    torch.testing.assert_close(mean_attention(view, 5), expected.mean((1, 2)), atol=1e-4, rtol=1e-4)

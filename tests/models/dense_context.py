@@ -39,6 +39,9 @@ class DenseContext:
     rows: list[int]
     layers_seen: list[int] = field(default_factory=list)
 
+    def whole_step(self, scale, dtype):
+        """See `AttentionContext.whole_step`: layers come one by one."""
+
     def attend(self, layer, query, key, value, *, scale, window=None, softcap=None, sinks=None):
         """See `AttentionContext.attend`."""
         self.layers_seen.append(layer)

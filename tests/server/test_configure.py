@@ -1,0 +1,62 @@
+"""What the command line says reaches the settings of engine and HTTP layer."""
+
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quire.core.config import EngineConfig, embedded_model
+from quire.server.cli import app
+from quire.server.serving import ServeOptions
+
+OPTIONS: dict[str, tuple[list[str], Any]] = {
+    "device": (["--device", "cpu"], "cpu"),
+    "dtype": (["--dtype", "float32"], "float32"),
+    "runner": (["--runner", "transformers"], "transformers"),
+    "attention_backend": (["--attention-backend", "triton"], "triton"),
+    "cuda_graphs": (["--no-cuda-graphs"], False),
+    "max_model_len": (["--max-model-len", "512"], 512),
+    "trust_remote_code": (["--trust-remote-code"], True),
+    "max_num_seqs": (["--max-num-seqs", "3"], 3),
+    "max_batch_tokens": (["--max-batch-tokens", "256"], 256),
+    "max_waiting": (["--max-waiting", "7"], 7),
+    "kv_memory": (["--kv-memory", "2MiB"], 2 * 2**20),
+    "page_size": (["--page-size", "8"], 8),
+    "prefix_cache": (["--no-prefix-cache"], False),
+    "pressure": (["--pressure", "prune"], "prune"),
+    "policy": (["--policy", "fair"], "fair"),
+    "max_itl_ms": (["--max-itl-ms", "30"], 30.0),
+    "max_waiting_tokens": (["--max-waiting-tokens", "900"], 900),
+    "queue_timeout": (["--queue-timeout", "1.5"], 1.5),
+}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[ServeOptions]:
+    asked: list[ServeOptions] = []
+    monkeypatch.setattr("quire.server.serving.serve", asked.append)
+    return asked
+
+
+def test_every_option_of_the_engine_reaches_it(started: list[ServeOptions]) -> None:
+    arguments = [word for words, _ in OPTIONS.values() for word in words]
+    assert CliRunner().invoke(app, ["serve", "/some/model", *arguments], catch_exceptions=False).exit_code == 0
+    values = {name: value for name, (_, value) in OPTIONS.items()}
+    assert started[0].engine == EngineConfig(model="/some/model", **values)
+
+
+def test_without_options_the_defaults_hold(started: list[ServeOptions]) -> None:
+    assert CliRunner().invoke(app, ["serve"], catch_exceptions=False).exit_code == 0
+    (options,) = started
+    assert options.engine == EngineConfig(model=str(embedded_model()))
+    assert (options.host, options.port, options.http.served_model_names) == ("127.0.0.1", 8000, ("quire-mini",))
+    assert not options.http.api_keys and options.http.prune is None
+
+
+def test_the_api_is_set_up_by_its_own_options(started: list[ServeOptions]) -> None:
+    arguments = ["--host", "::1", "--port", "0", "--served-model-name", "a", "--served-model-name", "b", "--seed", "4"]
+    keys = ["--api-key", "team=secret", "--isolate-keys"]
+    assert CliRunner().invoke(app, ["serve", *arguments, *keys], catch_exceptions=False).exit_code == 0
+    (options,) = started
+    assert (options.host, options.port, options.http.seed, options.http.isolate_keys) == ("::1", 0, 4, True)
+    assert options.http.served_model_names == ("a", "b") and len(options.http.api_keys) == 1
