@@ -52,6 +52,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Entries of one KV page."""
     prefix_cache: bool = True
     """Keep computed prefixes while there is room, for requests that begin alike."""
+    swap_memory: int = 0
+    """Bytes of host memory for preempted sequences and for prefixes that leave the KV pool; 0: none."""
+    max_cache_ttl: float = 3600.0
+    """Longest time in seconds that a request may have its prompt kept for after its end; 0: not at all."""
+    cache_file: str | None = None
+    """File in which computed prefixes outlast a restart."""
     prune: PruneParams | None = None
     """How requests that do not say so themselves are pruned; None: not at all."""
     pressure: Literal["preempt", "prune"] = "preempt"
@@ -78,6 +84,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
                 param="max_batch_tokens",
             )
+        if self.swap_memory < 0:
+            raise ConfigError(f"swap_memory must not be negative, got {self.swap_memory}", param="swap_memory")
+        if not 0 <= self.max_cache_ttl < float("inf"):
+            raise ConfigError(f"max_cache_ttl must be a number of seconds, got {self.max_cache_ttl}")
         for name in ("max_itl_ms", "max_waiting_tokens", "queue_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

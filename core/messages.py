@@ -46,6 +46,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Of consecutive prompt tokens, from the second on; may come in several messages, without tokens."""
     cached_tokens: int = 0
     """With the choice's first token: as in `Finished`, which a client that stops early never sees."""
+    pinned_tokens: int = 0
+    """The same."""
     cache: CacheUse | None = None
     """Of a sequence that prunes, after these tokens."""
 
@@ -63,6 +65,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     preemptions: int = 0
     cached_tokens: int = 0
     """Prompt tokens that were not computed, because the prefix cache had them when the choice first started."""
+    pinned_tokens: int = 0
+    """Prompt tokens that are kept for the time the request asked for."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -117,6 +121,26 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens of sequences that started and looked for their prefix in the cache."""
     prefix_hits_total: int = 0
     """Those of them that were found there."""
+    prefix_host_hits_total: int = 0
+    """Those of them that were in host memory alone and were copied back."""
+    pages_pinned: int = 0
+    """Pages of prefixes kept for a time that a request asked for; in use, cached, or in host memory alone."""
+    pins_dropped_total: int = 0
+    """Pinned blocks given up early, for a sequence that could not have gone on alone."""
+    host_pages_parked: int = 0
+    """Host pages of swapped-out sequences."""
+    host_pages_cached: int = 0
+    """Host pages with copies of prefixes."""
+    host_pages_total: int = 0
+    swap_out_sequences_total: int = 0
+    """Preempted sequences that were swapped out."""
+    swap_in_sequences_total: int = 0
+    """Those that came back so."""
+    swap_out_pages_total: int = 0
+    """Pages copied to the host, those of prefixes included."""
+    swap_in_pages_total: int = 0
+    swap_out_bytes_total: int = 0
+    swap_in_bytes_total: int = 0
     batch_tokens: int = 0
     """Rows of the last step."""
     step_seconds: float = 0.0
@@ -158,6 +182,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int
     num_pages: int
     kv_bytes: int
+    num_host_pages: int = 0
+    """Pages of the host pool."""
     max_concurrency: float
     """How many requests of `max_model_len` tokens the pool holds at once."""
     policies: dict[str, PolicyInfo] = {}

@@ -38,6 +38,45 @@ class SlotAssignment:
     """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
     prune: PruneParams | None = None
     """How the sequence forgets: what must be observed of it; None: nothing."""
+    restored: "Restored | None" = None
+    """The sequence comes back as it was when it was swapped out; `cached` says nothing then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a swapped-out sequence finds again; its pages, the partly filled ones too, are in `BatchPlan.shares`."""
+
+    ticket: int
+    """Of the `Park` under which the engine put away the slot's other state."""
+    kept: IntArray
+    """Entries of each head, int32 [R]."""
+    computed: int
+    """Tokens computed, the position of the next one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """The sequence of a slot leaves, to come back: what the engine holds for it beside pages is put away."""
+
+    slot: SlotId
+    ticket: int
+    """Unique while the engine runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopies:
+    """Whole pages that travel between the device's pool and the host's, as parallel arrays."""
+
+    device: IntArray
+    """Page ids of the KV pool."""
+    host: IntArray
+    """Page ids of the host pool."""
+
+    @staticmethod
+    def none() -> "PageCopies":
+        """Nothing travels."""
+        empty = np.empty(0, np.int32)
+        return PageCopies(empty, empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +177,11 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work, in this order: compactions, assignments, shares, drops, grants, the forward pass, prunes.
+    """One step's work, in this order: parks, swap-outs, compactions, swap-ins, assignments, shares, drops, grants, the
+    forward pass, prunes.
 
-    A page that a compaction leaves may be granted in the same plan.
+    A page that is copied out may be the target of a compaction or filled anew in the same plan; one that a compaction
+    leaves may be filled by a swap-in or granted.
     """
 
     sequences: tuple[SequencePlan, ...]
@@ -150,9 +191,17 @@ class BatchPlan:
     grants: PageGrants = field(default_factory=PageGrants.none)
     """Fresh pages, whose old contents are to be cleared."""
     shares: PageGrants = field(default_factory=PageGrants.none)
-    """Full pages computed by others, which assigned slots begin with: read by several slots, written by none."""
+    """Pages that assigned slots begin with: full ones computed by others, read by several slots and written by none,
+    and what a restored sequence had for itself."""
     decodes: Decodes = field(default_factory=Decodes.none)
     """More sequences of the batch; none is in `sequences` too. Their rows come first in the forward pass."""
+    parks: tuple[Park, ...] = ()
+    unparked: tuple[int, ...] = ()
+    """Tickets whose sequences do not come back."""
+    swap_outs: PageCopies = field(default_factory=PageCopies.none)
+    """From the device to the host."""
+    swap_ins: PageCopies = field(default_factory=PageCopies.none)
+    """From the host to the device."""
     compactions: tuple[Compaction, ...] = ()
     prunes: tuple[PruneOrder, ...] = ()
 
@@ -215,3 +264,18 @@ class StepOutput:
     """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     prune_seconds: tuple[float, ...] = ()
     """Per `BatchPlan.prunes`, time to choose."""
+    copied_pages: int = 0
+    """Pages whose copying between device and host has been timed since the last step."""
+    copy_seconds: float = 0.0
+    """How long those took."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A computed prefix block that no sequence uses, to be kept in a file or to come from one."""
+
+    digest: bytes
+    pages: IntArray
+    """One per head, int32 [R]."""
+    in_host: bool
+    """Whether they are pages of the host pool."""

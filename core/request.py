@@ -112,6 +112,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """`params.seed`, or what was drawn in its place; 64 bits unsigned."""
     cache_salt: str = ""
     """Only requests of equal salt reuse each other's prefixes, so that nobody can time what others asked."""
+    cache_ttl: float = 0.0
+    """Seconds for which its prompt's computed blocks stay cached after its end, whatever others need."""
     prune: PruneParams | None = None
     """How its sequences may forget; None: not at all."""
     repeat_ids: tuple[int, ...] = ()
@@ -126,6 +128,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Prefixes are reused only within one: an API key's, where the operator isolates keys."""
 
     def __post_init__(self) -> None:
+        _check_range("cache_ttl", self.cache_ttl, 0.0, None)
         if len(self.cache_salt) > MAX_CACHE_SALT:
             raise InvalidRequestError(
                 f"cache_salt has {len(self.cache_salt):,} characters, at most {MAX_CACHE_SALT} are allowed",
@@ -142,6 +145,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         seeds: random.Random,
         *,
         cache_salt: str = "",
+        cache_ttl: float = 0.0,
         prune: PruneParams | None = None,
         repeat_ids: Sequence[int] = (),
         priority: int = 0,
@@ -157,6 +161,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             params=params,
             seed=seed,
             cache_salt=cache_salt,
+            cache_ttl=cache_ttl,
             prune=prune,
             repeat_ids=tuple(repeat_ids),
             priority=priority,

@@ -30,12 +30,12 @@ class KVCache:
         self.layout = layout
         self.num_pages = num_pages
         self.device = device
-        self.pool = _zeros((num_pages + 1, 2, layout.page_size, layout.head_dim), layout.dtype, device)
+        self.pool = zeros((num_pages + 1, 2, layout.page_size, layout.head_dim), layout.dtype, device)
         """[P + 1, 2, B, D]: keys (0) and values (1). The last page is nobody's: padding writes there."""
-        self.entry_positions = _zeros((num_pages + 1, layout.page_size), torch.int32, device)
+        self.entry_positions = zeros((num_pages + 1, layout.page_size), torch.int32, device)
         """[P + 1, B]: logical position of each entry."""
         padded = (heads[0] + 1, *heads[1:])
-        self.padded_table = _zeros((*padded, layout.max_pages), torch.int32, device)
+        self.padded_table = zeros((*padded, layout.max_pages), torch.int32, device)
         """[N + 1, L, K, max_pages]: `page_table`, and a slot of padding, all of whose pages are the last one."""
         self.padded_table[-1] = num_pages
         counts: IntArray = np.zeros((padded[0], heads[1] * heads[2]), np.int32)
@@ -52,6 +52,11 @@ class KVCache:
         """[N]: columns of the slot's table that its sequence may have used."""
         self.computed = np.zeros(heads[0], np.int64)
         """[N]: tokens computed, the position of the slot's next one."""
+
+    @property
+    def page_tensors(self) -> tuple[Tensor, ...]:
+        """All that a page consists of; the first axis of each is the page."""
+        return self.pool, self.entry_positions
 
     @property
     def num_bytes(self) -> int:
@@ -80,6 +85,12 @@ class KVCache:
         self.computed[slots] = cached
         indices, counts = upload(np.array([slots, cached], np.int64), self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
+        for assignment in assignments:
+            if assignment.restored is not None:
+                kept = assignment.restored.kept
+                self._kept_host[assignment.slot] = kept
+                self.kept[assignment.slot] = upload(kept, self.device).view(self.kept.shape[1:])
+                self.computed[assignment.slot] = assignment.restored.computed
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""
@@ -187,7 +198,7 @@ def read_heads(pages: Tensor, table: Tensor, entries: int) -> Tensor:
     ]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of zeros; on a CPU its memory is taken from the system page by page as it is written.
 
     `torch.zeros` writes every byte, so a large pool would delay the start and be resident before it is used.

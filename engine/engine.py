@@ -1,6 +1,8 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,21 +14,24 @@ from ..core.errors import ConfigError, ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
-from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput
+from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput, StoredBlock
 from ..core.request import SamplingParams
 from ..models.context import AttentionObserver, PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
+from . import snapshot
 from .cache import KVCache
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs, graph_sizes
+from .host_pool import HostPool
 from .inputs import LogitLayout, build_inputs, logit_layout
 from .page_selection import PageSelection
+from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
-from .sizing import CacheLayout, cache_layout, num_pages
+from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
 from .timer import StepTimer
 
 _WARM_UP_TOKENS = 8
@@ -46,8 +51,11 @@ class Engine:
         enough = config.max_num_seqs * per_sequence
         self.cache = _allocate(layout, num_pages(layout, config.kv_memory, place.device, enough), place.device)
         self.sampler = Sampler(config.max_num_seqs, runner.spec.vocab_size, place.device, place.backend)
+        host_pages = num_host_pages(layout, config.swap_memory)
+        self.host = _allocate_host(self.cache, host_pages) if host_pages else None
         self._pruner = Pruner(self.cache, runner, place.backend)
         self._selection = PageSelection(self.cache, runner.spec, place.backend)
+        self.parking = Parking(self._pruner, self._selection)
         self._timer = StepTimer(place.device)
         self._graphs: DecodeGraphs | None = None
         # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
@@ -64,6 +72,7 @@ class Engine:
             page_size=layout.page_size,
             num_pages=self.cache.num_pages,
             kv_bytes=self.cache.num_bytes,
+            num_host_pages=host_pages,
             max_concurrency=self.cache.num_pages / per_sequence,
             policies=offered_policies(runner),
             refinements=offered_refinements(runner),
@@ -99,18 +108,31 @@ class Engine:
     @torch.inference_mode()
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
+        self._change_hands(plan)
+        output = self._compute(plan) if plan.num_tokens else StepOutput(())
+        if self.host is not None:
+            pages, seconds = self.host.timing()
+            output = replace(output, copied_pages=pages, copy_seconds=seconds)
+        if not plan.prunes:
+            return output
+        kept, prune_seconds = self._pruner.choose(plan.prunes)
+        return replace(output, kept=kept, prune_seconds=prune_seconds)
+
+    def _change_hands(self, plan: BatchPlan) -> None:
+        """All that a plan changes before the forward pass, in the order it promises."""
+        self.parking.leave(plan)
+        if self.host is not None:
+            self.host.copy_out(plan.swap_outs)
         self._pruner.compact(plan.compactions)
+        if self.host is not None:
+            self.host.copy_in(plan.swap_ins)
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
             self._pruner.assign(assignment)
             self._selection.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
+        self.parking.come_back(plan)
         self.cache.apply(plan)
-        output = self._compute(plan) if plan.num_tokens else StepOutput(())
-        if not plan.prunes:
-            return output
-        kept, seconds = self._pruner.choose(plan.prunes)
-        return replace(output, kept=kept, prune_seconds=seconds)
 
     def _compute(self, plan: BatchPlan) -> StepOutput:
         """Forward pass and sampling."""
@@ -145,6 +167,26 @@ class Engine:
             return None
         self.cache.advance(step.slots, step.new_entries, step.host_slots, (1,) * len(step.host_slots))
         return step.logits, logit_layout(plan)
+
+    def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
+        """Write the blocks' pages to a file, see `engine.snapshot`; raises `OSError` or `ModelLoadError`."""
+        if self.host is not None:
+            self.host.settle()
+        host = self.host.tensors if self.host else ()
+        snapshot.write(path, self._fingerprint(), blocks, self.cache.page_tensors, host)
+
+    def stored_prefixes(self, path: Path) -> list[bytes]:
+        """Names of the blocks in a file, in its order; raises `ConfigError` if none of them can be used here."""
+        return snapshot.read_digests(path, self._fingerprint())
+
+    @torch.inference_mode()
+    def load_prefixes(self, path: Path, skipped: int, blocks: Sequence[StoredBlock]) -> None:
+        """Fill the pages of the file's blocks after the `skipped` first ones; raises `ConfigError` if it is broken."""
+        host = self.host.tensors if self.host else ()
+        snapshot.read_blocks(path, skipped, blocks, self.cache.page_tensors, host)
+
+    def _fingerprint(self) -> str:
+        return snapshot.fingerprint(self.info, self.cache.layout)
 
     def warm_up(self) -> None:
         """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.
@@ -184,6 +226,16 @@ def _pages_per_sequence(config: EngineConfig, spec: ModelSpec, layout: CacheLayo
         page_size=layout.page_size,
         max_batch_tokens=config.max_batch_tokens,
     )
+
+
+def _allocate_host(cache: KVCache, num_pages: int) -> HostPool:
+    """Raises `ConfigError` if the memory is not there."""
+    try:
+        return HostPool(cache, num_pages)
+    except (RuntimeError, MemoryError) as error:
+        raise ConfigError(
+            f"the host memory for swapping could not be allocated: {str(error).splitlines()[0]}", param="swap_memory"
+        ) from error
 
 
 def _allocate(layout: CacheLayout, pages: int, device: torch.device) -> KVCache:

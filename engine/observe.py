@@ -5,7 +5,7 @@ Gathered per slot while the layers attend, and only for slots whose policy asks 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -51,12 +51,29 @@ class Observations:
     summed: int = 0
     """Position up to which queries are in `sums`; what follows is still in the ring."""
 
+    def moved(self, device: torch.device) -> "Observations":
+        """The same in a device's memory, without what the rings hold."""
+
+        def all_of(tables: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: table.to(device) for layer, table in tables.items()}
+
+        return replace(
+            self,
+            rings=None,
+            newest=None,
+            mass=all_of(self.mass),
+            repeated=all_of(self.repeated),
+            sums=[None if pair is None else (pair[0].to(device), pair[1].to(device)) for pair in self.sums],
+        )
+
     def keep(self, layer: int, index: Tensor, counts: Tensor) -> None:
         """The entries `index` [K, E'] of a layer's heads stay, in this order, as far as counts [K]."""
         unused = torch.arange(index.shape[1], device=index.device) >= counts[:, None]
-        for table in (self.mass, self.repeated):
-            if layer in table:
-                table[layer] = table[layer].gather(1, index.long().masked_fill(unused, 0)).masked_fill_(unused, 0.0)
+        for tables in (self.mass, self.repeated):
+            if layer in tables:
+                table = tables[layer]
+                blank = unused | (index >= table.shape[1])  # what came after a repetition has not been seen
+                tables[layer] = table.gather(1, index.long().masked_fill(blank, 0)).masked_fill_(blank, 0.0)
 
     def prepare(self, num_tokens: int, device: torch.device) -> None:
         """Make `newest` and `moments` those of the first `num_tokens`."""

@@ -4,6 +4,7 @@ Each full page of theirs has bounds of its keys; a decode step picks pages by wh
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,15 @@ class PageSelection:
         if prune is not None and prune.forgets and policy_infos()[prune.policy].selects:
             self._params[assignment.slot], self._bounded[assignment.slot] = prune, 0
             self._known[assignment.slot] = len(assignment.prompt_ids) + len(assignment.output_ids)
+
+    def park(self, slot: SlotId) -> object:
+        """See `SlotKeeper.park`. Bounds belong to pages, so they are found anew."""
+        return self._known.get(slot)
+
+    def unpark(self, slot: SlotId, state: Any) -> None:
+        """See `SlotKeeper.unpark`."""
+        if slot in self._params:
+            self._known[slot] = state
 
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""

@@ -91,6 +91,25 @@ class Pruner:
             seen.sums = [None] * len(self._layers)
         self._seen[slot] = seen
 
+    def park(self, slot: SlotId) -> object:
+        """See `SlotKeeper.park`."""
+        policy, seen = self._policies.get(slot), self._seen.get(slot)
+        newest = None if seen is None or seen.rings is None else seen.rings.save(seen.row)
+        self._forget(slot)
+        return policy, None if seen is None else seen.moved(torch.device("cpu")), newest
+
+    def unpark(self, slot: SlotId, state: Any) -> None:
+        """See `SlotKeeper.unpark`."""
+        policy, seen, newest = state
+        if policy is not None:
+            self._policies[slot] = policy
+        if seen is not None:
+            fresh = self._seen[slot]
+            seen = self._seen[slot] = seen.moved(self._cache.device)
+            seen.rings, seen.row = fresh.rings, fresh.row
+            if newest is not None:
+                seen.rings.restore(seen.row, newest.to(self._cache.device))
+
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
         if not self._seen:

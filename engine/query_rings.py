@@ -47,6 +47,15 @@ class QueryRings:
         assert self._queries is not None, "no query was seen"
         return self._queries[:, row, positions % self.window]
 
+    def save(self, row: int) -> Tensor | None:
+        """A copy [L', W, H, D] in host memory of what the row holds; None before anything was written."""
+        known = self._queries
+        return None if known is None or row >= known.shape[1] else known[:, row].to("cpu", copy=True)
+
+    def restore(self, row: int, content: Tensor) -> None:
+        """The row holds what `save` gave, on the device by now."""
+        self._space(content)[:, row] = content
+
     def _space(self, like: Tensor) -> Tensor:
         known = self._queries
         if known is None or known.shape[1] < self._rows:

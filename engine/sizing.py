@@ -99,6 +99,25 @@ def num_pages(layout: CacheLayout, budget: int | None, device: torch.device, eno
     return pages
 
 
+def num_host_pages(layout: CacheLayout, budget: int) -> int:
+    """Pages of the host pool in `budget` bytes; 0 for none.
+
+    Raises `ConfigError` if the machine has not so much memory, or it does not hold one page per head of every layer.
+    """
+    free, least = free_memory(torch.device("cpu")), layout.num_layers * layout.num_kv_heads * layout.bytes_per_page
+    if budget > free:
+        raise ConfigError(
+            f"swap_memory is {_readable(budget)}, but only {_readable(free)} of host memory are free",
+            param="swap_memory",
+        )
+    if 0 < budget < least:
+        raise ConfigError(
+            f"swap_memory is {_readable(budget)}, but one page of each head takes {_readable(least)}",
+            param="swap_memory",
+        )
+    return budget // layout.bytes_per_page
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on the device now; on a CPU, what the container or the machine has to give."""
     if device.type == "cuda":

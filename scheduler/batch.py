@@ -14,6 +14,7 @@ from ..core.plan import (
     SlotAssignment,
 )
 from .sequence import SequenceState
+from .swap import Swaps
 
 
 class BatchDraft:
@@ -37,6 +38,8 @@ class BatchDraft:
         """Pages for which sequences wait that were promised them."""
         self.compactions: dict[SequenceState, Compaction] = {}
         self.prunes: dict[SequenceState, PruneOrder] = {}
+        self.waiting: set[SequenceState] = set()
+        """Who runs, but lacks pages for this step."""
         self._plans: list[SequencePlan] = []
         self._assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
@@ -53,12 +56,12 @@ class BatchDraft:
         """Whether the engine would have nothing to do."""
         return not (self.size or self.prunes or self.compactions or self._drops)
 
-    def enter(self, sequence: SequenceState, shared: IntArray) -> None:
-        """The sequence has just got its slot; its table begins with the pages `shared` [R, C]."""
+    def enter(self, sequence: SequenceState) -> None:
+        """The sequence has just got its slot; it begins with what is in its table."""
         self._assignments.append(sequence.assignment())
-        if shared.size:
-            rows, columns = np.indices(shared.shape, np.int32).reshape(2, -1)
-            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, shared.ravel()))
+        if sequence.table.num_pages:
+            rows, columns, pages = sequence.table.places()
+            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages))
 
     def promise(self, sequence: SequenceState) -> None:
         """A steady decode will be in this step: it got pages for it, which nobody may take back."""
@@ -87,6 +90,11 @@ class BatchDraft:
         if len(grants.pages):
             self._grants.append(grants)
 
+    def wait(self, sequence: SequenceState, drops: list[tuple[IntArray, int]]) -> None:
+        """The sequence lacks pages for this step, and lost the leading pages `drops` (rows, pages per row)."""
+        self.waiting.add(sequence)
+        self.change_pages(sequence, drops, PageGrants.none())
+
     def forget(self, sequence: SequenceState) -> None:
         """The sequence, which is not in the step, has just lost its slot."""
         self.compactions.pop(sequence, None)
@@ -99,17 +107,21 @@ class BatchDraft:
         self.members.append(sequence)
         self._plans.append(part)
 
-    def build(self) -> BatchPlan:
-        """The finished plan."""
+    def build(self, swaps: Swaps) -> BatchPlan:
+        """The finished plan, with what travels between device and host."""
         return BatchPlan(
             tuple(self._plans),
-            tuple(self._assignments),
-            tuple(self._drops),
-            _joined(self._grants),
-            _joined(self._shares),
-            self._decodes,
-            tuple(self.compactions.values()),
-            tuple(self.prunes.values()),
+            assignments=tuple(self._assignments),
+            drops=tuple(self._drops),
+            grants=_joined(self._grants),
+            shares=_joined(self._shares),
+            decodes=self._decodes,
+            parks=swaps.parks,
+            unparked=swaps.unparked,
+            swap_outs=swaps.outs,
+            swap_ins=swaps.ins,
+            compactions=tuple(self.compactions.values()),
+            prunes=tuple(self.prunes.values()),
         )
 
 

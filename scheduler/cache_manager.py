@@ -9,19 +9,28 @@ tokens are known and computed; then it is published, and belongs to the prefix i
 
 A block that someone else has published meanwhile stays the sequence's own (None in `SequenceState.blocks`). With
 sliding windows, pages leave a table one head at a time, so there nothing is published.
+
+Behind the pool there may be a host pool. A prefix whose pages are reclaimed is copied there, and back when a sequence
+begins with it. A preempted sequence that is swapped out has its own columns copied there; the shared ones it finds
+again by their names, or, if one of them is lost, it is computed anew.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+from msgspec.structs import replace
 
-from ..core.plan import IntArray
+from ..core.messages import EngineStats
+from ..core.plan import IntArray, StoredBlock
 from .config import SchedulerConfig
+from .host_tier import HostTier
 from .pages import PagePool
+from .pins import Pins
 from .prefix import Bundle, PrefixIndex
 from .sequence import SequenceState
+from .swap_space import SwapSpace
 
 log = logging.getLogger("quire.scheduler")
 
@@ -32,14 +41,23 @@ class CacheManager:
     Always free + used + cached = all pages.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds; pinned prefixes go by it."""
         self._config = config
+        self._clock = clock
         self._pool = PagePool(config.num_pages)
-        self._index = PrefixIndex(config.num_rows)
+        self._index = PrefixIndex(config.num_rows, keeps_idle=config.prefix_cache)
+        self.host = HostTier(config.num_host_pages, config.num_rows, self._index.forget_if_gone)
+        self._pins = Pins(config.max_pinned)
+        self.swaps = SwapSpace(config, self.host)
         self.queries = 0
         """Prompt tokens looked for in the prefix index, of sequences that started for the first time."""
         self.hits = 0
         """Those found."""
+        self.host_hits = 0
+        """Those of them that were in host memory alone."""
+        self.pins_dropped = 0
+        """Pinned blocks that went before their time, for a sequence that could not have gone on alone."""
         self.leaks = 0
         """Pages that belonged to nobody, and were taken back."""
 
@@ -55,17 +73,31 @@ class CacheManager:
 
     @property
     def cached(self) -> int:
-        """Pages of prefixes that no sequence uses."""
-        return self._index.num_idle_pages
+        """Pages of prefixes that no sequence uses, pinned ones included."""
+        return self._index.num_idle_pages + self._index.num_held_pages
+
+    @property
+    def pinned(self) -> int:
+        """Pages of pinned prefixes, in use or not, on the device or not."""
+        return len(self._pins) * self._config.num_rows
 
     @property
     def used(self) -> int:
         """Pages in sequences' tables, shared ones counted once."""
-        return self._pool.used - self._index.num_idle_pages
+        return self._pool.used - self.cached
 
     def find(self, sequence: SequenceState) -> list[Bundle]:
-        """The leading blocks of a waiting sequence that need not be computed; changes nothing."""
-        if not self._config.shares_prefixes:
+        """The leading blocks of a waiting sequence that need not be computed, or those a swapped-out one shared.
+
+        A swapped-out sequence that lost a shared block is one to be computed again from here on.
+        """
+        if sequence.swapped is not None:
+            found = [self._index.get(digest) for digest in sequence.swapped.shared.values()]
+            known = [bundle for bundle in found if bundle is not None]
+            if len(known) == len(found):
+                return known
+            self.swaps.discard(sequence)
+        if not sequence.shares:
             return []
         return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config))
 
@@ -75,7 +107,9 @@ class CacheManager:
         Only known tokens count: what `other` will say may be something else.
         """
         size, block = self._config.page_size, len(hits)
-        if not self._config.shares_prefixes or block >= sequence.reusable_blocks(self._config) or not other.is_exact:
+        if not (sequence.shares and other.shares and other.is_exact) or sequence.swapped is not None:
+            return False
+        if block >= sequence.reusable_blocks(self._config):
             return False
         if not other.num_computed < (block + 1) * size <= len(other.tokens):
             return False
@@ -83,33 +117,51 @@ class CacheManager:
 
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
-        in_use = sum(1 for bundle in hits if bundle.users)
-        return self._config.pages_needed(sequence.most_entries(self._config)) - in_use * self._config.num_rows
+        config, entries = self._config, sequence.most_entries(self._config)
+        most = config.pages_needed(entries)
+        in_use = sum(1 for bundle in hits if bundle.pages is not None and (bundle.users or bundle.pinned))
+        if sequence.swapped is not None:
+            most = sequence.swapped.most_pages(max(entries, len(sequence.tokens)), config.page_size, most)
+        return most - in_use * config.num_rows
 
     def owed(self, sequences: Iterable[SequenceState]) -> int:
         """How many more pages these sequences take until all their known tokens are computed."""
         needed = (self._config.pages_needed(len(s.tokens)) - s.table.num_pages for s in sequences)
         return sum(max(pages, 0) for pages in needed)
 
-    def enter(self, sequence: SequenceState, hits: list[Bundle]) -> IntArray:
-        """Let a sequence begin with `hits`; returns their pages, int32 [R, len(hits)]."""
-        asks = self._config.shares_prefixes and sequence.request.params.prompt_logprobs is None
-        if asks and not sequence.preemptions:
-            self.queries += sequence.num_prompt
-            self.hits += len(hits) * self._config.page_size
-            sequence.cached_tokens = len(hits) * self._config.page_size
-        if not hits:
-            return np.empty((self._config.num_rows, 0), np.int32)
+    def enter(self, sequence: SequenceState, hits: list[Bundle]) -> None:
+        """Let a sequence begin with `hits`, and with what of it was swapped out."""
+        absent = [bundle for bundle in hits if bundle.pages is None]
+        self._count(sequence, len(hits), len(absent))
+        self.host.reserve(absent)
         for bundle in hits:
             self._index.acquire(bundle)
-        pages = np.stack([bundle.pages for bundle in hits], axis=1)
-        sequence.begin_with(hits, pages, self._config.page_size)
-        return pages
+        for bundle in absent:
+            bundle.pages = self.take(self._config.num_rows)
+            self.host.recall(bundle)
+        if sequence.swapped is not None:
+            pages = self.take(len(sequence.swapped.host))
+            self.swaps.bring_back(sequence, hits, pages)
+        elif hits:
+            shared = np.stack([bundle.pages for bundle in hits if bundle.pages is not None], axis=1)
+            sequence.begin_with(hits, shared, self._config.page_size)
+
+    def _count(self, sequence: SequenceState, hits: int, from_host: int) -> None:
+        """Of a sequence's first start: what it looked for, and what was there."""
+        size = self._config.page_size
+        if not sequence.shares or sequence.preemptions or sequence.request.params.prompt_logprobs is not None:
+            return
+        sequence.cached_tokens = hits * size
+        if self._config.prefix_cache:
+            self.queries += sequence.num_prompt
+            self.hits += hits * size
+            self.host_hits += from_host * size
 
     def take(self, count: int) -> IntArray:
         """Lend `count` of the available pages, int32 [count]; reclaims what that needs."""
         if count > self._pool.free:
-            self._pool.give(self._index.reclaim(count - self._pool.free))
+            spill = self.host.spill if self.host.total else None
+            self._pool.give(self._index.reclaim(count - self._pool.free, spill))
         return self._pool.take(count)
 
     def give(self, ids: IntArray) -> None:
@@ -119,7 +171,7 @@ class CacheManager:
     def publish(self, sequence: SequenceState) -> None:
         """Hand the sequence's newly computed full blocks to the index, for others to begin with."""
         full, blocks = sequence.num_computed // self._config.page_size, sequence.blocks
-        if len(blocks) >= full or not self._config.shares_prefixes or not sequence.is_exact:
+        if len(blocks) >= full or not (sequence.shares and sequence.is_exact):
             return
         digests = sequence.hashes.upto(full)
         for number in range(len(blocks), full):
@@ -128,8 +180,8 @@ class CacheManager:
     def compact(self, sequence: SequenceState, counts: IntArray) -> tuple[bool, IntArray | None]:
         """Let every head keep `counts` [R] entries. Returns whether that can be, and fresh pages if it takes those.
 
-        What others read, or may read, is left as it is: then the survivors move to fresh pages, if there are as many.
-        Else what nobody else uses is no longer offered, and serves the sequence alone.
+        What others read, or may read, is left as it is, and what is pinned: then the survivors move to fresh pages, if
+        there are as many. Else what nobody else uses is no longer offered, and serves the sequence alone.
         """
         shared = [bundle for bundle in sequence.blocks if bundle is not None]
         needed = int((-(-counts // self._config.page_size)).sum())
@@ -138,7 +190,7 @@ class CacheManager:
             self.leave(sequence)
             sequence.table.rebuild(counts, fresh)
             return True, fresh
-        if any(bundle.users > 1 for bundle in shared):
+        if any(bundle.users > 1 or bundle.pinned for bundle in shared):
             return False, None
         self.withdraw(sequence)
         sequence.blocks.clear()
@@ -149,7 +201,8 @@ class CacheManager:
         """Pages that would surely become available if every head kept at most `entries`; 0 if it could not be done."""
         config, blocks = self._config, sequence.blocks
         after = len(config.full_rows) * -(-entries // config.page_size)
-        others = sum(1 for bundle in blocks if bundle is not None and bundle.users > 1) * config.num_rows
+        stay = sum(1 for bundle in blocks if bundle is not None and (bundle.users > 1 or bundle.pinned))
+        others = stay * config.num_rows
         if others and after > self.available:
             return 0
         full = sequence.table.held[config.full_rows].sum()
@@ -159,11 +212,65 @@ class CacheManager:
         """Let nobody begin with the sequence's blocks any more: something in them may be wrong."""
         for bundle in sequence.blocks:
             if bundle is not None:
-                self._index.withdraw(bundle)
+                self._forget(bundle)
+
+    def _forget(self, bundle: Bundle) -> None:
+        self._index.withdraw(bundle)
+        self._pins.forget(bundle)
+        self.host.forget(bundle)
+
+    def pin(self, sequence: SequenceState) -> None:
+        """Once its prompt is computed: keep the prompt's full blocks for as long after it as its request asks for.
+
+        From the first block on, as many as may still be pinned.
+        """
+        if sequence.pinned_tokens is not None or sequence.num_computed < sequence.num_prompt:
+            return
+        sequence.pinned_tokens = 0
+        if not (sequence.request.cache_ttl and sequence.shares and self._config.prefix_cache):
+            return
+        full = sequence.num_prompt // self._config.page_size
+        for digest in sequence.hashes.upto(full)[:full]:
+            bundle = self._index.get(digest)
+            if bundle is None or not self._pins.hold(bundle, self._pinned_until(sequence)):
+                break
+            self._index.pin(bundle)
+            self.host.pin(bundle)
+            sequence.pinned_tokens += self._config.page_size
+
+    def _pinned_until(self, sequence: SequenceState) -> float:
+        return self._clock() + min(sequence.request.cache_ttl, self._config.max_cache_ttl)
+
+    def _prolong(self, sequence: SequenceState) -> None:
+        """The sequence leaves: its pins count from now."""
+        count = (sequence.pinned_tokens or 0) // self._config.page_size
+        for digest in sequence.hashes.upto(count)[:count]:
+            bundle = self._index.get(digest)
+            if bundle is not None and self._pins.holds(bundle):
+                self._pins.hold(bundle, self._pinned_until(sequence))
+
+    def expire_pins(self) -> None:
+        """Unpin what was kept long enough."""
+        if len(self._pins):
+            now = self._clock()
+            while (bundle := self._pins.pop(now)) is not None:
+                self._unpin(bundle)
+
+    def drop_pins(self, needed: int) -> bool:
+        """Unpin until `needed` pages are available or nothing is pinned: what ends soonest goes first. Is it enough?"""
+        while needed > self.available and (bundle := self._pins.pop()) is not None:
+            self._unpin(bundle)
+            self.pins_dropped += 1
+        return needed <= self.available
+
+    def _unpin(self, bundle: Bundle) -> None:
+        self._index.unpin(bundle)
+        self.host.touch(bundle)
 
     def leave(self, sequence: SequenceState) -> None:
         """Take back all of a sequence's pages; what it published or began with is kept."""
         blocks = sequence.blocks
+        self._prolong(sequence)
         self._pool.give(sequence.table.clear([number for number, bundle in enumerate(blocks) if bundle is not None]))
         for number in reversed(range(len(blocks))):
             bundle = blocks[number]
@@ -171,12 +278,74 @@ class CacheManager:
                 # Another's copy leads to the blocks that this sequence published after it.
                 self._index.touch(sequence.hashes.upto(number + 1)[number])
             elif not self._index.release(bundle):
+                assert bundle.pages is not None
                 self._pool.give(bundle.pages)
         blocks.clear()
 
+    # --- prefixes of another run ---
+
+    def stored(self) -> list[StoredBlock]:
+        """Prefix blocks that no sequence uses, wherever they are: the next to be given up first."""
+        blocks = []
+        for bundle in (*(bundle for bundle in self.host.stored() if bundle.pages is None), *self._index.idle()):
+            pages = bundle.host if bundle.pages is None else bundle.pages
+            assert pages is not None
+            blocks.append(StoredBlock(bundle.digest, pages, in_host=bundle.pages is None))
+        return blocks
+
+    def adopt(self, digests: list[bytes]) -> list[StoredBlock]:
+        """Make room for blocks of an earlier run, given as `stored` orders them, before the first request.
+
+        Free pages only, on the device first. Returns those that fit, the last ones; the caller fills them.
+        """
+        bundles: list[Bundle] = []
+        for digest in reversed(digests if self._config.prefix_cache else []):
+            bundle = Bundle(digest, None, users=0)
+            if self._pool.free >= self._config.num_rows:
+                bundle.pages = self._pool.take(self._config.num_rows)
+            elif (host := self.host.adopt()) is not None:
+                bundle.host = host
+            else:
+                break
+            bundles.append(bundle)
+        bundles.reverse()
+        for bundle in bundles:
+            self._index.adopt(bundle)
+            self.host.touch(bundle)
+        return self.stored()
+
     def reclaim_all(self) -> None:
-        """Forget every prefix that no sequence uses."""
+        """Forget every prefix that no sequence uses, pinned or not, on either side."""
+        while (bundle := self._pins.pop()) is not None:
+            self._unpin(bundle)
         self._pool.give(self._index.reclaim(self._config.num_pages))
+        self.host.drop_copies()
+
+    def report(self, stats: EngineStats) -> EngineStats:
+        """The counts with those of pages, prefixes and swaps."""
+        self.expire_pins()
+        host, page_bytes = self.host, self._config.page_bytes
+        return replace(
+            stats,
+            pages_used=self.used,
+            pages_cached=self.cached,
+            pages_total=self._config.num_pages,
+            prefix_queries_total=self.queries,
+            prefix_hits_total=self.hits,
+            prefix_host_hits_total=self.host_hits,
+            page_leaks_total=self.leaks,
+            pages_pinned=self.pinned,
+            pins_dropped_total=self.pins_dropped,
+            host_pages_parked=host.parked,
+            host_pages_cached=host.cached,
+            host_pages_total=host.total,
+            swap_out_sequences_total=self.swaps.swapped_out,
+            swap_in_sequences_total=self.swaps.swapped_in,
+            swap_out_pages_total=host.pages_out,
+            swap_in_pages_total=host.pages_in,
+            swap_out_bytes_total=host.pages_out * page_bytes,
+            swap_in_bytes_total=host.pages_in * page_bytes,
+        )
 
     def reclaim_leaked(self) -> int:
         """While no sequence runs: take back the pages that belong to nobody; returns how many. O(1) if there are none.
@@ -187,24 +356,30 @@ class CacheManager:
         if leaked:
             log.error("%d KV pages belonged to nobody while nothing ran; they are taken back", leaked)
             self.leaks += leaked
-            self._index.forget_used()
-            self._pool.reset(np.concatenate([np.empty(0, np.int32), *(bundle.pages for bundle in self._index)]))
+            for bundle in self._index.used():
+                self._forget(bundle)
+            kept = [bundle.pages for bundle in self._index if bundle.pages is not None]
+            self._pool.reset(np.concatenate([np.empty(0, np.int32), *kept]))
         return leaked
 
-    def check(self, running: Iterable[SequenceState]) -> None:
-        """AssertionError unless pool, index and the tables of the `running` sequences agree; passes over all."""
+    def check(self, running: Iterable[SequenceState], waiting: Iterable[SequenceState] = ()) -> None:
+        """AssertionError unless pools, index and the tables of all sequences agree; passes over all."""
         self._pool.check()
+        self.host.check([sequence.swapped.host for sequence in waiting if sequence.swapped], self._index)
+        assert all(self._pins.holds(bundle) == bundle.pinned for bundle in self._index)
+        assert len(self._pins) == sum(bundle.pinned for bundle in self._index) <= self._config.max_pinned
         self._index.check()
         pages, users = [], Counter[Bundle]()
         for sequence in running:
             for number, bundle in enumerate(sequence.blocks):
                 if bundle is not None:
                     users[bundle] += 1
+                    assert bundle.pages is not None
                     assert np.array_equal(sequence.table.column(number), bundle.pages), "a shared column was changed"
             shared = [number for number, bundle in enumerate(sequence.blocks) if bundle is not None]
             pages.append(sequence.table.ids(shared))
         # A withdrawn bundle is no longer indexed, but somebody's still.
-        bundles = {*users, *self._index}
+        bundles = {*users, *(bundle for bundle in self._index if bundle.pages is not None)}
         assert all(bundle.users == users[bundle] for bundle in bundles), "a bundle counts other users than it has"
-        pages += [bundle.pages for bundle in bundles]
+        pages += [bundle.pages for bundle in bundles if bundle.pages is not None]
         self._pool.check_owned(np.concatenate(pages) if pages else np.empty(0, np.int32))

@@ -38,6 +38,8 @@ from .process import load_loop
 HEART_STOPPED_SECONDS = 240.0
 """Without a sign of life for this long the engine counts as hung and is restarted; /health complains earlier. A step
 of a large model on a slow CPU may take a minute."""
+SNAPSHOT_SECONDS = 600.0
+"""The longest time an engine may take to write its computed prefixes before it ends."""
 MAX_DEATHS = 5
 STABLE_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -149,7 +151,7 @@ class ProcessClient:
         self._fail_streams(EngineUnavailableError("the server is shutting down"))
         if self._engine.exit_code is None:
             self._engine.send(Shutdown())
-            await self._engine.wait(grace_seconds)
+            await self._engine.wait(SNAPSHOT_SECONDS if self._config.cache_file else grace_seconds)
         self._engine.close()
 
     async def _supervise(self) -> None:

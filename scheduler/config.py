@@ -41,6 +41,12 @@ class SchedulerConfig:
     """See `core.model_spec.ModelSpec.rope_length`."""
     prefix_cache: bool = True
     """Keep computed prefixes for requests that begin alike."""
+    num_host_pages: int = 0
+    """Pages of the host pool, for what leaves the device; 0: there is none."""
+    page_bytes: int = 0
+    """Bytes of one page."""
+    max_cache_ttl: float = 3600.0
+    """Longest time, in seconds, that a request can have its prompt kept for after its end; 0: nothing is pinned."""
     policies: dict[str, PolicyInfo] = field(default_factory=dict)
     """Pruning policies by name."""
     refinements: tuple[Refinement, ...] = ()
@@ -83,16 +89,16 @@ class SchedulerConfig:
         return np.repeat(np.asarray(per_layer, np.int32), self.num_kv_heads)
 
     @cached_property
+    def max_pinned(self) -> int:
+        """Most bundles that may be pinned: half the pool."""
+        return self.num_pages // 2 // self.num_rows
+
+    @cached_property
     def full_rows(self) -> npt.NDArray[np.intp]:
         """Rows without a window: those that can be pruned."""
         if self.row_windows is None:
             return np.arange(self.num_rows)
         return np.flatnonzero(self.row_windows == NO_WINDOW)
-
-    @cached_property
-    def shares_prefixes(self) -> bool:
-        """Whether computed prefixes are kept: not with sliding windows, whose pages go one head at a time."""
-        return self.prefix_cache and self.row_windows is None
 
     def pages_needed(self, entries: int) -> int:
         """Most pages a sequence holds at any time until it has computed `entries` tokens."""

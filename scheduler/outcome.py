@@ -61,6 +61,7 @@ def _finished(sequence: SequenceState, stop_token: int | None) -> Finished:
         queue_seconds=sequence.started_at - sequence.arrived_at,
         preemptions=sequence.preemptions,
         cached_tokens=sequence.cached_tokens,
+        pinned_tokens=sequence.pinned_tokens or 0,
     )
 
 
@@ -74,6 +75,7 @@ def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int, config:
         logprobs=_wire(result.logprobs[:taken]) if wanted else None,
         prompt_logprobs=_wire(result.prompt_logprobs) if result.prompt_logprobs else None,
         cached_tokens=sequence.cached_tokens if is_first else 0,
+        pinned_tokens=(sequence.pinned_tokens or 0) if is_first else 0,
         cache=sequence.cache_use(config),
     )
 

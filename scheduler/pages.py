@@ -9,7 +9,7 @@ class PagePool:
     """All pages of the KV cache as a stack of free ids: taking n pages is one slice."""
 
     def __init__(self, num_pages: int) -> None:
-        assert num_pages > 0
+        assert num_pages >= 0
         self.total = num_pages
         self.free = num_pages
         """Pages that can be taken now."""

@@ -7,7 +7,7 @@ vLLM's automatic prefix caching; see also SGLang's RadixAttention, Zheng et al. 
 
 import struct
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -52,13 +52,17 @@ class BlockHashes:
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """The pages of one computed block. Never written again."""
+    """The pages of one computed block, on the device, in host memory or in both. Never written again."""
 
     digest: bytes
-    pages: IntArray
-    """One per head, int32 [R]."""
+    pages: IntArray | None
+    """One per head, int32 [R]; None: it is in host memory alone."""
     users: int
     """Sequences that have it in their table."""
+    host: IntArray | None = None
+    """Host pages of its copy there, int32 [R]."""
+    pinned: bool = False
+    """Not to be reclaimed, on neither side."""
 
 
 class PrefixIndex:
@@ -68,19 +72,36 @@ class PrefixIndex:
     it a block is never found.
     """
 
-    def __init__(self, pages_per_bundle: int) -> None:
+    def __init__(self, pages_per_bundle: int, keeps_idle: bool = True) -> None:
+        """Without `keeps_idle`, a block is known only as long as somebody uses it."""
         self._pages_per_bundle = pages_per_bundle
+        self._keeps_idle = keeps_idle
         self._bundles: dict[bytes, Bundle] = {}
         self._idle: OrderedDict[bytes, Bundle] = OrderedDict()
-        """Without users, least recently used first."""
+        """On the device, without users and not pinned: least recently used first."""
+        self._held: dict[bytes, Bundle] = {}
+        """On the device, without users but pinned."""
 
     @property
     def num_idle_pages(self) -> int:
         """Pages that `reclaim` can give."""
         return len(self._idle) * self._pages_per_bundle
 
+    @property
+    def num_held_pages(self) -> int:
+        """Pages without users that `reclaim` must not give."""
+        return len(self._held) * self._pages_per_bundle
+
     def __iter__(self) -> Iterator[Bundle]:
         return iter(self._bundles.values())
+
+    def get(self, digest: bytes) -> Bundle | None:
+        """The block of that name, if it is known."""
+        return self._bundles.get(digest)
+
+    def idle(self) -> list[Bundle]:
+        """Blocks on the device that nobody uses: the next to be reclaimed first, pinned ones last."""
+        return [*self._idle.values(), *reversed(self._held.values())]
 
     def match(self, hashes: BlockHashes, limit: int) -> list[Bundle]:
         """The longest run of known blocks from the first on, at most `limit`; changes nothing."""
@@ -96,12 +117,12 @@ class PrefixIndex:
 
     def acquire(self, bundle: Bundle) -> None:
         """One more user."""
-        if not bundle.users:
-            del self._idle[bundle.digest]
+        self._idle.pop(bundle.digest, None)
+        self._held.pop(bundle.digest, None)
         bundle.users += 1
 
     def release(self, bundle: Bundle) -> bool:
-        """One user less. False if the bundle was withdrawn and this was the last: the pages are the caller's then.
+        """One user less. False if this was the last and nobody can find the bundle: the pages are the caller's then.
 
         A sequence releases its deepest block first.
         """
@@ -111,8 +132,15 @@ class PrefixIndex:
             return True
         if self._bundles.get(bundle.digest) is not bundle:
             return False
-        self._idle[bundle.digest] = bundle
+        if not self._keeps_idle:
+            del self._bundles[bundle.digest]
+            return False
+        self._rest(bundle)
         return True
+
+    def _rest(self, bundle: Bundle) -> None:
+        """Nobody uses the bundle's device pages for now."""
+        (self._held if bundle.pinned else self._idle)[bundle.digest] = bundle
 
     def touch(self, digest: bytes) -> None:
         """Count the block, if it is known, as used just now."""
@@ -120,12 +148,32 @@ class PrefixIndex:
             self._idle.move_to_end(digest)
 
     def publish(self, digest: bytes, pages: IntArray) -> Bundle | None:
-        """Take over a computed block's pages from their one user; None if another's copy is known already."""
-        if digest in self._bundles:
-            return None
+        """Take over a computed block's pages from their one user; None if another's copy is on the device already."""
         assert len(pages) == self._pages_per_bundle
-        bundle = self._bundles[digest] = Bundle(digest, pages, users=1)
+        bundle = self._bundles.setdefault(digest, Bundle(digest, None, users=0))
+        if bundle.pages is not None:
+            return None
+        bundle.pages, bundle.users = pages, 1
         return bundle
+
+    def adopt(self, bundle: Bundle) -> None:
+        """Take over a block that was computed before this index began and that nobody uses; it must be unknown."""
+        assert bundle.digest not in self._bundles and not bundle.users
+        self._bundles[bundle.digest] = bundle
+        if bundle.pages is not None:
+            self._rest(bundle)
+
+    def pin(self, bundle: Bundle) -> None:
+        """Keep the block from being reclaimed."""
+        bundle.pinned = True
+        if self._idle.pop(bundle.digest, None):
+            self._rest(bundle)
+
+    def unpin(self, bundle: Bundle) -> None:
+        """Let the block be reclaimed again, as one that was used just now."""
+        bundle.pinned = False
+        if self._held.pop(bundle.digest, None):
+            self._rest(bundle)
 
     def withdraw(self, bundle: Bundle) -> None:
         """Let nobody find the bundle any more; it lives until its present users (one at least) release it."""
@@ -133,21 +181,37 @@ class PrefixIndex:
         if self._bundles.get(bundle.digest) is bundle:
             del self._bundles[bundle.digest]
 
-    def reclaim(self, count: int) -> IntArray:
-        """Forget idle blocks that hold at least `count` pages, fewer if there are no more; returns their pages."""
+    def reclaim(self, count: int, spill: Callable[[Bundle], None] | None = None) -> IntArray:
+        """Take idle blocks off the device that hold at least `count` pages, fewer if there are no more.
+
+        Each is first given to `spill`, if there is one, which may set its `host`; without a copy there it is
+        forgotten. Returns the pages.
+        """
         freed: list[IntArray] = []
         while self._idle and len(freed) * self._pages_per_bundle < count:
-            digest, bundle = self._idle.popitem(last=False)
-            del self._bundles[digest]
+            _, bundle = self._idle.popitem(last=False)
+            if spill is not None:
+                spill(bundle)
+            assert bundle.pages is not None
             freed.append(bundle.pages)
+            bundle.pages = None
+            self.forget_if_gone(bundle)
         return np.concatenate(freed) if freed else np.empty(0, np.int32)
 
-    def forget_used(self) -> None:
-        """Forget all blocks that count users."""
-        self._bundles = dict(self._idle)
+    def forget_if_gone(self, bundle: Bundle) -> None:
+        """A copy of the block was given up: without any, nobody can begin with it."""
+        if bundle.pages is None and bundle.host is None and self._bundles.get(bundle.digest) is bundle:
+            del self._bundles[bundle.digest]
+
+    def used(self) -> list[Bundle]:
+        """Blocks that count users."""
+        return [bundle for bundle in self._bundles.values() if bundle.users]
 
     def check(self) -> None:
         """AssertionError unless exactly the unused blocks are idle."""
         assert all(bundle.digest == digest for digest, bundle in self._bundles.items())
-        assert self._idle.keys() == {bundle.digest for bundle in self if not bundle.users}
-        assert all(self._bundles[digest] is bundle for digest, bundle in self._idle.items())
+        resting = [bundle for bundle in self if not bundle.users and bundle.pages is not None]
+        assert self._idle.keys() == {bundle.digest for bundle in resting if not bundle.pinned}
+        assert self._held.keys() == {bundle.digest for bundle in resting if bundle.pinned}
+        assert all(self._bundles[digest] is bundle for digest, bundle in (self._idle | self._held).items())
+        assert all(bundle.pages is not None or bundle.host is not None for bundle in self), "a block without pages"

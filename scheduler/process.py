@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -31,6 +32,7 @@ from ..core.messages import (
 )
 from .admission import check_default_pruning
 from .loop import EngineLoop, scheduler_config
+from .snapshot import load_cache, save_cache
 
 HEARTBEAT_SECONDS = 1.0
 EXIT_PARENT_GONE = 3
@@ -51,13 +53,17 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
         max_batch_tokens=config.max_batch_tokens,
         max_waiting=config.max_waiting,
         prefix_cache=config.prefix_cache,
+        max_cache_ttl=config.max_cache_ttl,
         prunes_under_pressure=config.pressure == "prune",
         policy=config.policy,
         max_itl=None if config.max_itl_ms is None else config.max_itl_ms / 1000,
         max_waiting_tokens=config.max_waiting_tokens,
         queue_timeout=config.queue_timeout,
     )
-    return EngineLoop(engine, Scheduler(limits))
+    loop = EngineLoop(engine, Scheduler(limits))
+    if config.cache_file is not None:
+        load_cache(loop, Path(config.cache_file))
+    return loop
 
 
 class Wire:
@@ -143,6 +149,8 @@ def main() -> int:
         # answer. Open requests fail with a clear error, which the server gives them.
         log.exception("a step failed; the engine process stops")
         return 1
+    if config.cache_file is not None:
+        save_cache(loop, Path(config.cache_file))
     wire.flush()
     return 0
 

@@ -17,13 +17,14 @@ import numpy as np
 from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, PageGrants, SequenceOutput, StepOutput
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, StepOutput
 from ..core.request import Request
 from .admission import check_request, check_room
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
+from .growth import Growth
 from .outcome import accept, accept_tokens
 from .oversight import Oversight
 from .pace import Pace
@@ -32,11 +33,12 @@ from .preemption import giving_way
 from .prefix import Bundle
 from .pruning import Pruning
 from .sequence import SequenceState
+from .swap import SwapCosts
 from .waiting import WaitingQueue
 
 
 class Scheduler:
-    """Continuous batching over a paged cache, in the order of a policy; preemption by recomputation.
+    """Continuous batching over a paged cache, in the order of a policy; preemption by swapping or recomputation.
 
     Who is admitted fits alone, and the policy's first sequence may preempt all others: so every plan moves at least
     one sequence forward, and every accepted request ends.
@@ -45,7 +47,8 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self._clock = clock
-        self._cache = CacheManager(config)
+        self._cache = CacheManager(config, clock)
+        self._swap_costs = SwapCosts()
         self._policy = POLICIES[config.policy]()
         self._pace = Pace(config.max_itl, config.page_size)
         self._oversight = Oversight(config.queue_timeout)
@@ -59,6 +62,7 @@ class Scheduler:
         """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
+        self._growth = Growth(config, self._cache, self._pruning, self._policy, self._running, self._preempt)
         self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
 
@@ -109,6 +113,7 @@ class Scheduler:
         assert self._in_flight is None, "the last plan was not committed"
         if not self.has_work:
             return None
+        self._cache.expire_pins()
         draft = BatchDraft(self.config.max_batch_tokens)
         for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
             self._preempt(victim)
@@ -123,13 +128,13 @@ class Scheduler:
                 self._continue(sequence, draft)
         # After a preemption the victim does not fit: its pages went to who needed them.
         self._admit(draft)
-        self._oversight.watchdog.planned(self._running, draft.size, draft.budget)
+        self._oversight.watchdog.planned(self._running, draft.size, draft.budget, draft.waiting)
         if draft.is_empty:
             stuck = self._running[0] if self._running else self._waiting.first()
             if stuck is not None and not self.reclaim_leaks():
                 self._oversight.watchdog.unplannable(stuck)
             return None
-        plan = draft.build()
+        plan = draft.build(self._cache.swaps.take())
         self._in_flight = plan, draft
         return plan
 
@@ -140,6 +145,7 @@ class Scheduler:
         self._steps += 1
         self._batch_tokens = plan.num_tokens
         self._pace.learn(plan, output)
+        self._swap_costs.observe(plan, output)
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
@@ -154,18 +160,13 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Counts after the last commit; the times are the loop's to fill in."""
-        return EngineStats(
+        stats = EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            pages_used=self._cache.used,
-            pages_cached=self._cache.cached,
-            pages_total=self.config.num_pages,
             steps_total=self._steps,
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
-            prefix_queries_total=self._cache.queries,
-            prefix_hits_total=self._cache.hits,
             batch_tokens=self._batch_tokens,
             prunes=self._pruning.counts(),
             lossy_preemptions_total=self._pruning.lossy_preemptions,
@@ -173,16 +174,21 @@ class Scheduler:
             waiting_priorities=dict(self._waiting.priorities),
             timeouts_total=dict(self._oversight.timeouts),
             watchdog_total=dict(self._oversight.stuck),
-            page_leaks_total=self._cache.leaks,
         )
+        return self._cache.report(stats)
 
     def reclaim_leaks(self) -> int:
         """When nothing runs, no page may be in use: take back those that are; returns how many. To be called idle."""
         return 0 if self._running else self._cache.reclaim_leaked()
 
+    @property
+    def prefixes(self) -> CacheManager:
+        """Whose are the computed prefixes, to be saved or restored while nothing runs."""
+        return self._cache
+
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
-        self._cache.check(self._running)
+        self._cache.check(self._running, self._waiting)
         slots = [sequence.slot for sequence in self._running] + self._free_slots
         assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
         self._decodes.check()
@@ -210,7 +216,7 @@ class Scheduler:
         lacking, others = self._decodes.without_room(), list[SequenceState]()
         if len(self._running) > len(self._decodes):
             others = [sequence for sequence in self._running if not sequence.steady]
-        if lacking and not self._grow_together(lacking, draft):
+        if lacking and not self._growth.together(lacking, self._decodes, draft):
             others += lacking
         others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
@@ -222,32 +228,13 @@ class Scheduler:
         draft.decode(*self._decodes.plan(draft.budget))
         return prompts
 
-    def _grow_together(self, sequences: list[SequenceState], draft: BatchDraft) -> bool:
-        """A new page for each head of all the steady decodes given; False, and nothing done, if that is not so simple.
-
-        It is not if pages or budget are short, or heads differ. Otherwise each sequence costs a few microseconds.
-        """
-        needed = len(sequences) * self.config.num_rows
-        if len(sequences) > draft.budget or needed > self._cache.available or self.config.row_windows is not None:
-            return False
-        if any(sequence.table.ragged for sequence in sequences):
-            return False
-        ids = self._cache.take(needed)
-        per_sequence = ids.reshape(len(sequences), -1)
-        columns = [sequence.table.add_column(own) for sequence, own in zip(sequences, per_sequence, strict=True)]
-        draft.add_columns(sequences, columns, ids)
-        for sequence in sequences:
-            self._decodes.grown(sequence)
-            draft.promise(sequence)
-        return True
-
     def _continue(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the next tokens of a running sequence, if it can get the pages for them."""
         if self._pruning.repeats(sequence):
             self._repeat(sequence, draft)
             return
         count = sequence.next_chunk(draft.budget)
-        if count > sequence.table.room and not self._grow(sequence, count, draft):
+        if count > sequence.table.room and not self._growth.grow(sequence, count, draft):
             return
         if sequence.steady:
             self._decodes.grown(sequence)
@@ -262,52 +249,21 @@ class Scheduler:
     def _repeat(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan what the model repeats of a sequence, for its policy to see, if it can get the pages for that."""
         ids, count = self._pruning.repetition(sequence, draft.budget)
-        if not count or (len(ids) > sequence.table.room and not self._grow(sequence, len(ids), draft)):
+        if not count or (len(ids) > sequence.table.room and not self._growth.grow(sequence, len(ids), draft)):
             return
         draft.add(sequence, sequence.plan_repetition(ids, count))
         self._pruning.order_if_due(sequence, draft)
 
-    def _grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
-        """Make room for `count` entries: from its own windows, what nobody uses, by pruning, then by preemption.
+    def _preempt(self, sequence: SequenceState, compacts: bool = False) -> None:
+        """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters.
 
-        False if the sequence had to go itself, or to wait a step.
+        One that `compacts` in this plan cannot be swapped out by it: its pages are not what its table says yet.
         """
-        drops: list[tuple[IntArray, int]] = []
-        if self.config.row_windows is not None:
-            drops, freed = sequence.table.drop_unseen(self.config.row_windows)
-            self._cache.give(freed)
-        lacking = sequence.table.lacking(count)
-        needed = int(lacking.sum())
-        while needed > self._cache.available:
-            waits = self._pruning.relieve(needed, self._running, draft)
-            victim = sequence if waits else self._victim()
-            goes_on = any(other.in_flight for other in self._running)
-            if victim is sequence and (waits or (goes_on and not sequence.is_exact)):
-                draft.change_pages(sequence, drops, PageGrants.none())
-                return False
-            assert len(self._running) > 1, "a sequence that was admitted does not fit the pool alone"
-            draft.forget(victim)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        ids = self._cache.take(needed)
-        rows, columns = sequence.table.grow(lacking, ids)
-        slots = np.full(needed, sequence.slot, np.int32)
-        draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
-        return True
-
-    def _victim(self) -> SequenceState:
-        """Who goes when pages are short: the last in line, of those that can be recomputed exactly if there are such.
-
-        Never one that is in this step already: its tokens and pages are promised.
-        """
-        idle = [sequence for sequence in self._running if not sequence.in_flight]
-        exact = [sequence for sequence in idle if sequence.is_exact]
-        return max(exact or idle, key=lambda sequence: position(self._policy, sequence))
-
-    def _preempt(self, sequence: SequenceState) -> None:
-        """Take back pages and slot; everything known is recomputed when the sequence re-enters."""
-        self._pruning.lossy_preemptions += not sequence.is_exact
+        if not compacts:
+            self._cache.swaps.swap_out(sequence, self._swap_costs)
+        if sequence.prune is not None:
+            sequence.prune.cancel()
+        self._pruning.lossy_preemptions += not (sequence.is_exact or sequence.swapped)
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
@@ -335,7 +291,7 @@ class Scheduler:
                 needed = self._cache.cost(sequence, hits) + draft.owed
                 if self._running:
                     needed += self.config.watermark
-                if needed > self._cache.available:
+                if needed > self._cache.available and (self._running or not self._cache.drop_pins(needed)):
                     return
                 self._start(sequence, hits, draft)
                 prompts.append(sequence)
@@ -348,14 +304,15 @@ class Scheduler:
         self._waiting.start(sequence, now)
         sequence.slot = self._free_slots.pop()
         self._running.append(sequence)
-        if sequence.prune is not None:
+        if sequence.prune is not None and sequence.swapped is None:
             sequence.prune.enter(len(sequence.tokens))
-        shared = self._cache.enter(sequence, hits)
+        self._cache.enter(sequence, hits)
         if sequence.started_at is None:
             sequence.started_at = now
             self._policy.started(sequence)
             self._oversight.started(sequence)
-        draft.enter(sequence, shared)
+        draft.enter(sequence)
+        sequence.swapped = None
         self._continue(sequence, draft)
 
     # --- results ---
@@ -393,6 +350,7 @@ class Scheduler:
             return [self._fail(sequence.request.id, GenerationError(result.error))]
         self._prompt_tokens += sequence.advance(count)
         self._cache.publish(sequence)
+        self._cache.pin(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0
@@ -427,6 +385,7 @@ class Scheduler:
         self._decodes.leave(sequence)
         if sequence.slot is None:
             self._waiting.remove(sequence)
+            self._cache.swaps.discard(sequence)
         elif not sequence.in_flight:
             self._leave(sequence)
         self._policy.left(sequence)

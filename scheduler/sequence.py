@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.ids import SlotId
-from ..core.plan import IntArray, SequencePlan, SlotAssignment
+from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
 from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request
 from .config import SchedulerConfig
 from .prefix import BlockHashes, Bundle
+from .swap import SwappedTable
 from .table import NO_WINDOW, PageTable
 
 MAX_SCORED_ROWS = 256
@@ -34,7 +35,7 @@ def choice_seed(seed: int, index: int) -> int:
 
 @dataclass(slots=True)
 class PruneState:
-    """How far a sequence has forgotten. All but its first fields begins anew when the sequence re-enters."""
+    """How far a sequence has forgotten. But for the first fields it begins anew on re-entry, unless it was swapped."""
 
     params: PruneParams
     repeats: bool = False
@@ -77,6 +78,11 @@ class PruneState:
         self.last, self.repeated, self.repeating = 0, 0, 0
         self.pruned = self.denied = False
         self.counts = None
+
+    def cancel(self) -> None:
+        """What was chosen is not carried out: it is to be asked again."""
+        if self.counts is not None:
+            self.counts, self.denied = None, True
 
 
 def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None:
@@ -132,6 +138,13 @@ class SequenceState:
     """Prompt tokens that the prefix cache had at the first start."""
     blocks: list[Bundle | None] = field(default_factory=list)
     """Of each full block of the table whether it is in the prefix cache; None: its pages are the sequence's own."""
+    shares: bool = False
+    """Whether it publishes its blocks and begins with others': not with sliding windows, whose pages go one head at a
+    time; without prefix cache only among the choices of one request."""
+    pinned_tokens: int | None = None
+    """Prompt tokens pinned for after its end; None: not decided yet."""
+    swapped: SwappedTable | None = None
+    """What it comes back with, while it waits swapped out."""
     prune: PruneState | None = None
     """None: it forgets nothing."""
     done: bool = False
@@ -146,6 +159,7 @@ class SequenceState:
         max_length = config.max_length if params.max_tokens is None else num_prompt + params.max_tokens
         # Sequences whose keys are rotated differently must not share them.
         rotation = max(config.rope_length, max_length) if config.rope_length else None
+        namespace = (config.model, request.namespace, request.cache_salt, rotation)
         return SequenceState(
             request=request,
             index=index,
@@ -157,9 +171,10 @@ class SequenceState:
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
             hashes=BlockHashes(
-                (config.model, request.namespace, request.cache_salt, rotation), tokens, config.page_size
+                namespace if config.prefix_cache else (*namespace, request.id), tokens, config.page_size
             ),
             num_prompt=num_prompt,
+            shares=config.row_windows is None and (config.prefix_cache or params.n > 1),
             prune=_prune_state(request, config),
         )
 
@@ -199,6 +214,9 @@ class SequenceState:
     def most_entries(self, config: SchedulerConfig) -> int:
         """Most entries that a head holds until all known tokens are computed, if no prune is denied."""
         known = len(self.tokens)
+        if self.swapped is not None and self.prune is not None and config.policies[self.prune.params.policy].repeats:
+            # It may go on with repeating, behind its own tokens.
+            return max(known, min(config.max_length - 1, self.swapped.num_computed + config.max_batch_tokens))
         if self.prune is None or self.prune.params.when == "pressure" or not self.prune.params.chunked:
             return known
         info = config.policies[self.prune.params.policy]
@@ -230,6 +248,18 @@ class SequenceState:
         self.blocks = [*blocks]
         self.num_computed = len(blocks) * block_size
         self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
+
+    def come_back(self, found: list[Bundle], pages: IntArray) -> None:
+        """Be again as it was when it was swapped out: with the shared blocks `found`, its own pages now in `pages`."""
+        swapped = self.swapped
+        assert swapped is not None
+        columns = np.stack([bundle.pages for bundle in found if bundle.pages is not None], axis=1) if found else None
+        empty = np.empty((len(swapped.held), 0), np.int32)
+        self.table.restore(
+            swapped.held, swapped.kept, list(swapped.shared), empty if columns is None else columns, pages
+        )
+        self.blocks = swapped.blocks(found)
+        self.num_computed = swapped.num_computed
 
     def next_chunk(self, budget: int) -> int:
         """How many tokens to compute next, at most `budget`.
@@ -265,6 +295,9 @@ class SequenceState:
     def assignment(self) -> SlotAssignment:
         """What the engine must know when the sequence enters its slot."""
         assert self.slot is not None
+        restored = None
+        if self.swapped is not None:
+            restored = Restored(self.swapped.ticket, self.swapped.kept, self.swapped.num_computed)
         return SlotAssignment(
             slot=self.slot,
             params=self.request.params,
@@ -273,7 +306,8 @@ class SequenceState:
             prompt_ids=self.request.prompt_ids,
             output_ids=tuple(self.tokens[self.num_prompt :]),
             max_length=self.max_length,
-            cached=self.num_computed,
+            cached=0 if restored else self.num_computed,
+            restored=restored,
             prune=self.request.prune,
         )
 

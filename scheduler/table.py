@@ -6,6 +6,7 @@ Rows are heads: row = layer * K + kv head, R = L * K of them. B is the page size
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.plan import IntArray
 
@@ -58,6 +59,24 @@ class PageTable:
         self._kept[:] = columns * self._page_size
         self.num_pages = pages.size
         self.room = 0
+
+    def restore(self, held: IntArray, kept: IntArray, shared: list[int], columns: IntArray, own: IntArray) -> None:
+        """Be again what `held` and `kept` [R] said; the table is empty.
+
+        `columns` [R, len(shared)] are the pages of the columns `shared`; `own` [n] all others, in the order of `ids`.
+        """
+        assert not self.num_pages and not self._kept.any() and not self.appended
+        self._reserve(int(held.max(initial=0)))
+        self._held[:], self._kept[:] = held, kept
+        self._pages[self._taken(shared)] = own
+        self._pages[:, shared] = columns
+        self.ragged = bool((held != held[0]).any() or (kept != kept[0]).any())
+        self.num_pages, self.room = int(held.sum()), 0
+
+    def places(self) -> tuple[IntArray, IntArray, IntArray]:
+        """(rows, columns, pages) of the whole table, int32 [num_pages] each, head by head."""
+        rows, columns = np.nonzero(self._taken())
+        return rows.astype(np.int32), columns.astype(np.int32), self._pages[rows, columns]
 
     def column(self, index: int) -> IntArray:
         """Every head's page number `index`, int32 [R]; all heads have one."""
@@ -150,9 +169,13 @@ class PageTable:
 
     def ids(self, without: Sequence[int] = ()) -> IntArray:
         """All pages of the table but those in the columns `without`, int32 [num_pages - len(without) * R]."""
+        return self._pages[self._taken(without)]
+
+    def _taken(self, without: Sequence[int] = ()) -> npt.NDArray[np.bool_]:
+        """Which cells hold pages, but for the columns `without`; bool [R, capacity]."""
         taken = np.arange(self._pages.shape[1]) < self._held[:, None]
         taken[:, list(without)] = False
-        return self._pages[taken]
+        return taken
 
     def clear(self, without: Sequence[int] = ()) -> IntArray:
         """Forget everything; returns the ids of all pages but those in the columns `without`."""

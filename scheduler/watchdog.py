@@ -4,6 +4,7 @@ None of this ever happens unless the scheduler has a fault: it turns a hang into
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..core.messages import StuckReason
@@ -62,11 +63,17 @@ class Watchdog:
         self._idle.pop(sequence.arrival, None)
         self._forget(sequence)
 
-    def planned(self, running: list[SequenceState], planned: int, spare_tokens: int) -> None:
-        """A step with `planned` of the running sequences comes; it could have taken `spare_tokens` more."""
+    def planned(
+        self, running: list[SequenceState], planned: int, spare_tokens: int, excused: Collection[SequenceState] = ()
+    ) -> None:
+        """A step with `planned` of the running sequences comes; it could have taken `spare_tokens` more.
+
+        The `excused` ones have a reason to wait: they lack pages that others hold, who go on.
+        """
         if not self._idle and (planned == len(running) or not spare_tokens):
             return
-        passed, could = [sequence for sequence in running if not sequence.in_flight], spare_tokens > 0
+        passed = [sequence for sequence in running if not sequence.in_flight and sequence not in excused]
+        could = spare_tokens > 0
         self._idle = {sequence.arrival: self._idle.get(sequence.arrival, 0) + could for sequence in passed}
         for sequence in passed:
             if could and self._idle[sequence.arrival] == self._idle_steps:

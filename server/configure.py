@@ -33,5 +33,6 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
         prune=prune,
         prune_min_keep=min_keep,
     )
-    config = EngineConfig(**engine | {"model": model, "kv_memory": memory, "prune": prune})
+    swap = parse_size(engine["swap_memory"])
+    config = EngineConfig(**engine | {"model": model, "kv_memory": memory, "swap_memory": swap, "prune": prune})
     return ServeOptions(engine=config, http=http, host=host, port=port)

@@ -56,6 +56,8 @@ class Delta:
     """Generated tokens, for the usage."""
     cached_tokens: int = 0
     """With the first choice's first token: prompt tokens that the prefix cache had, for the usage."""
+    pinned_tokens: int = 0
+    """The same: prompt tokens kept for the time asked for."""
     cache: CacheUse | None = None
     """What the choice holds of its entries by now, if it prunes."""
     finish_reason: FinishReason | None = None
@@ -79,6 +81,7 @@ class _Choice:
         delta = Delta(self.index, cache=event.cache)
         if self.index == self._job.first_index:  # the prompt counts once, whatever the number of choices
             delta.cached_tokens = event.cached_tokens
+            delta.pinned_tokens = event.pinned_tokens
         if self._timer:
             self._timer.on_tokens(len(event.token_ids))
         for number, token_id in enumerate(event.token_ids):
@@ -111,7 +114,13 @@ class _Choice:
         if not self._job.score_only:
             return delta
         reason: FinishReason | None = "length" if delta.finish_reason else None
-        return Delta(self.index, cached_tokens=delta.cached_tokens, cache=delta.cache, finish_reason=reason)
+        return Delta(
+            self.index,
+            cached_tokens=delta.cached_tokens,
+            pinned_tokens=delta.pinned_tokens,
+            cache=delta.cache,
+            finish_reason=reason,
+        )
 
 
 class RequestOutput:

@@ -24,6 +24,24 @@ LATENCY_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0
                    240.0, 480.0, 960.0, 1920.0, 7680.0)  # fmt: skip
 COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+TIER_COUNTERS = (
+    ("prefix_host_hits_total", "Prompt tokens found in host memory alone, and copied back."),
+    ("swap_out_sequences_total", "Preempted sequences that were swapped out to host memory."),
+    ("swap_in_sequences_total", "Swapped-out sequences that came back as they were."),
+    ("swap_out_pages_total", "KV pages copied to host memory, of sequences and of prefixes."),
+    ("swap_in_pages_total", "KV pages copied back from host memory."),
+    ("swap_out_bytes_total", "Bytes of the KV pages copied to host memory."),
+    ("swap_in_bytes_total", "Bytes of the KV pages copied back."),
+    ("pins_dropped_total", "Pinned blocks given up early, for a sequence that could not have gone on alone."),
+)
+"""(field of `EngineStats`, help); named as the field."""
+TIER_GAUGES = (
+    ("kv_pages_pinned", "pages_pinned", "KV pages of prompts that are kept for the time their requests asked for."),
+    ("host_pages_parked", "host_pages_parked", "Host pages of swapped-out sequences."),
+    ("host_pages_cached", "host_pages_cached", "Host pages with copies of prefixes."),
+    ("host_pages_total", "host_pages_total", "Host pages for swapping."),
+)
+"""(name, field, help)."""
 PRUNE_REASONS = ("prompt", "decode", "pressure")
 ENGINE_STATES = ("starting", "ready", "restarting", "stopped")
 
@@ -40,6 +58,7 @@ class Metrics:
         self._client = client
         self._define_requests()
         self._define_scheduler()
+        self._define_tiers()
         self._define_pruning()
         self._define_faults()
         self._define_engine(client)
@@ -117,6 +136,11 @@ class Metrics:
         self._forward_seconds = self._histogram(
             "quire:engine_forward_seconds", "Time of a step in the model's forward pass.", TOKEN_BUCKETS
         )
+
+    def _define_tiers(self) -> None:
+        """Memory behind the pool, by the field of `EngineStats` that is shown."""
+        self._tier_counters = {field: self._counter(f"quire:{field[:-6]}", text) for field, text in TIER_COUNTERS}
+        self._tier_gauges = {field: self._gauge(f"quire:{name}", text) for name, field, text in TIER_GAUGES}
 
     def _define_pruning(self) -> None:
         """Per policy, which the engine names; nothing before it is ready."""
@@ -210,6 +234,10 @@ class Metrics:
         self._generation_tokens.inc(max(0, stats.generation_tokens_total - last.generation_tokens_total))
         self._prefix_queries.inc(max(0, stats.prefix_queries_total - last.prefix_queries_total))
         self._prefix_hits.inc(max(0, stats.prefix_hits_total - last.prefix_hits_total))
+        for field, counter in self._tier_counters.items():
+            counter.inc(max(0, getattr(stats, field) - getattr(last, field)))
+        for field, gauge in self._tier_gauges.items():
+            gauge.set(getattr(stats, field))
         self._lossy_preemptions.inc(max(0, stats.lossy_preemptions_total - last.lossy_preemptions_total))
         for policy in self._client.info.policies if self._client.info else ():
             self._add_prunes(policy, stats.prunes.get(policy, PruneCounts()), last.prunes.get(policy, PruneCounts()))

@@ -100,6 +100,31 @@ PrefixCache = Annotated[
     ),
 ]
 
+SwapMemory = Annotated[
+    str,
+    _option(
+        "QUIRE_SWAP_MEMORY",
+        "Host memory, e.g. 8GiB, for preempted sequences and for prefixes that leave the KV pool; 0: none.",
+        _MEMORY,
+    ),
+]
+MaxCacheTtl = Annotated[
+    float,
+    _option(
+        "QUIRE_MAX_CACHE_TTL",
+        "Longest time in seconds that cache_ttl of a request keeps its prompt cached; 0: not at all.",
+        _MEMORY,
+    ),
+]
+CacheFile = Annotated[
+    str | None,
+    _option(
+        "QUIRE_CACHE_FILE",
+        "File that keeps computed prefixes over a restart: written at the end, read at the start.",
+        _MEMORY,
+    ),
+]
+
 PrunePolicy = Annotated[
     str | None,
     _option(

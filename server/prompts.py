@@ -115,6 +115,7 @@ def _request(
         params,
         service.seeds,
         cache_salt=body.cache_salt or "",
+        cache_ttl=body.cache_ttl or 0.0,
         prune=prune,
         repeat_ids=() if prune is None else service.tokenizer.repeat_ids,
         priority=body.priority or 0,

@@ -21,6 +21,8 @@ class Usage:
     completion_tokens: int = 0
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache had."""
+    pinned_tokens: int = 0
+    """Prompt tokens kept for the `cache_ttl` that was asked for."""
     policy: str | None = None
     """By which its sequences are pruned."""
     caches: dict[int, CacheUse] = field(default_factory=dict)
@@ -30,16 +32,20 @@ class Usage:
         """Count what a delta brought."""
         self.completion_tokens += delta.num_tokens
         self.cached_tokens += delta.cached_tokens
+        self.pinned_tokens += delta.pinned_tokens
         if delta.cache is not None:
             self.caches[delta.index] = delta.cache
 
     def body(self) -> dict[str, Any]:
         """OpenAI's `usage`; where something was pruned, entries per head too, summed over the choices."""
+        details = {"cached_tokens": self.cached_tokens}
+        if self.pinned_tokens:
+            details["pinned_tokens"] = self.pinned_tokens
         body: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": details,
         }
         if self.policy is None or not self.caches:
             return body

@@ -209,6 +209,8 @@ class GenerationBody(Body):
     user: str | None = None
     cache_salt: CacheSalt | None = None
     """Only requests of equal salt reuse each other's computed prefixes."""
+    cache_ttl: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    """Seconds for which the prompt's computed blocks stay cached after the request; the operator sets a limit."""
     prune: Pruning = None
     """How the KV cache of this request is pruned; false or null: not at all; absent: as the server is set up."""
     priority: Int32 | None = None

@@ -46,12 +46,13 @@ class Recorder:
         self.compactions = 0
 
     def step(self, plan: BatchPlan) -> StepOutput:
-        shared = self._shared_pages()
+        shared = self._shared_pages(arriving=plan.swap_ins.device)
         pool = self._engine.cache.pool
         before = pool[shared].clone()
         # The slots' occupants before the plan was made are those that are compacted.
         for assignment in plan.assignments:
-            self.lives[self._owner(assignment.slot)].append(Life(len(assignment.output_ids)))
+            if assignment.restored is None:
+                self.lives[self._owner(assignment.slot)].append(Life(len(assignment.output_ids)))
         selector_of = self._engine._selection.selector
 
         def watched(plan: BatchPlan) -> Any:
@@ -101,12 +102,14 @@ class Recorder:
         (sequence,) = [s for s in self._loop.scheduler._running if s.slot == slot]
         return sequence.request.id, sequence.index
 
-    def _shared_pages(self) -> Tensor:
-        """Pages of published blocks, as they are when the step begins."""
+    def _shared_pages(self, arriving: np.ndarray) -> Tensor:
+        """Pages of published blocks, as they are when the step begins; but not those that are `arriving` with it."""
         scheduler = self._loop.scheduler
         bundles = {bundle for s in scheduler._running for bundle in s.blocks if bundle is not None}
-        pages = [bundle.pages for bundle in {*bundles, *scheduler._cache._index}]
-        return torch.from_numpy(np.concatenate(pages) if pages else np.empty(0, np.int32)).long()
+        pages = [bundle.pages for bundle in {*bundles, *scheduler._cache._index} if bundle.pages is not None]
+        return torch.from_numpy(
+            np.setdiff1d(np.concatenate(pages) if pages else np.empty(0, np.int32), arriving)
+        ).long()
 
     def _positions(self, slot: int) -> dict[tuple[int, int], list[int]]:
         cache = self._engine.cache

@@ -21,6 +21,7 @@ from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.pruning.table import POLICIES
 from quire.scheduler.client import load_in_process
+from quire.scheduler.swap import SwapCosts
 
 from .kept_oracle import Recorder, expected_logprobs, load_reference
 
@@ -251,6 +252,44 @@ def test_a_pool_for_one_serves_all(models: dict[str, Path], pressure: str) -> No
     serving.run()
     assert not serving.failed and len(serving.ended) == 5
     serving.check()
+
+
+@pytest.mark.parametrize("policy", [*QUICK, "h2o", "kvzip", "quest"])
+def test_swapped_out_and_in_it_forgets_the_same(
+    models: dict[str, Path], policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
+
+    def serve(swaps: str) -> Serving:
+        serving = Serving(models["gqa"], swap_memory=2**22)
+        scheduler = serving.loop.scheduler
+        for name, length in (("a", 61), ("b", 40)):
+            serving.submit(name, prompt(length, length), params(policy, refine=("value-norm",)), max_tokens=20)
+        for number in range(200):
+            serving.step()
+            for sequence in list(scheduler._running if number % 3 == 1 else ()):
+                # What was chosen and not compacted yet is given up by a preemption, and chosen anew; what is repeated
+                # together depends on the neighbours.
+                chosen = sequence.prune is not None and sequence.prune.counts is not None
+                at_rest = not chosen and not scheduler._pruning.repeats(sequence)
+                if swaps == "any" or (swaps == "at rest" and at_rest):
+                    scheduler._preempt(sequence)
+            if not serving.loop.has_work:
+                break
+        serving.run()
+        serving.check()
+        assert len(serving.ended) == 2 and scheduler.stats().lossy_preemptions_total == 0
+        return serving
+
+    plain, swapped = serve("never"), serve("at rest")
+    assert swapped.loop.stats().swap_in_sequences_total >= 10
+    assert serve("any").loop.stats().swap_in_sequences_total >= 10
+    assert swapped.tokens == plain.tokens
+    for key, said in plain.logprobs.items():
+        torch.testing.assert_close(torch.tensor(swapped.logprobs[key]), torch.tensor(said), atol=1e-5, rtol=1e-5)
+        (mine,), other = swapped.recorder.lives[key], plain.recorder.lives[key][0]
+        assert (mine.forgotten, mine.passed_over) == (other.forgotten, other.passed_over)
+    assert policy == "quest" or plain.recorder.compactions > 0
 
 
 def test_keep_one_costs_nothing(models: dict[str, Path]) -> None:

@@ -81,6 +81,8 @@ class _Slot:
         self.kept = [assignment.cached] * num_rows
         self.forgotten: list[set[int]] = [set() for _ in range(num_rows)]
         """Per head, positions that pruning dropped."""
+        if assignment.restored is not None:
+            self.kept = assignment.restored.kept.tolist()
 
 
 class FakeEngine:
@@ -89,17 +91,23 @@ class FakeEngine:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.entries = np.full((config.num_pages, config.page_size, 2), -1, np.int32)
+        self.host = np.full((config.num_host_pages, config.page_size, 2), -1, np.int32)
+        self.parked: dict[int, _Slot] = {}
+        """By ticket: what left, to be compared with what comes back."""
         self.slots: dict[int, _Slot] = {}
         self.failing_seeds: set[int] = set()
         """Sequences with these seeds fail when they sample."""
         self.scored: list[int] = []
         """Prompt tokens scored so far, of all sequences."""
+        self.arriving: set[int] = set()
+        """Pages that are published with this step's swap-ins."""
         self.published: dict[int, bytes] = {}
         """Pages that must not change, with their contents."""
         self.chosen: dict[int, list[list[int]]] = {}
         """Slot -> per head, indices of the entries to keep; of the last step."""
         self.rng = random.Random(0)
         self.compactions = 0
+        self.restored_after_pruning = 0
 
     def protect(self, pages: set[int]) -> None:
         """Say which pages are published now; those that were before must still be what they were."""
@@ -111,7 +119,8 @@ class FakeEngine:
 
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch."""
-        assert plan.num_tokens <= self.config.max_batch_tokens and (plan.num_tokens or plan.prunes)
+        assert plan.num_tokens <= self.config.max_batch_tokens and (plan.num_tokens or plan.prunes or plan.compactions)
+        self._leave(plan)
         for compaction in plan.compactions:
             self._compact(compaction)
         self.chosen.clear()
@@ -120,6 +129,7 @@ class FakeEngine:
             assert 0 <= assignment.slot < self.config.max_num_seqs
             self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
         self._hang_in(plan.shares)
+        self.entries[plan.swap_ins.device] = self.host[plan.swap_ins.host]
         self._check_shares(plan)
         self._apply_page_changes(plan)
         self._check_owners(plan)
@@ -170,6 +180,35 @@ class FakeEngine:
         """What the head holds, int32 [kept, 2]."""
         return self.entries[slot.pages[row]].reshape(-1, 2)[: slot.kept[row]].copy()
 
+    def _leave(self, plan: BatchPlan) -> None:
+        """Copy out, all of it before anything else is written."""
+        for park in plan.parks:
+            self.parked[park.ticket] = self.slots[park.slot]
+        for ticket in plan.unparked:
+            del self.parked[ticket]
+        outs = plan.swap_outs.host.tolist()
+        assert len(outs) == len(set(outs)), "a host page is written twice"
+        self.host[plan.swap_outs.host] = self.entries[plan.swap_outs.device]
+
+    def _check_restored(self, slot: _Slot) -> None:
+        """A sequence comes back with the entries that it left with, head by head."""
+        assert slot.assignment.restored is not None
+        left = self.parked.pop(slot.assignment.restored.ticket)
+        assert slot.known == left.known
+        # What a window no longer sees may have been dropped for the step from which the sequence was preempted.
+        assert all(
+            new == old or self._window(row) for row, (new, old) in enumerate(zip(slot.kept, left.kept, strict=True))
+        )
+        assert slot.assignment.restored.computed == left.computed
+        self.restored_after_pruning += any(left.forgotten)
+        slot.computed, slot.forgotten = left.computed, left.forgotten
+        for row in range(self.config.num_rows):
+            entries = self._entries(slot, row)
+            positions = np.arange(left.computed - slot.kept[row], left.computed)
+            if self._window(row) is None:
+                positions = np.array([p for p in range(left.computed) if p not in left.forgotten[row]], np.int64)
+            assert np.array_equal(entries, np.stack([positions, np.array(slot.known)[positions]], axis=1))
+
     def _apply_page_changes(self, plan: BatchPlan) -> None:
         for drop in plan.drops:
             slot = self.slots[drop.slot]
@@ -191,18 +230,22 @@ class FakeEngine:
         """Assigned slots begin with published pages that hold exactly their own first tokens, at every head."""
         assert set(plan.shares.slots.tolist()) <= {assignment.slot for assignment in plan.assignments}
         for slot in (self.slots[assignment.slot] for assignment in plan.assignments):
+            if slot.assignment.restored is not None:
+                self._check_restored(slot)
+                continue
             cached = slot.assignment.cached
             assert cached % self.config.page_size == 0 and cached < len(slot.known)
             wanted = np.stack([np.arange(cached), slot.known[:cached]], axis=1)
             for pages in slot.pages:
-                assert len(pages) * self.config.page_size == cached and self.published.keys() >= set(pages)
+                assert len(pages) * self.config.page_size == cached
+                assert self.published.keys() | self.arriving >= set(pages)
                 assert np.array_equal(self.entries[pages].reshape(-1, 2), wanted), "a prefix of other tokens"
 
     def _check_owners(self, plan: BatchPlan) -> None:
         """Slots of the batch share only published pages (idle slots are checked when they are next in a batch)."""
         tables = [[page for row in self.slots[part.slot].pages for page in row] for part in parts(plan)]
         assert all(len(pages) == len(set(pages)) for pages in tables), "a page is twice in a table"
-        own = [page for pages in tables for page in pages if page not in self.published]
+        own = [page for pages in tables for page in pages if page not in self.published.keys() | self.arriving]
         assert len(own) == len(set(own)), "a page has two owners"
 
     def _write(self, part: SequencePlan) -> None:
@@ -244,11 +287,14 @@ class FakeEngine:
         logprobs = (TokenLogprob(token, -0.5, ((token, -0.5),)),) if assignment.params.logprobs is not None else ()
         return SequenceOutput((token,), logprobs, prompt_logprobs)
 
+    def _window(self, row: int) -> int | None:
+        return self.config.windows[row // self.config.num_kv_heads]
+
     def _views(self, slot: _Slot) -> list[np.ndarray]:
         """Per head, the (position, token) entries that the newest token's query sees, as read from the pages."""
         views = []
         for row in range(self.config.num_rows):
-            window = self.config.windows[row // self.config.num_kv_heads]
+            window = self._window(row)
             entries = self._entries(slot, row)
             assert (entries[:, 1] == np.array(slot.known)[entries[:, 0]]).all(), "an entry of another sequence"
             if window is None:

@@ -285,3 +285,16 @@ def test_cached_tokens_come_with_the_first_token():
         events = single_events(world.scheduler.commit(plan, world.engine.step(plan)))
         counts += [event.cached_tokens for event in events if isinstance(event, Tokens)]
     assert counts == [16, 0, 0]
+
+
+def test_without_prefix_cache_choices_still_compute_their_prompt_once():
+    world = World(make_config(max_batch_tokens=10, prefix_cache=False))
+    request = make_request("r", PROMPT, n=3)
+    world.scheduler.add(request)
+    assert [entered(world.step()) for _ in range(3)] == [[0], [], [16, 16]]
+    world.run()
+    for index in range(3):
+        assert world.tokens["r", index] == expected_output(request, index, world.config)[0]
+    stats = world.scheduler.stats()
+    assert stats.pages_cached == stats.prefix_queries_total == 0
+    assert run(world, make_request("again", PROMPT, n=2)) == 0

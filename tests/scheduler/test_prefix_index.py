@@ -26,7 +26,8 @@ def leave(index: PrefixIndex, bundles: list[Bundle | None]) -> None:
 
 def found(index: PrefixIndex, tokens: list[int]) -> list[int]:
     """First page of each matching block."""
-    return [int(bundle.pages[0]) for bundle in index.match(hashes(tokens), len(tokens) // SIZE)]
+    blocks = index.match(hashes(tokens), len(tokens) // SIZE)
+    return [int(bundle.pages[0]) for bundle in blocks if bundle.pages is not None]
 
 
 def test_digests_do_not_depend_on_when_they_are_asked_for():

@@ -75,7 +75,8 @@ class World:
         if plan is None:
             return None
         self.scheduler.check_integrity()
-        self.engine.protect(self.published_pages())
+        self.engine.protect(self.published_pages() - set(plan.swap_ins.device.tolist()))
+        self.engine.arriving = self.published_pages() & set(plan.swap_ins.device.tolist())
         output = self.engine.step(plan)
         between()
         self.scheduler.check_integrity()
@@ -88,7 +89,8 @@ class World:
     def published_pages(self) -> set[int]:
         """Pages that sequences to come may begin with, or that a running one shares."""
         shared = [bundle for sequence in self.scheduler._running for bundle in sequence.blocks if bundle is not None]
-        return {page for bundle in {*shared, *self.scheduler._cache._index} for page in bundle.pages.tolist()}
+        bundles = {*shared, *self.scheduler._cache._index}
+        return {page for bundle in bundles if bundle.pages is not None for page in bundle.pages.tolist()}
 
     def run(self, max_steps: int = 10_000) -> int:
         """Step until there is no work; returns the number of steps."""
@@ -103,7 +105,8 @@ class World:
         stats, cache = self.scheduler.stats(), self.scheduler._cache
         assert stats.pages_used == stats.running == stats.waiting == 0
         assert stats.pages_cached == len(self.published_pages()) == self.config.num_pages - cache._pool.free
-        assert cache.available == self.config.num_pages
+        assert cache.available + cache._index.num_held_pages == self.config.num_pages
+        assert stats.host_pages_parked == 0 and stats.host_pages_cached <= stats.host_pages_total
 
     def _collect(self, event: Event) -> None:
         assert event.request_id not in self.failed, "an event after the request failed"

@@ -1,4 +1,4 @@
-"""The prefix cache seen from a client: the salt it sends, and the tokens that its usage says were cached."""
+"""The prefix cache seen from a client: salt and time to live that it sends, cached and pinned tokens of its usage."""
 
 from collections.abc import Iterable
 
@@ -70,6 +70,35 @@ async def test_a_salt_is_a_short_string(http: httpx.AsyncClient, client: FakeCli
     assert client.requests == []
 
 
+async def test_a_time_to_live_reaches_the_engine_and_usage_says_what_is_pinned(
+    http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer
+) -> None:
+    def script(request: Request) -> Iterable[Step]:
+        pinned = 16 if request.cache_ttl else 0
+        for index in range(request.params.n):
+            yield Tokens(request.id, index, tokenizer.encode("hello", False), pinned_tokens=pinned)
+            yield Finished(request.id, index, "stop", pinned_tokens=pinned)
+
+    client.script = script
+    details = []
+    for seconds in (600, 0.5, 0, None):
+        body = {"prompt": "hello", "n": 2, "cache_ttl": seconds}
+        details.append((await http.post("/v1/completions", json=body)).json()["usage"]["prompt_tokens_details"])
+    assert [request.cache_ttl for request in client.requests] == [600.0, 0.5, 0.0, 0.0]
+    kept = {"cached_tokens": 0, "pinned_tokens": 16}
+    assert details == [kept, kept, {"cached_tokens": 0}, {"cached_tokens": 0}]
+    chat = {"messages": [{"role": "user", "content": "hello"}], "cache_ttl": 5, "stream": True}
+    response = await http.post("/v1/chat/completions", json=chat | {"stream_options": {"include_usage": True}})
+    assert events_of(response.text)[-2]["usage"]["prompt_tokens_details"] == kept
+
+
+@pytest.mark.parametrize("seconds", ["-1", "NaN", "Infinity", "1e999", '"soon"', "[1]"])
+async def test_a_time_to_live_is_a_number_of_seconds(http: httpx.AsyncClient, client: FakeClient, seconds: str) -> None:
+    body = f'{{"prompt": "hello", "cache_ttl": {seconds}}}'
+    response = await http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400 and "error" in response.json() and client.requests == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "kept"),
     [
@@ -87,3 +116,15 @@ def test_the_cache_is_on_unless_switched_off(
     result = CliRunner().invoke(app, ["serve", *arguments], env=environment)
     assert result.exit_code == 0, result.output
     assert started[0].engine.prefix_cache is kept
+
+
+def test_tiers_are_set_up_by_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ServeOptions] = []
+    monkeypatch.setattr("quire.server.serving.serve", started.append)
+    options = ["--swap-memory", "2GiB", "--max-cache-ttl", "60", "--cache-file", "prefixes"]
+    assert CliRunner().invoke(app, ["serve", *options]).exit_code == 0
+    engine = started[0].engine
+    assert (engine.swap_memory, engine.max_cache_ttl, engine.cache_file) == (2**31, 60.0, "prefixes")
+    for wrong in (["--swap-memory", "much"], ["--max-cache-ttl", "-1"], ["--max-cache-ttl", "inf"]):
+        assert CliRunner().invoke(app, ["serve", *wrong]).exit_code != 0
+    assert len(started) == 1
