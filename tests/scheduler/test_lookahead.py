@@ -92,7 +92,7 @@ def test_a_failed_row_fails_once():
         (False, {}, {}),
         (True, {"late": {}}, {}),  # may come in
         (False, {"late": {}}, {"max_num_seqs": 1}),  # has no slot
-        (False, {"late": {"prompt": range(1, 21)}}, {"num_pages": 14}),  # has no pages
+        (False, {"late": {"prompt": range(20, 40)}}, {"num_pages": 14}),  # has no pages
         (True, {"late": {"priority": -5}}, {"num_pages": 14, "policy": "priority"}),  # may take some
     ],
 )
