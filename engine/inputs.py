@@ -125,7 +125,7 @@ def build_inputs(
 
 
 def _rows(plan: BatchPlan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids [T] and positions [T] of the flattened batch, and the row after each sequence's last [S]; counts [S] int64."""
+    """Token ids [T] and positions [T] of the batch, the row after each sequence's last [S]; counts [S] int64."""
     decodes, others = plan.decodes, plan.sequences
     starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
     chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)

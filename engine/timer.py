@@ -29,7 +29,8 @@ class StepTimer:
     def seconds(self, started: Moment, computed: Moment, sampled: Moment) -> tuple[float, float]:
         """(forward, sampling) of the step that ends now, and of steps that had not ended when they were asked for."""
         steps = [*self._late, (started, computed, sampled)]
-        ended, self._late = [], []
+        self._late = []
+        ended: list[tuple[Moment, Moment, Moment]] = []
         for step in steps:
             (ended if _passed(step[-1]) else self._late).append(step)
         return sum(_between(a, b) for a, b, _ in ended), sum(_between(b, c) for _, b, c in ended)

@@ -1,11 +1,13 @@
 """Plans made while a step is in flight: what they hold, when there are none, what becomes of who ended meanwhile."""
 
+from typing import Any, cast
+
 import msgspec
 import numpy as np
 import pytest
 
 from quire.core.ids import RequestId
-from quire.core.messages import Decoded, Failed, Finished, StepEvent, Tokens, single_events
+from quire.core.messages import Decoded, Event, Failed, Finished, StepEvent, Tokens, single_events
 from quire.core.plan import NO_TOKEN, BatchPlan, StepOutput
 from quire.core.pruning import PolicyInfo, PruneParams
 from quire.scheduler.loop import EngineLoop
@@ -165,10 +167,10 @@ def test_short_pages_end_the_looking_ahead():
 @pytest.mark.parametrize("looks_ahead", [False, True])
 def test_the_loop_ends_with_nothing_in_flight(looks_ahead):
     config = make_config()
-    loop = EngineLoop(FakeEngine(config), Scheduler(config), looks_ahead)
+    loop = EngineLoop(cast(Any, FakeEngine(config)), Scheduler(config), looks_ahead)
     for name in "abc":
         loop.submit(make_request(name, max_tokens=7, ignore_eos=False, min_tokens=4, stop_token_ids=range(40)))
-    events = []
+    events: list[Event] = []
     while loop.has_work:
         events += single_events(loop.step().events)
     assert sum(isinstance(event, Finished) for event in events) == 3
