@@ -163,7 +163,7 @@ class Decodes:
     starts: IntArray
     """[D]: logical position of the token."""
     token_ids: IntArray
-    """[D]"""
+    """[D]; `NO_TOKEN`: the one that the slot's sequence sampled last, which only the engine may know yet."""
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -246,7 +246,7 @@ class SequenceOutput:
 NON_FINITE = "the model produced non-finite values"
 """Why a sequence cannot go on: its logits have no meaning."""
 NO_TOKEN = -1
-"""In `StepOutput.decoded`: the row failed (`NON_FINITE`)."""
+"""In `StepOutput.decoded`: the row failed (`NON_FINITE`). In `Decodes.token_ids`: the token is not known yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,15 @@ from ..core.errors import ConfigError, ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
-from ..core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment, StepOutput, StoredBlock
+from ..core.plan import (
+    BatchPlan,
+    PageGrants,
+    SequenceOutput,
+    SequencePlan,
+    SlotAssignment,
+    StepOutput,
+    StoredBlock,
+)
 from ..core.request import SamplingParams
 from ..models.context import AttentionObserver, PageSelector
 from ..models.loading import load_runner
@@ -32,13 +40,32 @@ from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
-from .timer import StepTimer
+from .staging import Download
+from .timer import Moment, StepTimer
 
 _WARM_UP_TOKENS = 8
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step on its way through the device. One that computes no token is nothing but its plan."""
+
+    plan: BatchPlan
+    layout: LogitLayout | None = None
+    logits: Tensor | None = None
+    """[R, V] float32; overwritten when another step is launched."""
+    drawn: Download | None = None
+    """None if nothing is sampled or scored."""
+    moments: tuple[Moment, Moment, Moment] | None = None
+    """Start and end of the forward pass, and the end of sampling."""
+
+
 class Engine:
-    """Runs a model over a paged KV cache, one `BatchPlan` at a time; for one thread."""
+    """Runs a model over a paged KV cache, one `BatchPlan` at a time; for one thread.
+
+    `launch` queues a step, `finish` waits for its results. A second step may be launched in between if neither has
+    anything but decodes and page changes: their results are tokens, and those the device hands from one to the next.
+    """
 
     def __init__(
         self, runner: ModelRunner, config: EngineConfig, kind: Literal["native", "transformers"], place: Placement
@@ -105,18 +132,20 @@ class Engine:
         """Shape facts of the model."""
         return self._runner.spec
 
-    @torch.inference_mode()
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `launch` returns before the batch is computed."""
+        return self._place.device.type == "cuda"
+
     def step(self, plan: BatchPlan) -> StepOutput:
         """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
+        return self.finish(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: BatchPlan) -> LaunchedStep:
+        """Queue page changes, forward pass and sampling."""
         self._change_hands(plan)
-        output = self._compute(plan) if plan.num_tokens else StepOutput(())
-        if self.host is not None:
-            pages, seconds = self.host.timing()
-            output = replace(output, copied_pages=pages, copy_seconds=seconds)
-        if not plan.prunes:
-            return output
-        kept, prune_seconds = self._pruner.choose(plan.prunes)
-        return replace(output, kept=kept, prune_seconds=prune_seconds)
+        return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
     def _change_hands(self, plan: BatchPlan) -> None:
         """All that a plan changes before the forward pass, in the order it promises."""
@@ -134,22 +163,36 @@ class Engine:
         self.parking.come_back(plan)
         self.cache.apply(plan)
 
-    def _compute(self, plan: BatchPlan) -> StepOutput:
+    @torch.inference_mode()
+    def finish(self, launched: LaunchedStep) -> StepOutput:
+        """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
+        plan, layout, logits = launched.plan, launched.layout, launched.logits
+        decoded, outputs = np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
+        if launched.drawn is not None:
+            assert layout is not None and logits is not None
+            decoded, outputs = self.sampler.outputs(plan, layout, logits, launched.drawn.wait())
+        times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
+        kept, seconds = self._pruner.choose(plan.prunes)
+        copied = (0, 0.0) if self.host is None else self.host.timing()
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied)
+
+    def _compute(self, plan: BatchPlan) -> LaunchedStep:
         """Forward pass and sampling."""
-        self._timer.start()
+        started = self._timer.now()
         watchers = (self._pruner.observer(plan), self._selection.selector(plan))
         # What a graph computes nobody looks into.
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
-        self._timer.computed()
-        decoded, outputs = self.sampler.run(plan, layout, logits)
-        return StepOutput(outputs, *self._timer.seconds(), decoded)
+        computed = self._timer.now()
+        drawn = self.sampler.draw(plan, layout, logits) if len(layout.rows) else None
+        return LaunchedStep(plan, layout, logits, drawn, (started, computed, self._timer.now()))
 
     def _forward(
         self, plan: BatchPlan, observer: AttentionObserver | None, selector: PageSelector | None
     ) -> tuple[Tensor, LogitLayout]:
         """Logits [R, V] of any batch; its entries are in the cache."""
-        inputs = build_inputs(plan, self.cache, self._max_lengths, self._place.backend)
+        newest = self.sampler.table.newest
+        inputs = build_inputs(plan, self.cache, self._max_lengths, newest, self._place.backend)
         inputs.context.observer, inputs.context.selector = observer, selector
         logits = self._runner.forward(
             inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
@@ -162,7 +205,7 @@ class Engine:
         """`_forward` by a graph, if there are any and they take the plan."""
         if self._graphs is None or not self._graphs.takes(plan):
             return None
-        step = self._graphs.run(plan, self._max_lengths)
+        step = self._graphs.run(plan, self._max_lengths, self.sampler.table.newest)
         if step is None:
             return None
         self.cache.advance(step.slots, step.new_entries, step.host_slots, (1,) * len(step.host_slots))

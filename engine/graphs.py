@@ -22,6 +22,7 @@ from ..kernels.cache import decode_destinations
 from ..models.context import AttentionContext
 from ..models.runner import ModelRunner
 from .cache import KVCache
+from .inputs import fill_unknown
 from .staging import upload
 
 log = logging.getLogger("quire")
@@ -101,10 +102,10 @@ class DecodeGraphs:
             len(sequence.token_ids) == 1 and sequence.sample and not sequence.score_ids for sequence in plan.sequences
         )
 
-    def run(self, plan: BatchPlan, max_lengths: np.ndarray) -> DecodeStep | None:
+    def run(self, plan: BatchPlan, max_lengths: np.ndarray, newest: Tensor) -> DecodeStep | None:
         """Replay the step (capturing first, if its size is new); None, with one warning, where capturing fails.
 
-        max_lengths [slots] int64: most tokens each slot's sequence can reach.
+        max_lengths, newest: as `build_inputs` takes them.
         """
         count = plan.num_tokens
         size = self._sizes[bisect_left(self._sizes, count)]
@@ -118,6 +119,7 @@ class DecodeGraphs:
         numbers[3, :count] = slots = np.array([*decodes.slots, *(sequence.slot for sequence in others)], np.int32)
         numbers[2, :count] = max_lengths[slots]
         graph.inputs.copy_(upload(numbers, self._cache.device))
+        fill_unknown(graph.inputs[0, : len(decodes)], graph.inputs[3, : len(decodes)], decodes, newest)
         graph.replay()
         return DecodeStep(self._logits[:count], graph.inputs[3, :count], self._ones[:count], slots)
 

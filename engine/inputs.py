@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from ..core.plan import BatchPlan, IntArray
+from ..core.plan import NO_TOKEN, BatchPlan, Decodes, IntArray
 from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
@@ -73,11 +74,22 @@ def logit_layout(plan: BatchPlan) -> LogitLayout:
     return LogitLayout(np.array(rows, np.int32), sampled, samplers, sampler_rows, scored)
 
 
-def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backend: Backend) -> StepInputs:
+def fill_unknown(input_ids: Tensor, slots: Tensor, decodes: Decodes, newest: Tensor) -> None:
+    """Write the tokens of the decodes that the host does not know yet, from `newest` [slots], into `input_ids` [D].
+
+    slots [D] int64: the decodes' own, on the device.
+    """
+    if (decodes.token_ids == NO_TOKEN).any():
+        input_ids.copy_(torch.where(input_ids == NO_TOKEN, newest[slots], input_ids))
+
+
+def build_inputs(
+    plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, newest: Tensor, backend: Backend
+) -> StepInputs:
     """Tensors of one step, the plan's decodes first; its page changes must have been applied to the cache.
 
-    max_lengths [slots] int64: most tokens each slot's sequence can reach. All numbers are computed on the host and go
-    to the device in one piece.
+    max_lengths [slots] int64: most tokens each slot's sequence can reach; newest [slots] int64, on the device: the
+    token that each sampled last. All other numbers are computed on the host and go to the device in one piece.
     """
     decodes, others = plan.decodes, plan.sequences
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
@@ -92,6 +104,7 @@ def build_inputs(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray, backe
     input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
         [len(ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
     )
+    fill_unknown(input_ids[: len(decodes)], slot_rows[: len(decodes)], decodes, newest)
     longest = cache.longest(slots, counts)
     page_table, kept = cache.tables(slot_rows, longest)
     context = AttentionContext(

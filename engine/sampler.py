@@ -17,7 +17,7 @@ from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from .inputs import LogitLayout
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
-from .staging import upload
+from .staging import Download, upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +41,28 @@ class Sampler:
         self.backend = backend
         self._fused = backend in TRITON_BACKENDS
 
-    def run(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
-        """Tokens [D] of the plan's decodes and outputs of its sequences, from logits [R, V] float32 laid out so.
+    def draw(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> Download:
+        """Draw the next tokens, from logits [R, V] float32 laid out so, R > 0; the host does not wait for them.
 
-        A sequence with a row that is not finite gets an error instead; reads the device once, or twice with
-        log-probabilities.
+        What `outputs` takes once it is there: int64 [S + R], the tokens of the S rows that sample, then which rows
+        are finite.
         """
-        if not len(layout.rows):
-            return np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
-        parts, count = [plan.sequences[index] for index in layout.samplers], len(plan.decodes)
+        parts = [plan.sequences[index] for index in layout.samplers]
         slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
         ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
         tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
-        flat = torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]).cpu().numpy()
-        drawn, finite = flat[: len(slots)], flat[len(slots) :] > 0
+        return Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]))
+
+    def outputs(
+        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]
+    ) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
+        """Tokens [D] of the plan's decodes and outputs of its sequences, from what `draw` gave.
+
+        A sequence with a row that is not finite gets an error instead; reads the device, and the logits, only for
+        log-probabilities.
+        """
+        count, samples = len(plan.decodes), len(layout.sampled)
+        drawn, finite = flat[:samples], flat[samples:] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
 
@@ -106,6 +114,7 @@ class Sampler:
         if penalised.any():
             members = self._where(penalised)
             self.table.count_outputs(owners[members], tokens[members])
+        self.table.newest[owners] = tokens
         return tokens
 
     def _draw_by_kind(self, logits: Tensor, slots: IntArray, owners: Tensor, places: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class SlotTable:
         """[N, 6] float32, see the column names."""
         self.keys = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
         """[N, 2]: seed (its 64 bits) and top_k."""
+        self.newest = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        """[N]: the token that the slot sampled last, for a step that is launched before the host knows it."""
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 

@@ -4,39 +4,45 @@ import time
 
 import torch
 
+Moment = float | torch.cuda.Event
+
 
 class StepTimer:
     """On a CPU the clock; on a GPU events, read once the step has fetched its tokens.
 
-    A GPU step that fetches nothing (a chunk inside a prompt) may still be running when it is asked for: its forward
-    time is then counted with the next step that fetches.
+    A GPU step that fetches nothing (a chunk inside a prompt) may still be running when it is asked for: its times are
+    then counted with the next step that fetches.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._started = self._computed = 0.0
+        self._late: list[tuple[Moment, Moment, Moment]] = []
 
-    def start(self) -> None:
-        """The forward pass begins."""
-        self._started = time.perf_counter()
-        if self._cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            self._pending.append((begin, end))
-
-    def computed(self) -> None:
-        """The forward pass is queued (on a CPU: done), sampling begins."""
-        self._computed = time.perf_counter()
-        if self._cuda:
-            self._pending[-1][1].record()
-
-    def seconds(self) -> tuple[float, float]:
-        """(forward, sampling) of the step that ends now."""
-        ended = time.perf_counter()
+    def now(self) -> Moment:
+        """The moment at which what is queued so far has been computed."""
         if not self._cuda:
-            return self._computed - self._started, ended - self._computed
-        passed = [pair for pair in self._pending if pair[1].query()]
-        self._pending = self._pending[len(passed) :]
-        forward = sum(begin.elapsed_time(end) for begin, end in passed) / 1000
-        return forward, max(0.0, ended - self._started - forward)
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, started: Moment, computed: Moment, sampled: Moment) -> tuple[float, float]:
+        """(forward, sampling) of the step that ends now, and of steps that had not ended when they were asked for."""
+        steps = [*self._late, (started, computed, sampled)]
+        self._late = []
+        ended: list[tuple[Moment, Moment, Moment]] = []
+        for step in steps:
+            (ended if _passed(step[-1]) else self._late).append(step)
+        return sum(_between(a, b) for a, b, _ in ended), sum(_between(b, c) for _, b, c in ended)
+
+
+def _passed(moment: Moment) -> bool:
+    return isinstance(moment, float) or moment.query()
+
+
+def _between(first: Moment, second: Moment) -> float:
+    """Seconds."""
+    if isinstance(first, float) or isinstance(second, float):
+        assert isinstance(first, float) and isinstance(second, float)
+        return second - first
+    return first.elapsed_time(second) / 1000

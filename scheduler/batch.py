@@ -20,9 +20,11 @@ from .swap import Swaps
 class BatchDraft:
     """Collects the parts of one `BatchPlan`."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, steps: int = 1) -> None:
+        """steps: in flight once this one is, in all of which its steady decodes take part."""
         self.budget = budget
         """Tokens the step can still take."""
+        self._steps = steps
         self.owed = 0
         """Pages that begun prompts of this step will yet need: not for new sequences."""
         self.members: list[SequenceState] = []
@@ -65,7 +67,7 @@ class BatchDraft:
 
     def promise(self, sequence: SequenceState) -> None:
         """A steady decode will be in this step: it got pages for it, which nobody may take back."""
-        sequence.in_flight = 1
+        sequence.in_flight = self._steps
         self.budget -= 1
         self._promised += 1
 
@@ -74,7 +76,7 @@ class BatchDraft:
         self.budget -= len(decoders) - self._promised
         self._decodes, self.decoders = decodes, decoders
         for sequence in decoders:
-            sequence.in_flight = 1
+            sequence.in_flight = self._steps
 
     def add_columns(self, sequences: list[SequenceState], columns: list[int], ids: IntArray) -> None:
         """Each head of the sequences' tables gets one page of `ids` [len(sequences) * R], in the columns given."""

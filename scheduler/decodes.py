@@ -77,6 +77,22 @@ class DecodeBatch:
         lacking = self._room[self._slots[: len(self.members)]] == 0
         return [self.members[row] for row in np.flatnonzero(lacking).tolist()] if lacking.any() else []
 
+    def ahead(self, decodes: Decodes) -> tuple[Decodes, list[SequenceState], list[SequenceState]]:
+        """The tokens after those of `decodes`, which are in flight; the members whose they are; who needs pages for it.
+
+        Without those whose length ends or wakes them before. Others may turn out to have ended all the same.
+        """
+        ends = np.minimum(self._max_lengths[decodes.slots], self._wakes[decodes.slots])
+        going = self._joined[decodes.slots] & (decodes.starts + 2 < ends)
+        slots, starts = decodes.slots[going], decodes.starts[going] + 1
+        members = [self.members[self._rows[slot]] for slot in slots.tolist()]
+        lacking = [members[row] for row in np.flatnonzero(self._room[slots] <= 1).tolist()]
+        return Decodes(slots, starts, np.full(len(slots), NO_TOKEN, np.int32)), members, lacking
+
+    def take_part(self, decodes: Decodes) -> bool:
+        """Whether all members have a row in `decodes`."""
+        return int(np.count_nonzero(self._joined[decodes.slots])) == len(self.members)
+
     def grown(self, sequence: SequenceState) -> None:
         """The member got pages."""
         assert sequence.slot is not None

@@ -1,7 +1,17 @@
-"""The step loop: plan, compute, commit. One thread owns it; the same loop serves a process and the offline API."""
+"""The step loop: plan, compute, commit. One thread owns it; the same loop serves a process and the offline API.
+
+Where the engine computes while the host goes on, the loop launches step n + 1 before it asks for the results of step
+n, if the scheduler can plan it by then:
+
+    host     plan 1  plan 2        commit 1  plan 3        commit 2  plan 4  ...
+    device           step 1 ------------ step 2 ----------------- step 3 -----
+
+So planning, committing and all that a report takes cost no time of the device's. Else it is one step after the other.
+"""
 
 import time
-from typing import Protocol
+from collections import deque
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 
@@ -12,8 +22,10 @@ from ..core.plan import BatchPlan, StepOutput
 from ..core.request import Request
 from .scheduler import Scheduler, SchedulerConfig
 
+Launched = TypeVar("Launched")
 
-class StepEngine(Protocol):
+
+class StepEngine(Protocol[Launched]):
     """What the loop needs of an engine; `engine.engine.Engine` fulfils it, tests simulate it."""
 
     @property
@@ -21,17 +33,29 @@ class StepEngine(Protocol):
         """What the engine settled on when it was loaded."""
         ...
 
-    def step(self, plan: BatchPlan) -> StepOutput:
-        """Compute one batch."""
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether `launch` returns before the batch is computed."""
+        ...
+
+    def launch(self, plan: BatchPlan) -> Launched:
+        """Begin to compute one batch; while another is in flight only if both are nothing but decodes."""
+        ...
+
+    def finish(self, launched: Launched) -> StepOutput:
+        """Wait for a batch, in the order of their launches."""
         ...
 
 
 class EngineLoop:
     """Drives a scheduler and an engine, step by step."""
 
-    def __init__(self, engine: StepEngine, scheduler: Scheduler) -> None:
+    def __init__(self, engine: StepEngine[Any], scheduler: Scheduler, looks_ahead: bool | None = None) -> None:
+        """looks_ahead: whether the next step is launched while one is in flight; None: if that saves time."""
         self.engine = engine
         self.scheduler = scheduler
+        self.looks_ahead = engine.is_asynchronous if looks_ahead is None else looks_ahead
+        self._in_flight: deque[tuple[BatchPlan, Any]] = deque()
         self._refused: list[StepEvent] = []
         self._step_seconds = 0.0
         self._forward_seconds = 0.0
@@ -53,7 +77,7 @@ class EngineLoop:
         self.scheduler.abort(request_id)
 
     def step(self) -> StepReport:
-        """Run one step if there is work; the report carries its events and the state after it.
+        """Complete one step if there is work; the report carries its events and the state after it.
 
         Without work it is a heartbeat, which looks for leaked pages.
         """
@@ -61,15 +85,23 @@ class EngineLoop:
         if self.scheduler.has_work:
             started = time.perf_counter()
             events += self.scheduler.tend()
-            plan = self.scheduler.plan()
-            if plan is not None:
-                output = self.engine.step(plan)
+            if not self._in_flight:
+                self._launch(self.scheduler.plan())
+            if self._in_flight and self.looks_ahead:
+                self._launch(self.scheduler.look_ahead())
+            if self._in_flight:
+                plan, launched = self._in_flight.popleft()
+                output = self.engine.finish(launched)
                 events += self.scheduler.commit(plan, output)
                 self._forward_seconds = output.forward_seconds
             self._step_seconds = time.perf_counter() - started
         if not self.scheduler.has_work:
             self.scheduler.reclaim_leaks()
         return StepReport(events, self.stats())
+
+    def _launch(self, plan: BatchPlan | None) -> None:
+        if plan is not None:
+            self._in_flight.append((plan, self.engine.launch(plan)))
 
     def stats(self) -> EngineStats:
         """The scheduler's counters with the last step's times."""

@@ -14,7 +14,7 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
     The same as `SequenceState.advance(1)` and `accept`, in one loop without calls: it is most of a step's cost.
     """
     for sequence, token in zip(sequences, token_ids, strict=True):
-        sequence.in_flight = 0
+        sequence.in_flight -= 1
         sequence.tokens.append(token)
         sequence.num_computed += 1
         table = sequence.table

@@ -4,11 +4,13 @@
     output = engine.step(plan)
     events = scheduler.commit(plan, output)
 
-Plan and commit alternate; `add` and `abort` may come at any time between. No tensors, no threads, no input or output.
+Plan and commit alternate, but that `look_ahead` may give the plan after the one in flight; commit both in their order.
+`add` and `abort` may come at any time between. No tensors, no threads, no input or output.
 """
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 
@@ -25,6 +27,7 @@ from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
 from .growth import Growth
+from .lookahead import may_enter, only_decodes
 from .outcome import accept, accept_tokens
 from .oversight import Oversight
 from .pace import Pace
@@ -63,7 +66,8 @@ class Scheduler:
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
         self._growth = Growth(config, self._cache, self._pruning, self._policy, self._running, self._preempt)
-        self._in_flight: tuple[BatchPlan, BatchDraft] | None = None
+        self._in_flight: deque[tuple[BatchPlan, BatchDraft]] = deque()
+        """At most two."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
 
     @property
@@ -110,7 +114,7 @@ class Scheduler:
 
         None when there is no work, or by a fault, which the next `tend` ends. Commit the plan before the next one.
         """
-        assert self._in_flight is None, "the last plan was not committed"
+        assert not self._in_flight, "the last plan was not committed"
         if not self.has_work:
             return None
         self._cache.expire_pins()
@@ -134,14 +138,29 @@ class Scheduler:
             if stuck is not None and not self.reclaim_leaks():
                 self._oversight.watchdog.unplannable(stuck)
             return None
-        plan = draft.build(self._cache.swaps.take())
-        self._in_flight = plan, draft
-        return plan
+        return self._take_off(draft)
+
+    def look_ahead(self) -> BatchPlan | None:
+        """Decide the step after the one in flight before its results are known; None where it depends on them.
+
+        Also None where that step could do more than decode on: let somebody in, for one. Then commit, and `plan`.
+        """
+        ((plan, _),) = self._in_flight
+        if not only_decodes(plan, self._decodes, self._running):
+            return None
+        if may_enter(self._waiting, self._running, self._policy, self._cache, len(self._free_slots)):
+            return None
+        draft = BatchDraft(self.config.max_batch_tokens, steps=2)
+        decodes, members, lacking = self._decodes.ahead(plan.decodes)
+        if not members or (lacking and not self._growth.together(lacking, self._decodes, draft)):
+            return None
+        draft.decode(decodes, members)
+        return self._take_off(draft)
 
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[StepEvent]:
         """Take in the results of the plan in flight; tells what is new, per choice its tokens before `Finished`."""
-        assert self._in_flight is not None and self._in_flight[0] is plan, "this is not the plan in flight"
-        draft, self._in_flight = self._in_flight[1], None
+        assert self._in_flight and self._in_flight[0][0] is plan, "this is not the oldest plan in flight"
+        _, draft = self._in_flight.popleft()
         self._steps += 1
         self._batch_tokens = plan.num_tokens
         self._pace.learn(plan, output)
@@ -150,6 +169,7 @@ class Scheduler:
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
             assert sequence.done or result.error or len(result.prompt_logprobs) == len(part.score_ids)
+            sequence.in_flight = 0
             if part.scratch:
                 self._pruning.repeated(sequence)
             events += self._settle(sequence, 0 if part.scratch else len(part.token_ids), result)
@@ -192,7 +212,7 @@ class Scheduler:
         slots = [sequence.slot for sequence in self._running] + self._free_slots
         assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
         self._decodes.check()
-        flying = [*self._in_flight[1].decoders, *self._in_flight[1].members] if self._in_flight else []
+        flying = [sequence for _, draft in self._in_flight for sequence in (*draft.decoders, *draft.members)]
         assert flying == [sequence for sequence in flying if sequence in self._running and sequence.in_flight]
         for sequence in self._running:
             sequence.check(self.config)
@@ -207,6 +227,11 @@ class Scheduler:
         assert len(held) == len(alive) and set(held) == alive, "requests and queues disagree"
 
     # --- planning ---
+
+    def _take_off(self, draft: BatchDraft) -> BatchPlan:
+        plan = draft.build(self._cache.swaps.take())
+        self._in_flight.append((plan, draft))
+        return plan
 
     def _plan_decodes(self, draft: BatchDraft) -> list[SequenceState]:
         """Plan the sequences that decode; returns those that have a prompt to compute.
@@ -334,16 +359,17 @@ class Scheduler:
         for sequence in filled:
             self._cache.publish(sequence)
         for sequence, token in ending:
+            sequence.in_flight -= 1
             self._decodes.leave(sequence)
             result = SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
             events += self._settle(sequence, 1, result)
         return events
 
     def _settle(self, sequence: SequenceState, count: int, result: SequenceOutput) -> list[Event]:
-        """Apply the result of one sequence that computed `count` tokens."""
-        sequence.in_flight = 0
+        """Apply the result of one sequence that computed `count` tokens, which are no longer in flight."""
         if sequence.done:
-            self._leave(sequence)
+            if not sequence.in_flight:
+                self._leave(sequence)
             return []
         if result.error is not None:
             self._cache.withdraw(sequence)

@@ -130,7 +130,7 @@ class SequenceState:
     steady: bool = False
     """A member of the decode batch."""
     in_flight: int = 0
-    """Its tokens in the step between plan and commit; 0 if it has none there."""
+    """Its tokens in the steps between plan and commit; 0 if it has none there."""
     started_at: float | None = None
     """Clock time of the first step that worked on it."""
     preemptions: int = 0
@@ -148,7 +148,7 @@ class SequenceState:
     prune: PruneState | None = None
     """None: it forgets nothing."""
     done: bool = False
-    """Ended or aborted; a done sequence in flight still holds slot and pages until the commit."""
+    """Ended or aborted; a done sequence in flight still holds slot and pages until the last commit."""
 
     @staticmethod
     def create(request: Request, index: int, arrival: int, now: float, config: SchedulerConfig) -> "SequenceState":
@@ -332,7 +332,8 @@ class SequenceState:
         assert self.num_computed < len(self.tokens) or self.done
         assert self.table.num_pages == held.sum()
         free = held * size - kept - self.in_flight
-        spare = self.prune is not None and self.prune.repeated + self.prune.repeating > 0
+        # What was repeated, or computed after the end, is not stored.
+        spare = self.done or (self.prune is not None and self.prune.repeated + self.prune.repeating > 0)
         assert (free >= 0).all() and ((free < size).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
         assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"

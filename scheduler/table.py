@@ -109,17 +109,17 @@ class PageTable:
         return rows, columns
 
     def add_column(self, ids: IntArray) -> int:
-        """Hang in one page `ids` [R] at each head of a table that is not ragged and has no room; returns its column.
+        """Hang in one page `ids` [R] at each head of a table that is not ragged; returns its column.
 
         The same as `grow`, for the commonest case.
         """
-        assert not self.ragged and not self.room
+        assert not self.ragged
         column = int(self._held[0])
         self._reserve(column + 1)
         self._pages[:, column] = ids
         self._held += 1
         self.num_pages += len(ids)
-        self.room = self._page_size
+        self.room += self._page_size
         return column
 
     def drop_unseen(self, windows: IntArray) -> tuple[list[tuple[IntArray, int]], IntArray]:

@@ -85,8 +85,11 @@ def random_engine(
     return Engine(runner, config, "native", place)
 
 
-def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
-    """Serve the load: (seconds until all prompts are computed, seconds of each step that only decodes)."""
+def run_load(engine: Engine, load: Load, looks_ahead: bool | None = None) -> tuple[float, list[float]]:
+    """Serve the load: (seconds until all prompts are computed, seconds of each step that only decodes).
+
+    looks_ahead: as `EngineLoop` takes it.
+    """
     config = scheduler_config(
         engine.info,
         max_num_seqs=load.requests,
@@ -94,7 +97,7 @@ def run_load(engine: Engine, load: Load) -> tuple[float, list[float]]:
         max_waiting=1024,
         prefix_cache=False,
     )
-    loop = EngineLoop(engine, Scheduler(config))
+    loop = EngineLoop(engine, Scheduler(config), looks_ahead)
     seeds = random.Random(0)
     params = SamplingParams(temperature=0.0, max_tokens=load.output, ignore_eos=True)
     for number in range(load.requests):
@@ -151,11 +154,15 @@ def _load_rows(
     with torch.inference_mode():
         run_load(engine, load)
         filled, decodes = run_load(engine, load)
+        _, serial = run_load(engine, load, looks_ahead=False)
     tokens, step = load.requests * load.prompt, sorted(decodes)[len(decodes) // 2]
     share = _prompt_floor(meter, network, load) / filled
     yield Row("serving", case, f"prompt, {way}", filled * 1e6, share, f"{tokens / filled:,.0f} tokens/s")
-    share = _decode_floor(meter, network, load, dtype) / step
-    yield Row("serving", case, f"decode step, {way}", step * 1e6, share, f"{load.requests / step:,.0f} tokens/s")
+    floor = _decode_floor(meter, network, load, dtype)
+    yield Row("serving", case, f"decode step, {way}", step * 1e6, floor / step, f"{load.requests / step:,.0f} tokens/s")
+    plain = sorted(serial)[len(serial) // 2]
+    note = f"the host's part that looking ahead hides: {1 - step / plain:.0%}"
+    yield Row("serving", case, f"decode step without looking ahead, {way}", plain * 1e6, floor / plain, note)
 
 
 def _matrix_weights(network: Network) -> int:

@@ -38,7 +38,13 @@ class SimulatedEngine:
         self._ends = np.zeros(max_num_seqs, np.int64)
         """The same by slot."""
 
-    def step(self, plan: BatchPlan) -> StepOutput:
+    is_asynchronous = False
+
+    def finish(self, launched: StepOutput) -> StepOutput:
+        """`launch` has done everything."""
+        return launched
+
+    def launch(self, plan: BatchPlan) -> StepOutput:
         """Let the time of the batch pass."""
         for assignment in plan.assignments:
             self._ends[assignment.slot] = self.lengths[assignment.seed]

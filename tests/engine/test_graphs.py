@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from quire.core.plan import BatchPlan, Decodes, SequenceOutput, StepOutput
+from quire.core.plan import NO_TOKEN, BatchPlan, Decodes, SequenceOutput, StepOutput
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
@@ -45,14 +45,17 @@ def with_graphs(
     return engine
 
 
-def in_columns(engine: Engine) -> None:
-    """Pure decode steps reach the engine as columns, as the scheduler sends them."""
+def in_columns(engine: Engine, known: bool) -> None:
+    """Pure decode steps reach the engine as columns, as the scheduler sends them; with their tokens only if `known`."""
     step = engine.step
 
     def convert(plan: BatchPlan) -> StepOutput:
         if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
             return step(plan)
-        columns = [(part.slot, part.start, part.token_ids[0]) for part in plan.sequences]
+        columns = [
+            (part.slot, part.start, part.token_ids[0] if known or not part.start else NO_TOKEN)
+            for part in plan.sequences
+        ]
         decodes = Decodes(*np.array(columns, np.int32).T)
         output = step(replace(plan, sequences=(), decodes=decodes))
         return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
@@ -79,15 +82,15 @@ def test_sizes_cover_every_batch_and_are_at_most_sixteen() -> None:
         assert len(sizes) <= 16 and list(sizes) == sorted(set(sizes)) and sizes[-1] == min(limit, 256)
 
 
-@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("columns", ["", "known", "unknown"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_padded_replays_give_the_plain_tokens(backend: Literal["cpu", "reference"], columns: bool) -> None:
+def test_padded_replays_give_the_plain_tokens(backend: Literal["cpu", "reference"], columns: str) -> None:
     """Also beside sliding windows, with slots that are not the batch's rows, and for every way of drawing."""
     runner = FakeRunner()
     capture = FakeCapture()
     engine = with_graphs(runner, capture, backend)
     if columns:
-        in_columns(engine)
+        in_columns(engine, columns == "known")
     assert run(engine) == run(make_engine(runner))
     assert capture.captured == 4, "sizes 1, 2, 4 and 6, each at its first use"
     assert capture.replayed > 12

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from quire.core.ids import SlotId
-from quire.core.plan import NON_FINITE, BatchPlan, Decodes, SequencePlan, SlotAssignment
+from quire.core.plan import NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.engine.inputs import logit_layout
 from quire.engine.sampler import Sampler
@@ -31,9 +31,15 @@ def draw(sampler: Sampler, slots: list[int], logits: torch.Tensor, start: int = 
     columns = (np.array(column, np.int32) for column in (steady, [start] * len(steady), [3] * len(steady)))
     plan = BatchPlan(tuple(SequencePlan(SlotId(slot), start, (3,), True) for slot in others), decodes=Decodes(*columns))
     order = [*range(0, len(slots), 2), *range(1, len(slots), 2)]
-    decoded, outputs = sampler.run(plan, logit_layout(plan), logits[order])
+    decoded, outputs = run(sampler, plan, logits[order])
     tokens = dict(zip(order, [*decoded.tolist(), *(output.token_ids[0] for output in outputs)], strict=True))
     return [tokens[place] for place in range(len(slots))]
+
+
+def run(sampler: Sampler, plan: BatchPlan, logits: torch.Tensor) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
+    """Draw, fetch, and make outputs."""
+    layout = logit_layout(plan)
+    return sampler.outputs(plan, layout, logits, sampler.draw(plan, layout, logits).wait())
 
 
 def make_sampler(slots: int = 16) -> Sampler:
@@ -128,7 +134,7 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
             SequencePlan(SlotId(2), 0, (1, 2), True, (2,)),
         )
     )
-    decoded, outputs = sampler.run(plan, logit_layout(plan), logits)
+    decoded, outputs = run(sampler, plan, logits)
     assert not len(decoded)
     assert [output.error for output in outputs] == [None, NON_FINITE, NON_FINITE]
     assert len(outputs[0].logprobs) == 1 and outputs[0].logprobs[0].logprob == pytest.approx(-math.log(VOCAB))

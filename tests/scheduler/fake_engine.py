@@ -10,6 +10,7 @@ lent as a fresh one, and a sequence may only begin with those that hold its own 
 
 import random
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from quire.core.plan import (
     NO_TOKEN,
     BatchPlan,
     Compaction,
+    Decodes,
     PageGrants,
     PruneOrder,
     SequenceOutput,
@@ -118,7 +120,8 @@ class FakeEngine:
         self.published = {page: self.entries[page].tobytes() for page in pages}
 
     def step(self, plan: BatchPlan) -> StepOutput:
-        """Compute one batch."""
+        """Compute one batch; tokens that are not known yet are those sampled last."""
+        plan = replace(plan, decodes=self._known(plan.decodes))
         assert plan.num_tokens <= self.config.max_batch_tokens and (plan.num_tokens or plan.prunes or plan.compactions)
         self._leave(plan)
         for compaction in plan.compactions:
@@ -142,6 +145,21 @@ class FakeEngine:
         kept = tuple(self._choose(order) for order in plan.prunes)
         seconds = (0.5,) * len(kept)
         return StepOutput(tuple(results[len(plan.decodes) :]), decoded=decoded, kept=kept, prune_seconds=seconds)
+
+    is_asynchronous = False
+
+    def launch(self, plan: BatchPlan) -> StepOutput:
+        """Compute one batch, for the loop."""
+        return self.step(plan)
+
+    def finish(self, launched: StepOutput) -> StepOutput:
+        """`launch` has done everything."""
+        return launched
+
+    def _known(self, decodes: Decodes) -> Decodes:
+        """With the tokens filled in that the scheduler could not know."""
+        newest = np.array([self.slots[slot].known[-1] for slot in decodes.slots.tolist()], np.int32)
+        return replace(decodes, token_ids=np.where(decodes.token_ids == NO_TOKEN, newest, decodes.token_ids))
 
     def _choose(self, order: PruneOrder) -> np.ndarray:
         """Any entries, any number of them per head, about as many as ordered."""
@@ -279,6 +297,7 @@ class FakeEngine:
             return SequenceOutput(prompt_logprobs=prompt_logprobs)
         assignment = slot.assignment
         if assignment.seed in self.failing_seeds:
+            slot.known.append(0)
             return SequenceOutput(error="the logits are not finite")
         generated = len(slot.known) - len(assignment.prompt_ids)
         blocked = set(assignment.stop_ids) if generated < assignment.params.min_tokens else set()

@@ -155,5 +155,5 @@ def test_plan_and_commit_alternate():
         world.scheduler.plan()
     output = world.engine.step(plan)
     world.scheduler.commit(plan, output)
-    with pytest.raises(AssertionError, match="not the plan in flight"):
+    with pytest.raises(AssertionError, match="not the oldest plan in flight"):
         world.scheduler.commit(plan, output)

@@ -6,6 +6,7 @@ Every step is followed by `check_integrity`; every text is compared with what th
 import random
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -114,9 +115,9 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
 class Traffic:
     """Arrivals, cancels and failures at random; remembers what must come of them."""
 
-    def __init__(self, rng: random.Random, config: SchedulerConfig) -> None:
+    def __init__(self, rng: random.Random, config: SchedulerConfig, looks_ahead: bool = False) -> None:
         self.rng = rng
-        self.world = World(config)
+        self.world = World(config, looks_ahead)
         self.accepted: dict[str, Request] = {}
         self.aborted: set[str] = set()
 
@@ -186,16 +187,16 @@ class Traffic:
 @given(seed=st.integers(0, 2**32), actions=st.lists(st.sampled_from("aaasssssc"), min_size=5, max_size=100))
 def test_any_traffic_in_any_configuration(seed, actions):
     rng = random.Random(seed)
-    traffic = Traffic(rng, random_config(rng))
+    traffic = Traffic(rng, random_config(rng), looks_ahead=rng.random() < 0.5)
     for action in actions:
         {"a": traffic.arrive, "s": traffic.step, "c": traffic.cancel}[action]()
     traffic.finish()
 
 
-def soak(seed: int, config: SchedulerConfig, arrivals: int) -> Traffic:
+def soak(seed: int, config: SchedulerConfig, arrivals: int, looks_ahead: bool = False) -> Traffic:
     """Step until so many requests were accepted, with arrivals a little faster than they can be served."""
     rng = random.Random(seed)
-    traffic = Traffic(rng, config)
+    traffic = Traffic(rng, config, looks_ahead)
     while len(traffic.accepted) < arrivals:
         for _ in range(rng.choice([0, 0, 1, 1, 2])):
             traffic.arrive()
@@ -223,12 +224,15 @@ def test_a_long_run_of_shared_prefixes_in_a_small_pool():
     assert stats.prefix_hits_total > stats.prefix_queries_total // 5, "too few hits to test sharing"
 
 
-def test_many_short_runs_in_many_configurations():
-    preemptions, reasons = 0, set[str]()
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_many_short_runs_in_many_configurations(looks_ahead):
+    preemptions, reasons, planned_ahead = 0, set[str](), 0
     for seed in range(80):
-        traffic = soak(seed, random_config(random.Random(1000 + seed)), arrivals=20)
+        traffic = soak(seed, random_config(random.Random(1000 + seed)), 20, looks_ahead)
         stats = traffic.world.scheduler.stats()
         preemptions += stats.preemptions_total
+        planned_ahead += traffic.world.planned_ahead
         reasons |= {reason for counts in stats.prunes.values() for reason in counts.prunes}
     assert preemptions > 50
     assert reasons == {"prompt", "decode", "pressure"}
+    assert (planned_ahead > 100) == looks_ahead

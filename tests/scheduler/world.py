@@ -1,12 +1,12 @@
 """Small worlds for scheduler tests: a configuration, requests, and a driver that checks after every step."""
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from quire.core.ids import RequestId
 from quire.core.messages import Event, Failed, Finished, Tokens, single_events
-from quire.core.plan import BatchPlan
+from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
 
@@ -55,8 +55,12 @@ class FakeClock:
 class World:
     """A scheduler with a fake engine, stepped by hand; collects what each choice received."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, looks_ahead: bool = False) -> None:
         self.config = config
+        self.looks_ahead = looks_ahead
+        self.planned_ahead = 0
+        """Steps that were launched while one was in flight."""
+        self._in_flight: deque[tuple[BatchPlan, StepOutput]] = deque()
         self.clock = FakeClock()
         self.scheduler = Scheduler(config, clock=self.clock)
         self.engine = FakeEngine(config)
@@ -66,25 +70,34 @@ class World:
         self.failed: dict[str, Failed] = {}
 
     def step(self, between: Callable[[], object] = lambda: None) -> BatchPlan | None:
-        """One checked step; `between` runs between plan and commit."""
+        """One checked step: launched, perhaps with the next one, and committed; `between` runs between the two."""
         for event in self.scheduler.tend():
             self._collect(event)
         had_work = self.scheduler.has_work
-        plan = self.scheduler.plan()
-        assert (plan is not None) == had_work
-        if plan is None:
-            return None
-        self.scheduler.check_integrity()
-        self.engine.protect(self.published_pages() - set(plan.swap_ins.device.tolist()))
-        self.engine.arriving = self.published_pages() & set(plan.swap_ins.device.tolist())
-        output = self.engine.step(plan)
+        if not self._in_flight:
+            plan = self.scheduler.plan()
+            assert (plan is not None) == had_work
+            if plan is None:
+                return None
+            self._launch(plan)
+        if self.looks_ahead and (ahead := self.scheduler.look_ahead()) is not None:
+            self.planned_ahead += 1
+            self._launch(ahead)
         between()
+        plan, output = self._in_flight.popleft()
         self.scheduler.check_integrity()
         for event in single_events(self.scheduler.commit(plan, output)):
             self._collect(event)
         self.scheduler.check_integrity()
         self.engine.protect(self.published_pages())
         return plan
+
+    def _launch(self, plan: BatchPlan) -> None:
+        self.scheduler.check_integrity()
+        arriving = set(plan.swap_ins.device.tolist())
+        self.engine.protect(self.published_pages() - arriving)
+        self.engine.arriving = self.published_pages() & arriving
+        self._in_flight.append((plan, self.engine.step(plan)))
 
     def published_pages(self) -> set[int]:
         """Pages that sequences to come may begin with, or that a running one shares."""
