@@ -157,9 +157,7 @@ def main() -> None:
     started = time.perf_counter()
     drain(loops["preempt"], requests(), lambda stats, events: None)
     capacity = args.requests / (time.perf_counter() - started)
-    rng = random.Random(0)
-    gaps = [rng.expovariate(args.overload * capacity) for _ in contexts]
-    times = list(itertools.accumulate(gaps))
+    times = arrival_times(len(contexts), args.overload * capacity)
     rounds = [
         {how: measure(loop, requests(prune if how == "prune" else None), times, limit, calm) for how, loop in turn}
         for turn in turns(loops, args.rounds)
@@ -180,6 +178,12 @@ def main() -> None:
     agreement = min(one["prune"].agreement for one in rounds)
     if agreement < args.least_agreement:
         sys.exit(f"agreement {agreement:.0%} is below the floor of {args.least_agreement:.0%}")
+
+
+def arrival_times(count: int, rate: float) -> list[float]:
+    """Seconds, of a Poisson process with `rate` arrivals a second."""
+    rng = random.Random(0)
+    return list(itertools.accumulate(rng.expovariate(rate) for _ in range(count)))
 
 
 def turns(loops: dict[str, EngineLoop], rounds: int) -> list[list[tuple[str, EngineLoop]]]:
