@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
-from quire.core.plan import BatchPlan, StepOutput
+from quire.core.plan import BatchPlan
 from quire.scheduler.loop import EngineLoop
 
 NEVER = 2**31
@@ -40,12 +40,12 @@ class Recorder:
         self._loop = loop
         engine: Any = loop.engine
         self._engine = engine
-        self._step, self._compact = self._engine.step, self._engine.cache.compact
-        self._engine.step = self.step
+        self._launch, self._compact = self._engine.launch, self._engine.cache.compact
+        self._engine.launch = self.launch
         self._engine.cache.compact = self.compact
         self.compactions = 0
 
-    def step(self, plan: BatchPlan) -> StepOutput:
+    def launch(self, plan: BatchPlan) -> Any:
         shared = self._shared_pages(arriving=plan.swap_ins.device)
         pool = self._engine.cache.pool
         before = pool[shared].clone()
@@ -63,10 +63,10 @@ class Recorder:
             return selector
 
         self._engine._selection.selector = watched
-        output: StepOutput = self._step(plan)
+        launched = self._launch(plan)
         self._engine._selection.selector = selector_of
         assert torch.equal(pool[shared], before), "a page that others may read was written"
-        return output
+        return launched
 
     def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
         """Which entries the step's single rows leave out in this layer."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from quire.core.plan import BatchPlan, StepOutput
+from quire.core.plan import BatchPlan
 
 from .test_pruning_matrix import Serving, params, prompt, save
 
@@ -22,14 +22,13 @@ def watched_steps(serving: Serving) -> list[tuple[int, int]]:
     """(rows of columns, prunes) of each step to come."""
     steps: list[tuple[int, int]] = []
     engine: Any = serving.loop.engine
-    step = engine.step
+    launch = engine.launch
 
-    def watch(plan: BatchPlan) -> StepOutput:
+    def watch(plan: BatchPlan) -> Any:
         steps.append((len(plan.decodes), len(plan.prunes)))
-        result: StepOutput = step(plan)
-        return result
+        return launch(plan)
 
-    engine.step = watch
+    engine.launch = watch
     return steps
 
 

@@ -130,7 +130,7 @@ def test_a_leaving_sequence_lets_the_queue_in_a_step_later():
     [
         ({"logprobs": 0}, None),  # wants more than a column
         ({"prompt": range(1, 41)}, None),  # has a prompt to go through
-        ({}, PruneParams(policy="any", keep=0.5, every=2)),  # forgets as it goes
+        ({}, PruneParams(policy="any", keep=0.5, floor=1, window=1, sinks=0, every=1)),  # forgets as it goes
     ],
 )
 def test_beside_who_needs_more_nothing_is_planned_ahead(params, prune):
