@@ -27,6 +27,7 @@ from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
 from .growth import Growth
+from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
 from .outcome import accept, accept_tokens
 from .oversight import Oversight
@@ -209,22 +210,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """AssertionError unless pages, slots, tables and queues agree; costs a pass over all of them."""
         self._cache.check(self._running, self._waiting)
-        slots = [sequence.slot for sequence in self._running] + self._free_slots
-        assert sorted(slot for slot in slots if slot is not None) == list(range(self.config.max_num_seqs))
         self._decodes.check()
         flying = [sequence for _, draft in self._in_flight for sequence in (*draft.decoders, *draft.members)]
-        assert flying == [sequence for sequence in flying if sequence in self._running and sequence.in_flight]
-        for sequence in self._running:
-            sequence.check(self.config)
-            assert not sequence.done or sequence.in_flight, "an ended sequence still holds a slot"
-            assert not sequence.in_flight or sequence in flying
-            assert sequence.in_flight or sequence.steady == sequence.decodes_plainly
-        for sequence in self._waiting:
-            assert sequence.slot is None and not sequence.table.num_pages and not sequence.num_computed
-            assert not sequence.blocks
-        alive = {sequence.arrival for sequences in self._requests.values() for sequence in sequences}
-        held = [sequence.arrival for sequence in [*self._running, *self._waiting] if not sequence.done]
-        assert len(held) == len(alive) and set(held) == alive, "requests and queues disagree"
+        check_running(self._running, self._free_slots, flying, self.config)
+        check_queue(self._waiting, self._running, self._requests.values())
 
     # --- planning ---
 
