@@ -12,6 +12,7 @@ import statistics
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -54,9 +55,7 @@ class ThreadedEngine:
         return self._engine.finish(launched.result())
 
 
-def decode_seconds(
-    engine: StepEngine[object], config: SchedulerConfig, ahead: bool, sequences: int, output: int
-) -> float:
+def decode_seconds(engine: StepEngine[Any], config: SchedulerConfig, ahead: bool, sequences: int, output: int) -> float:
     """Mean of the steps in which so many sequences decode, after their prompts."""
     loop = EngineLoop(engine, Scheduler(config), looks_ahead=ahead)
     params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
@@ -88,7 +87,7 @@ def main() -> None:
     loop = load_in_process(settings, lambda phase, done, total: None)
     engine, config = loop.engine, loop.scheduler.config
     assert isinstance(engine, Engine)
-    ahead = engine if engine.is_asynchronous else ThreadedEngine(engine)
+    ahead: StepEngine[Any] = engine if engine.is_asynchronous else ThreadedEngine(engine)
     table = Table("sequences", "plain, ms per step", "ahead, ms per step", "ahead / plain", title=engine.info.device)
     for sequences in options.sequences:
         times: dict[bool, list[float]] = {False: [], True: []}

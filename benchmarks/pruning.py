@@ -65,6 +65,8 @@ def decoding(
 
             how = prune if pruned else None
             drain(loop, [prompts.request(prompts.take(length), MARGIN // 2, how) for _ in range(batch)], watch)
+            if not steps:
+                raise SystemExit("some answers ended before all prompts were computed: lower --batch")
             found.append(batch / statistics.median(steps))
     return statistics.median(rates[False]), statistics.median(rates[True])
 
@@ -139,11 +141,13 @@ def main() -> None:
     long = info.max_model_len - MARGIN
     memory = (args.batch + 1) * sequence_bytes(info, info.max_model_len)
     loop = load(args.model, max_num_seqs=args.batch, max_batch_tokens=args.chunk, kv_memory=memory)
+    # A prompt a step, so that all decode together before the first answer ends.
+    wide = load(args.model, max_num_seqs=args.batch, max_batch_tokens=info.max_model_len, kv_memory=memory)
     figures = {
         f"requests at once, {args.prompt:,} tokens each": concurrency(
             args.model, prompts, prune, args.prompt, args.chunk
         ),
-        f"tokens/s, {args.batch} decode at {long:,}": decoding(loop, prompts, prune, long, args.batch, args.rounds),
+        f"tokens/s, {args.batch} decode at {long:,}": decoding(wide, prompts, prune, long, args.batch, args.rounds),
         f"peak pages, prompt of {long:,} in chunks of {args.chunk}": peak_pages(loop, prompts, prune, long),
     }
     policies = choosing(loop, prompts, args.keep, long, args.rounds)

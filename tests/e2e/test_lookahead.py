@@ -100,7 +100,7 @@ def plain_graphs(engine: Engine) -> None:
         return work
 
     sizes = graph_sizes(8)
-    engine._graphs = DecodeGraphs(engine._runner, engine.cache, sizes, engine._place.backend, capture)  # type: ignore[arg-type]
+    engine._graphs = DecodeGraphs(engine._runner, engine.cache, sizes, engine._place.backend, capture)
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
