@@ -1,6 +1,6 @@
 """`Scheduler`: decides each step who computes how many tokens, and who owns which pages.
 
-    plan   = scheduler.plan()           # None exactly when there is no work
+    plan   = scheduler.plan()           # None when there is no work
     output = engine.step(plan)
     events = scheduler.commit(plan, output)
 

@@ -329,8 +329,9 @@ def test_nobody_starves_at_twice_the_load_that_can_be_served(seed, policy):
         world.step()
         world.clock.now += 0.5
         if step > 20 and early <= world.finished.keys():
-            return
-    raise AssertionError(f"{len(early - world.finished.keys())} of {len(early)} starve under {policy}")
+            break
+    starving = early - world.finished.keys()
+    assert early and not starving, f"{len(starving)} of {len(early)} starve under {policy}"
 
 
 def test_leaving_a_long_queue_looks_at_few_lanes():
