@@ -9,6 +9,7 @@ import msgspec
 
 from .errors import ConfigError
 from .pruning import PruneParams
+from .speculation import MAX_DRAFT_TOKENS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -72,6 +73,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most prompt tokens that wait beside one request; beyond, requests are refused with a retry time."""
     queue_timeout: float | None = None
     """Seconds in which a request must start; None: no limit."""
+    draft: str = "none"
+    """Who drafts: `auto` (the draft model that the checkpoint brings along in `draft/`, else n-grams), `ngram`,
+    `layerskip:N`, `none`, or the folder or hub name of a draft model."""
+    draft_tokens: int | None = None
+    """Tokens of every draft; None: as many as measured acceptance and step costs make worth while, 0 included."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):
@@ -83,6 +89,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
                 param="max_batch_tokens",
+            )
+        if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
+            raise ConfigError(
+                f"draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, got {self.draft_tokens}", param="draft_tokens"
             )
         if self.swap_memory < 0:
             raise ConfigError(f"swap_memory must not be negative, got {self.swap_memory}", param="swap_memory")

@@ -14,6 +14,7 @@ from .ids import RequestId
 from .model_spec import ModelSpec
 from .pruning import CacheUse, PolicyInfo, PruneCounts, Refinement
 from .request import Request
+from .speculation import DraftInfo, SpeculationCounts
 
 FinishReason = Literal["stop", "length", "abort"]
 Deadline = Literal["queue", "request"]
@@ -158,6 +159,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Requests that ended late, by `Deadline`."""
     watchdog_total: dict[str, int] = {}
     """Requests ended because the scheduler passed them over, by `StuckReason`."""
+    speculation: SpeculationCounts = SpeculationCounts()
     page_leaks_total: int = 0
     """Pages found to belong to nobody while nothing ran, and taken back."""
 
@@ -190,6 +192,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Pruning policies by name."""
     refinements: tuple[Refinement, ...] = ()
     """Wrappers of their scores that work with the model."""
+    draft: DraftInfo | None = None
+    """Who proposes tokens; None: nobody, and every step gives a sequence one token."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):

@@ -149,6 +149,10 @@ class SequencePlan:
     """Prompt log-probabilities wanted: row t scores `score_ids[t]`, the token that follows it; at most n."""
     scratch: bool = False
     """Only to be observed: the entries are not kept, and the next step's come to lie where they were."""
+    drafts: int = 0
+    """Most tokens that the engine's drafter may propose to follow `token_ids`, which are then all known ones but for
+    these: `sample` is set, and there are pages for so many entries more. What is proposed is verified in this very
+    step; only the entries of `token_ids` and of accepted proposals are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +218,7 @@ class BatchPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Rows of the forward pass."""
+        """Rows of the forward pass, without those of drafts."""
         return len(self.decodes) + sum(len(s.token_ids) for s in self.sequences)
 
 
@@ -234,11 +238,13 @@ class SequenceOutput:
     """What a step gave one sequence; aligned with `BatchPlan.sequences`."""
 
     token_ids: tuple[int, ...] = ()
-    """Newly accepted tokens: one if `sample`, else none."""
+    """Newly accepted tokens: none unless `sample`, else those of the draft that were right, and one more."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per accepted token if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     """One per `score_ids`."""
+    drafted: int = 0
+    """Tokens that were proposed and verified, at most `SequencePlan.drafts`."""
     error: str | None = None
     """Why this one sequence cannot go on (non-finite logits); the others are unaffected."""
 
@@ -268,6 +274,8 @@ class StepOutput:
     """Pages whose copying between device and host has been timed since the last step."""
     copy_seconds: float = 0.0
     """How long those took."""
+    draft_seconds: float = 0.0
+    """Time in proposing."""
 
 
 @dataclass(frozen=True, slots=True)

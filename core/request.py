@@ -124,6 +124,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """For whom it is computed: whose share it takes under the policy `fair`, whose outputs teach `sjf`."""
     timeout: float | None = None
     """Seconds from its arrival in the engine process in which it must end; None: no limit."""
+    speculate: bool = True
+    """Whether its tokens may be drafted; they are the same either way."""
     namespace: str = ""
     """Prefixes are reused only within one: an API key's, where the operator isolates keys."""
 
@@ -152,6 +154,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         tenant: str = "",
         timeout: float | None = None,
         namespace: str = "",
+        speculate: bool = True,
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
@@ -168,4 +171,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             tenant=tenant,
             timeout=timeout,
             namespace=namespace,
+            speculate=speculate,
         )

@@ -1,0 +1,51 @@
+"""What scheduler, engine and server say to each other about speculative decoding."""
+
+from typing import Literal
+
+import msgspec
+
+DraftMethod = Literal["model", "ngram", "layerskip"]
+DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
+MAX_DRAFT_TOKENS = 16
+"""Most tokens of one proposal."""
+
+
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
+    """What steps cost on this machine, measured when the engine warms up; each point is (count, seconds), ascending."""
+
+    rows: list[tuple[int, float]] = []
+    """Rows of the target's forward pass, sampling included."""
+    drafts: list[tuple[int, float]] = []
+    """Sequences that draft together -> seconds per drafted token of depth, e.g. one pass of the draft model."""
+
+
+class DraftInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The drafter that the engine settled on."""
+
+    method: DraftMethod
+    name: str
+    """For people: the draft's folder, `ngram`, `layerskip:2`."""
+    most: int
+    """Most tokens of one proposal, 1 to `MAX_DRAFT_TOKENS`."""
+    fixed: bool = False
+    """The operator wants `most` tokens, always; else the scheduler chooses the length, 0 included."""
+    num_bytes: int = 0
+    """Of the draft's weights and cache."""
+    costs: StepCosts = StepCosts()
+
+
+class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Totals since the engine started, as vLLM counts them; a draft is one sequence's proposal in one step."""
+
+    drafts: int = 0
+    """Proposals of at least one token."""
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_per_position: list[int] = []
+    """Accepted tokens by their place in the proposal."""
+    lengths: list[int] = []
+    """How often each length was asked for: by 0, 1, ... tokens, of sequences that decode and may speculate."""
+    draft_seconds: float = 0.0
+    """Time that proposing took."""
+    step_seconds: float = 0.0
+    """Time of all steps, proposing included."""

@@ -1,0 +1,62 @@
+"""The protocol of drafters: what proposes the tokens that the target model then verifies.
+
+A drafter sees the tokens of every slot (`TokenHistory`) and proposes up to a few more. It need not be right, only often
+enough, and it never decides what is said: verification does. Its own state (a cache, an index) may lag behind the
+history: it catches up when it is asked to propose, so that a sequence which never speculates costs it nothing.
+Letters: S sequences asked, N slots, V vocabulary, k most tokens of a proposal.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..core.plan import IntArray
+from ..core.speculation import DraftMethod
+from .history import TokenHistory
+
+
+class Draw(Protocol):
+    """Draws the next draft token of each sequence, as the user's parameters would draw from the target's logits."""
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        """Tokens [M] int64 on the device from logits [M, V] float32 of the sequences `members` [M], indices into those
+        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """Draft tokens of S sequences, on the host."""
+
+    tokens: IntArray
+    """[S, k], padded with `core.plan.NO_TOKEN`."""
+    counts: IntArray
+    """[S]: tokens of each, 0 to k."""
+
+
+class Drafter(Protocol):
+    """Proposes continuations of the tokens in a history."""
+
+    method: DraftMethod
+
+    @property
+    def num_bytes(self) -> int:
+        """Of weights and cache of its own."""
+        ...
+
+    def assign(self, slot: int) -> None:
+        """Another sequence has entered the slot: whatever is remembered of it is void."""
+        ...
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        """Up to `most` [S] >= 1 tokens to follow all known tokens of each of the slots [S], which are distinct.
+
+        A drafter that samples from distributions takes every token from `draw`; one that just has candidates (n-gram)
+        does not call it. No proposal is as good as a short one: nothing fails for want of one.
+        """
+        ...
+
+    def clear(self) -> None:
+        """Forget all slots."""
+        ...

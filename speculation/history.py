@@ -1,0 +1,36 @@
+"""`TokenHistory`: the known tokens of every slot, on the host, for those who propose what comes next."""
+
+import numpy as np
+
+from ..core.plan import IntArray, SlotAssignment
+
+
+class TokenHistory:
+    """Tokens of N slots of up to `max_length` each; memory is taken from the system as it is written."""
+
+    def __init__(self, num_slots: int, max_length: int) -> None:
+        self.tokens: IntArray = np.zeros((num_slots, max_length), np.int32)
+        """[N, max_length]; what lies past a slot's known tokens is stale."""
+        self.known: IntArray = np.zeros(num_slots, np.int32)
+        """[N]: known tokens."""
+
+    def assign(self, assignment: SlotAssignment) -> None:
+        """A sequence enters the slot with its prompt and what it has generated already."""
+        ids = assignment.prompt_ids + assignment.output_ids
+        self.tokens[assignment.slot, : len(ids)] = ids
+        self.known[assignment.slot] = len(ids)
+
+    def append(self, slots: IntArray, tokens: IntArray) -> None:
+        """One more token for each of the distinct slots [S]; tokens [S]."""
+        self.tokens[slots, self.known[slots]] = tokens
+        self.known[slots] += 1
+
+    def extend(self, slot: int, tokens: tuple[int, ...]) -> None:
+        """More tokens for one slot."""
+        start = int(self.known[slot])
+        self.tokens[slot, start : start + len(tokens)] = tokens
+        self.known[slot] = start + len(tokens)
+
+    def of(self, slot: int) -> IntArray:
+        """The slot's known tokens, a view."""
+        return self.tokens[slot, : self.known[slot]]
