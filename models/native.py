@@ -154,8 +154,8 @@ def _shared_tokens(
 ) -> TokenWeights:
     """The target's embedding and head; raises `ModelLoadError` where there are none that fit."""
     if not isinstance(target, NativeRunner):
-        what = "there is none: it is a draft model" if target is None else "is not on the native runner"
-        raise ModelLoadError(f"{checkpoint.name} shares the embedding of its target, which {what}")
+        what = "it can only be served as a draft" if target is None else "the target is not on the native runner"
+        raise ModelLoadError(f"{checkpoint.name} shares the embedding of its target: {what}")
     shared = TokenWeights(target.decoder.embedding, target.decoder.head)
     needed = (spec.vocab_size, shape.hidden)
     for tensor in (shared.embedding, shared.head):

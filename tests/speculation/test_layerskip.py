@@ -43,9 +43,7 @@ class Target(World):
 
     def __init__(self, made: Tiny, num_layers: int) -> None:
         runner = made.load("native")
-        config = EngineConfig(
-            model="tiny", page_size=PAGE, max_num_seqs=SLOTS, max_batch_tokens=64, max_model_len=LENGTH
-        )
+        config = EngineConfig(model="tiny", page_size=PAGE, max_num_seqs=SLOTS, max_model_len=LENGTH)
         self.engine = Engine(runner, config, "native", CPU)
         drafter = LayerskipDrafter(runner, num_layers, self.engine.cache, CPU)
         super().__init__(drafter, SLOTS, LENGTH, VOCAB)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,9 +136,7 @@ def test_another_padding_of_the_vocabulary_is_fine_where_tokenizers_agree(target
     world.enter(0, [5, 6, VOCAB - 1, 7])  # an id that the narrower draft has not got
     (got,) = world.propose([0], [4])
     seen = [5, 6, min(VOCAB, width) - 1, 7]
-    expected = greedy(padded.model, seen, 4)
-    assert got == expected[: next((i for i, token in enumerate(expected) if token >= VOCAB), 4)] or width > VOCAB
-    assert all(token < min(width, VOCAB) for token in got) and len(got) == 4
+    assert got == greedy(padded.model, seen, 4, vocab_size=VOCAB)
 
 
 def test_other_tokens_of_equal_number_are_warned_about(target, draft, tmp_path, caplog):
@@ -165,14 +164,14 @@ def test_a_draft_may_use_the_targets_embedding_and_head(tmp_path, tied):
 
 def test_sharing_needs_a_target_that_fits(target, draft, tmp_path):
     share_embedding(draft)
-    with pytest.raises(ModelLoadError, match="shares the embedding of its target, which there is none"):
+    with pytest.raises(ModelLoadError, match="it can only be served as a draft"):
         load(draft.folder)
-    with pytest.raises(ConfigError, match="is not on the native runner"):
+    with pytest.raises(ConfigError, match="the target is not on the native runner"):
         drafter_for(target, str(draft.folder), "transformers")
     wide = make_checkpoint(tmp_path / "wide", "llama", KV | {"hidden_size": 64})
     with pytest.raises(ConfigError, match=r"needs \[96, 32\] in torch.float32, .* has \[96, 64\]"):
         drafter_for(wide, str(draft.folder))
-    half = load(target.folder, place=CPU.__class__(CPU.device, torch.bfloat16, "reference"))
+    half = load(target.folder, place=replace(CPU, dtype=torch.bfloat16))
     config = EngineConfig(model=str(target.folder), draft=str(draft.folder))
-    with pytest.raises(ConfigError, match="torch.float32, .* in torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"torch\.float32, .* in torch\.bfloat16"):
         load_draft(str(draft.folder), config, half, CPU, lambda phase, done, total: None)

@@ -71,9 +71,9 @@ def lists(proposals: Proposals, most: IntArray) -> list[list[int]]:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:
-    """The library's own greedy continuation, each token computed from scratch."""
+def greedy(model: PreTrainedModel, tokens: Sequence[int], count: int, vocab_size: int | None = None) -> list[int]:
+    """The library's own greedy continuation within `vocab_size`, each token computed from scratch."""
     ids = list(tokens)
     for _ in range(count):
-        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, :vocab_size].argmax()))
     return ids[len(tokens) :]
