@@ -62,6 +62,11 @@ class DraftChoice(msgspec.Struct, frozen=True):
     model: str = ""
     """With model: folder or hub name."""
 
+    @property
+    def name(self) -> str:
+        """For people; see `DraftInfo.name`."""
+        return self.model or (f"{self.method}:{self.layers}" if self.layers else self.method)
+
 
 _PLAIN = {"none": DraftChoice("none"), "auto": DraftChoice("auto"), "ngram": DraftChoice("ngram")}
 

@@ -100,11 +100,14 @@ class DraftCache:
             self.release(slot)
 
     def tables(self, slots: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Page tables [S, L, K, M] of the slots [S] int64, M pages holding `longest` entries, and kept [S, L, K] of
-        `lengths` [S]; copies."""
+        """Page tables [S, L, K, M] of the slots [S] int64, M pages holding `longest` entries, and `lengths` [S] for
+        every head; copies."""
         columns = -(-longest // self.layout.page_size)
-        table = self.page_table[..., :columns].index_select(0, slots)
-        return table, lengths.int()[:, None, None].repeat(1, *self._head_offsets.shape)
+        return self.page_table[..., :columns].index_select(0, slots), self.lengths(lengths)
+
+    def lengths(self, lengths: Tensor) -> Tensor:
+        """`lengths` [S] for every head: [S, L, K] int32."""
+        return lengths.int()[:, None, None].repeat(1, *self._head_offsets.shape)
 
     def _reclaim(self, total: int) -> None:
         idle = ((self._used < self._calls) & (self._held > 0)).nonzero()[0]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
-from ..core.speculation import parse_draft
+from ..core.speculation import DraftChoice, parse_draft
 from ..models.checkpoint import open_checkpoint, read_json
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
@@ -36,57 +36,81 @@ def load_drafter(
 ) -> Drafter | None:
     """The drafter that `config.draft` names, for the target `runner` and its cache; None for `none`.
 
-    auto: the draft model in the folder `draft` of the target's checkpoint, else n-grams. Raises `ConfigError` in one
-    line where a draft cannot be loaded or does not go with the target.
+    Raises `ConfigError` in one line where a draft cannot be loaded or does not go with the target.
     """
+    draft = load_draft(config, runner, place, on_progress)
+    return make_drafter(config, runner, draft, cache, place, max_model_len=max_model_len, num_slots=num_slots)
+
+
+def chosen_draft(config: EngineConfig) -> DraftChoice:
+    """What `config.draft` comes to: auto is the draft model in the folder `draft` of the target's checkpoint, if it
+    brings one along, else n-grams."""
     choice = parse_draft(config.draft)
-    if choice.method == "none":
-        return None
-    folder = _brought_along(config.model) if choice.method == "auto" else None
-    if choice.method == "layerskip":
-        return LayerskipDrafter(_skippable(runner, choice.layers), choice.layers, cache, place)
-    if choice.method == "model" or folder is not None:
-        draft = load_draft(folder or choice.model, config, runner, place, on_progress)
-        # As many tokens as the target's own pages hold: what the draft lacks beyond that, pruning has freed above.
-        heads = runner.spec.num_layers * runner.spec.num_kv_heads
-        num_pages, page_size = cache.entry_positions.shape
-        layout = DraftLayout(num_slots, max_model_len, page_size, num_pages // heads * page_size)
-        return _allocated(draft, layout, place, runner)
-    return NgramDrafter(num_slots, max_model_len)
+    if choice.method != "auto":
+        return choice
+    folder = open_checkpoint(config.model).folder / DRAFT_FOLDER
+    return parse_draft(str(folder) if (folder / "config.json").is_file() else "ngram")
 
 
 def load_draft(
-    model: str, config: EngineConfig, target: ModelRunner, place: Placement, on_progress: ProgressCallback
-) -> ModelRunner:
-    """The draft model `model` (folder or hub name) for a target; raises `ConfigError` where the two do not go together.
+    config: EngineConfig, target: ModelRunner, place: Placement, on_progress: ProgressCallback
+) -> ModelRunner | None:
+    """The draft model for a target, also for `ModelDrafter.replace`; None where `config.draft` names no model.
 
-    Also what `ModelDrafter.replace` takes.
+    Raises `ConfigError` where it cannot be loaded or its token ids are not the target's.
     """
+    choice = chosen_draft(config)
+    if choice.method != "model":
+        return None
     try:
         draft = load_runner(
-            model,
+            choice.model,
             place=place,
             runner="auto",
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
             target=target,
         )
-        _check_vocabulary(model, draft, config.model, target)
+        _check_vocabulary(choice.model, draft, config.model, target)
     except ModelLoadError as error:
         raise ConfigError(f"the draft cannot be used: {error.message}", param="draft") from error
     return draft
+
+
+def make_drafter(
+    config: EngineConfig,
+    target: ModelRunner,
+    draft: ModelRunner | None,
+    cache: TargetCache,
+    place: Placement,
+    *,
+    max_model_len: int,
+    num_slots: int,
+) -> Drafter | None:
+    """`load_drafter` with the weights there already: what `load_draft` gave. Raises `ConfigError` as that does."""
+    choice = chosen_draft(config)
+    if choice.method == "none":
+        return None
+    if choice.method == "layerskip":
+        return LayerskipDrafter(_skippable(target, choice.layers), choice.layers, cache, place)
+    if draft is None:
+        return NgramDrafter(num_slots, max_model_len)
+    # As many tokens as the target's own pages hold: what the draft lacks beyond that, pruning has freed above.
+    heads = target.spec.num_layers * target.spec.num_kv_heads
+    num_pages, page_size = cache.entry_positions.shape
+    layout = DraftLayout(num_slots, max_model_len, page_size, num_pages // heads * page_size)
+    try:
+        return ModelDrafter(draft, layout, place, target)
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        raise ConfigError(
+            f"the draft's cache could not be allocated: {str(error).splitlines()[0]}", param="draft"
+        ) from error
 
 
 def cache_share(draft: ModelRunner, target: ModelRunner) -> float:
     """Bytes of the draft's cache per byte of the target's, where both hold the same tokens of the same type."""
     sizes = [m.spec.num_layers * m.spec.num_kv_heads * m.spec.head_dim for m in (draft, target)]
     return sizes[0] / sizes[1]
-
-
-def _brought_along(model: str) -> str | None:
-    """The draft in the target's checkpoint, if it has one."""
-    folder = open_checkpoint(model).folder / DRAFT_FOLDER
-    return str(folder) if (folder / "config.json").is_file() else None
 
 
 def _skippable(runner: ModelRunner, layers: int) -> NativeRunner:
@@ -99,15 +123,6 @@ def _skippable(runner: ModelRunner, layers: int) -> NativeRunner:
             param="draft",
         )
     return runner
-
-
-def _allocated(draft: ModelRunner, layout: DraftLayout, place: Placement, target: ModelRunner) -> ModelDrafter:
-    try:
-        return ModelDrafter(draft, layout, place, target)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        raise ConfigError(
-            f"the draft's cache could not be allocated: {str(error).splitlines()[0]}", param="draft"
-        ) from error
 
 
 def _check_vocabulary(draft_name: str, draft: ModelRunner, target_name: str, target: ModelRunner) -> None:

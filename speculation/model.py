@@ -88,18 +88,16 @@ class ModelDrafter:
         this = self._plan(history, slots, most)
         if not len(this.slots):
             return no_proposals(most)
-        logits = self._first_pass(history, this)
+        logits, context = self._first_pass(history, this)
         self.cache.stored[this.slots] = this.stored + this.feed
         proposing = len(this.most)
         if not proposing:
             return no_proposals(most)
         members, ready = this.members[:proposing], this.slots[:proposing]
-        context = self._chain_context(ready, this.most)
         lengths = torch.full((proposing,), self._limit, device=self._place.device)
         drawn = draft_chain(self._runner, logits, context, lengths, members, this.most, draw)
         proposals = to_proposals(drawn, members, this.most, most)
-        fed = min(proposals.tokens.shape[1], MAX_DRAFT_TOKENS)
-        self._tail[ready, :fed] = proposals.tokens[members, :fed]
+        self._tail[ready, : len(drawn)] = proposals.tokens[members, : len(drawn)]
         self._tail_length[ready] = this.most - 1  # the last token was drawn, not fed
         return proposals
 
@@ -136,19 +134,20 @@ class ModelDrafter:
             stored = stored + (same & (at < known[:, None])).cumprod(1).sum(1, dtype=np.int32)
         return np.minimum(stored, known - 1)
 
-    def _first_pass(self, history: TokenHistory, this: _Round) -> Tensor:
-        """Compute the tokens that the cache lacks; logits [R, V] of those that propose."""
+    def _first_pass(self, history: TokenHistory, this: _Round) -> tuple[Tensor, AttentionContext]:
+        """Compute the tokens that the cache lacks; logits [R, V] of those that propose, and the context to go on in."""
         count, proposing, ends = len(this.slots), len(this.most), this.feed.cumsum()
         order = np.arange(ends[-1]) - (ends - this.feed).repeat(this.feed)
         positions = this.stored.repeat(this.feed) + order
         ids = history.tokens[this.slots.repeat(this.feed), positions]
-        parts = (ids, positions, this.slots, this.stored, [0], ends, ends[:proposing] - 1)
+        entries = this.stored + this.feed
+        parts = (ids, positions, this.slots, this.stored, [0], ends, ends[:proposing] - 1, entries[:proposing])
         packed = torch.from_numpy(np.concatenate(parts).astype(np.int64)).to(self._place.device)
-        tokens, places, slots, stored, starts, rows = packed.split(
-            [len(ids), len(ids), count, count, count + 1, proposing]
-        )
-        longest = int((this.stored + this.feed).max())
-        table, kept = self.cache.tables(slots, stored, longest)
+        sizes = [len(ids), len(ids), count, count, count + 1, proposing, proposing]
+        tokens, places, slots, stored, starts, rows, reached = packed.split(sizes)
+        longest = int(entries.max())
+        longest_drafted = int((entries[:proposing] + this.most - 1).max(initial=longest))
+        table, kept = self.cache.tables(slots, stored, longest_drafted)
         context = AttentionContext(
             pool=self.cache.pool,
             entry_positions=self.cache.entry_positions,
@@ -161,18 +160,10 @@ class ModelDrafter:
             max_kept=longest,
             backend=self._place.backend,
         )
-        return self._runner.forward(tokens, places, torch.full_like(places, self._limit), context, rows)
-
-    def _chain_context(self, slots: IntArray, most: IntArray) -> AttentionContext:
-        """For the passes of one token that follow the first."""
-        stored = self.cache.stored[slots]
-        numbers = torch.from_numpy(np.stack([slots, stored]).astype(np.int64)).to(self._place.device)
-        longest = int((stored + most - 1).max())
-        tables = self.cache.tables(numbers[0], numbers[1], longest)
-        # The tables' columns hold every pass: what the last one stores was reserved.
-        return single_rows(
-            self.cache.pool, self.cache.entry_positions, tables, numbers[1], longest, self._place.backend
-        )
+        logits = self._runner.forward(tokens, places, torch.full_like(places, self._limit), context, rows)
+        drafted = table[:proposing], self.cache.lengths(reached)
+        pool, entry_positions, backend = self.cache.pool, self.cache.entry_positions, self._place.backend
+        return logits, single_rows(pool, entry_positions, drafted, reached, longest_drafted, backend)
 
 
 class _FittedRunner:

@@ -18,7 +18,7 @@ from quire.engine.cache import KVCache
 from quire.engine.sizing import CacheLayout
 from quire.models.loading import weight_bytes
 from quire.speculation.layerskip import LayerskipDrafter
-from quire.speculation.loading import cache_share, load_draft, load_drafter
+from quire.speculation.loading import cache_share, chosen_draft, load_draft, load_drafter
 from quire.speculation.model import ModelDrafter
 from quire.speculation.ngram import NgramDrafter
 
@@ -77,6 +77,7 @@ def share_embedding(made: Tiny, keep_head: bool = False) -> None:
 )
 def test_what_the_setting_means(text, choice):
     assert parse_draft(text) == choice
+    assert choice.name == text
 
 
 @pytest.mark.parametrize("text", ["", "  ", "layerskip", "layerskip:", "layerskip:0", "layerskip:-1", "layerskip:2.0"])
@@ -100,10 +101,12 @@ def test_each_setting_gives_its_drafter(target, draft):
 
 def test_auto_takes_the_draft_that_the_checkpoint_brings_along(target, draft, tmp_path):
     assert isinstance(drafter_for(target, "auto"), NgramDrafter)
+    assert chosen_draft(EngineConfig(model=str(target.folder), draft="auto")).name == "ngram"
     bundle = tmp_path / "bundle"
     shutil.copytree(target.folder, bundle)
     shutil.copytree(draft.folder, bundle / "draft")
     assert isinstance(drafter_for(target, "auto", model=bundle), ModelDrafter)
+    assert chosen_draft(EngineConfig(model=str(bundle), draft="auto")).name == str(bundle / "draft")
 
 
 @pytest.mark.parametrize(
@@ -174,4 +177,4 @@ def test_sharing_needs_a_target_that_fits(target, draft, tmp_path):
     half = load(target.folder, place=replace(CPU, dtype=torch.bfloat16))
     config = EngineConfig(model=str(target.folder), draft=str(draft.folder))
     with pytest.raises(ConfigError, match=r"torch\.float32, .* in torch\.bfloat16"):
-        load_draft(str(draft.folder), config, half, CPU, lambda phase, done, total: None)
+        load_draft(config, half, CPU, lambda phase, done, total: None)
