@@ -12,6 +12,7 @@ from quire.core.ids import SlotId
 from quire.core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
+from quire.models.native import NativeRunner
 from quire.speculation.layerskip import LayerskipDrafter
 
 from ..models.conftest import CPU, VOCAB, Tiny, make_checkpoint
@@ -38,11 +39,12 @@ def made(request, tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp(request.param), *MODELS[request.param])
 
 
-class Target(World):
+class Target(World[LayerskipDrafter]):
     """A world whose history an engine extends; every slot owns the pages of its longest sequence."""
 
     def __init__(self, made: Tiny, num_layers: int) -> None:
         runner = made.load("native")
+        assert isinstance(runner, NativeRunner)
         config = EngineConfig(model="tiny", page_size=PAGE, max_num_seqs=SLOTS, max_model_len=LENGTH)
         self.engine = Engine(runner, config, "native", CPU)
         drafter = LayerskipDrafter(runner, num_layers, self.engine.cache, CPU)

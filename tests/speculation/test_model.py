@@ -3,14 +3,18 @@
 import random
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from quire.speculation import model as drafting
 from quire.speculation.draft_cache import DraftLayout
 from quire.speculation.model import ModelDrafter
 
+from ..kernels.triton_interpreter import ON_GPU
 from ..models.conftest import CPU, SIZES, VOCAB, Tiny, make_checkpoint
 from .world import World, greedy
 
@@ -35,13 +39,13 @@ def drafts(tmp_path_factory):
     return get
 
 
-def make_world(made: Tiny, capacity: int = SLOTS * LENGTH, length: int = LENGTH, place=CPU) -> World:
+def make_world(made: Tiny, capacity: int = SLOTS * LENGTH, length: int = LENGTH, place=CPU) -> World[ModelDrafter]:
     runner = made.load(place=place)
     drafter = ModelDrafter(runner, DraftLayout(SLOTS, length, PAGE, capacity), place, runner)
     return World(drafter, SLOTS, length, VOCAB)
 
 
-def check_pages(world: World) -> None:
+def check_pages(world: World[ModelDrafter]) -> None:
     """Every bundle is free or held by one slot, and what is held covers what is stored."""
     cache = world.drafter.cache
     held = [cache._bundles[slot, : cache._held[slot]].tolist() for slot in range(SLOTS)]
@@ -77,20 +81,30 @@ def test_proposals_are_the_drafts_own_greedy_text(drafts, name, backend):
     assert checked > 20
 
 
-def test_accepted_drafts_are_not_computed_again(drafts):
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_triton_kernels_propose_the_same(drafts, device):
+    made = drafts("native")
+    world = make_world(made, place=replace(CPU, device=torch.device(device), backend="triton"))
+    world.enter(0, [5, 6, 7])
+    world.enter(1, [8, 9, 10, 11, 12])
+    for most in ([1, 3], [2, 2]):
+        proposals = world.propose([1, 0], most)
+        assert proposals == [greedy(made.model, world.tokens(s), k) for s, k in zip([1, 0], most, strict=True)]
+        world.history.extend(0, (*proposals[1], 20))
+        world.history.extend(1, (21,))
+
+
+def test_accepted_drafts_are_not_computed_again(drafts, monkeypatch):
     world = make_world(drafts("native"))
     world.enter(1, [5, 6, 7, 8, 9])
     fed: list[int] = []
-    runner = world.drafter._runner
+    forward = world.drafter._runner.forward
 
-    class Counting:
-        spec = runner.spec
+    def counting(input_ids: Tensor, *rest: Any) -> Tensor:
+        fed.append(len(input_ids))
+        return forward(input_ids, *rest)
 
-        def forward(self, input_ids, *rest):
-            fed.append(len(input_ids))
-            return runner.forward(input_ids, *rest)
-
-    world.drafter._runner = Counting()
+    monkeypatch.setattr(world.drafter._runner, "forward", counting)
     (first,) = world.propose([1], [4])
     world.history.extend(1, (*first, 11))  # all right: the last draft was never fed
     world.propose([1], [2])

@@ -42,7 +42,8 @@ def test_finds_what_brute_force_finds(exhaustive, monkeypatch, vocab, few):
     """Whether tokens come one by one, by the handful, or in pieces that are indexed at once."""
     monkeypatch.setattr(ngram, "_FEW", few)
     draw = random.Random(vocab)
-    index, tokens, proposed = GramIndex(600), [], 0
+    index, proposed = GramIndex(600), 0
+    tokens: list[int] = []
     while len(tokens) < 400:
         tokens += [draw.randrange(vocab) for _ in range(draw.choice([1, 1, 1, 2, 7, 40]))]
         got = list(index.continuation(np.array(tokens, np.int32), 9))

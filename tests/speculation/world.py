@@ -1,6 +1,7 @@
 """What drafter tests share: a history that a pretended target extends, greedy draws, and the library's greedy text."""
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from quire.core.plan import NO_TOKEN, IntArray, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.speculation.drafter import Drafter, Proposals
 from quire.speculation.history import TokenHistory
+
+D = TypeVar("D", bound=Drafter)
 
 
 class GreedyDraw:
@@ -34,10 +37,10 @@ def never(logits: Tensor, members: IntArray, depth: int) -> Tensor:
     raise AssertionError("nothing is to be drawn")
 
 
-class World:
+class World(Generic[D]):
     """A history and a drafter that works on it."""
 
-    def __init__(self, drafter: Drafter, num_slots: int, max_length: int, vocab_size: int) -> None:
+    def __init__(self, drafter: D, num_slots: int, max_length: int, vocab_size: int) -> None:
         self.drafter, self.vocab_size = drafter, vocab_size
         self.history = TokenHistory(num_slots, max_length)
 
