@@ -9,12 +9,13 @@ import torch
 
 from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
-from quire.core.plan import BatchPlan, PageGrants, SequencePlan, SlotAssignment
+from quire.core.plan import BatchPlan, Compaction, PageGrants, SequencePlan, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.models.native import NativeRunner
 from quire.speculation.layerskip import LayerskipDrafter
 
+from ..e2e.kept_oracle import Life, hide, load_reference
 from ..models.conftest import CPU, VOCAB, Tiny, make_checkpoint
 from .world import World, greedy
 
@@ -90,6 +91,33 @@ def test_drafts_are_those_of_the_truncated_model_and_the_target_is_unharmed(made
         target.decode(range(SLOTS))
     for slot, prompt in enumerate(PROMPTS):
         assert target.tokens(slot)[len(prompt) :] == greedy(made.model, prompt, OUTPUT + 1)
+
+
+def test_pruned_heads_draft_with_what_they_kept(made):
+    """Every head forgets other entries, and other numbers of them."""
+    target, dice = Target(made, 2), np.random.default_rng(0)
+    reference = load_reference(made.folder)
+    reference.model.layers = reference.model.layers[:2]
+    target.start(0, PROMPTS[0])
+    life, entries, shape = Life(0), len(PROMPTS[0]), target.engine.cache.kept.shape[1:]
+    counts = dice.integers(1, entries, shape).astype(np.int32)
+    keep = torch.zeros(*shape, entries, dtype=torch.int32)
+    for layer, head in np.ndindex(*shape):
+        kept = np.sort(dice.choice(entries, counts[layer, head], replace=False))
+        keep[layer, head, : len(kept)] = torch.from_numpy(kept)
+        life.forgotten |= {(layer, head, int(i)): entries for i in np.setdiff1d(np.arange(entries), kept)}
+    compaction = Compaction(SlotId(0), counts.flatten(), None)
+    target.engine.cache.compact(compaction, range(shape[0]), keep, "reference")
+    reference.config.num_hidden_layers = shape[0]  # what is hidden is said of all layers
+    for _ in range(4):
+        ids = target.tokens(0)
+        (got,) = target.propose([0], [4])
+        for token in got:
+            hide(life, reference.config, len(ids))
+            with torch.inference_mode():
+                assert token == reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()
+            ids.append(token)
+        target.decode([0])
 
 
 def test_lengths_of_the_cache_stay_as_they_were(made):
