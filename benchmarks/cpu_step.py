@@ -35,7 +35,7 @@ from quire.engine.engine import Engine
 from quire.kernels.backend import resolve_backend
 from quire.kernels.cpu_library import loaded_library
 from quire.models.native import NativeRunner
-from quire.models.native_layers import Decoder, LayerShape
+from quire.models.native_layers import Decoder, LayerShape, TokenWeights
 from quire.models.placement import Placement
 from quire.models.rope import RopeSettings, RotaryEmbedding
 from quire.scheduler.loop import scheduler_config
@@ -54,7 +54,7 @@ def half_billion(config: EngineConfig) -> Engine:
     cpu = torch.device("cpu")
     place = Placement(cpu, torch.bfloat16, resolve_backend(cpu, torch.bfloat16))
     shape = LayerShape(hidden, 4864, heads, kv_heads, width, 1e-6, True, False, False, False)
-    decoder = Decoder(vocab, shape, F.silu, (None,) * layers, True, place)
+    decoder = Decoder(shape, F.silu, (None,) * layers, TokenWeights.fresh(vocab, hidden, True, place), place)
     generator = torch.Generator().manual_seed(0)
     for weight in decoder.parameters():
         weight.normal_(0.0, 0.02, generator=generator)

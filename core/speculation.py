@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from .errors import ConfigError
+
 DraftMethod = Literal["model", "ngram", "layerskip"]
 DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
 MAX_DRAFT_TOKENS = 16
@@ -49,3 +51,38 @@ class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Time that proposing took."""
     step_seconds: float = 0.0
     """Time of all steps, proposing included."""
+
+
+class DraftChoice(msgspec.Struct, frozen=True):
+    """What the operator's setting `draft` means."""
+
+    method: Literal["none", "auto"] | DraftMethod
+    layers: int = 0
+    """With layerskip: the target's first layers that draft."""
+    model: str = ""
+    """With model: folder or hub name."""
+
+    @property
+    def name(self) -> str:
+        """For people; see `DraftInfo.name`."""
+        return self.model or (f"{self.method}:{self.layers}" if self.layers else self.method)
+
+
+_PLAIN = {"none": DraftChoice("none"), "auto": DraftChoice("auto"), "ngram": DraftChoice("ngram")}
+
+
+def parse_draft(text: str) -> DraftChoice:
+    """`none`, `auto`, `ngram`, `layerskip:N`, or the folder or hub name of a draft model; raises `ConfigError`.
+
+    Whether a model is there, and whether the target has more than N layers, is found out when they are loaded.
+    """
+    if text in _PLAIN:
+        return _PLAIN[text]
+    method, _, layers = text.partition(":")
+    if method == "layerskip":
+        if not (layers.isascii() and layers.isdigit() and int(layers) >= 1):
+            raise ConfigError(f"draft must be layerskip:N with N at least 1, got {text!r}", param="draft")
+        return DraftChoice("layerskip", layers=int(layers))
+    if not text.strip():
+        raise ConfigError("draft must be none, auto, ngram, layerskip:N or a draft model, got nothing", param="draft")
+    return DraftChoice("model", model=text)

@@ -1,6 +1,5 @@
 """`KVCache`: the tensors of the paged KV cache and of every slot's page table. Which page is whose, others decide."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,13 +9,11 @@ from torch import Tensor
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
 from ..kernels.backend import TRITON_BACKENDS, Backend
+from ..kernels.cache import zeros
 from ..kernels.compaction_cpu import compact_kv_cpu
 from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
 from .staging import upload
-
-_ALIGNMENT = 64
-"""Bytes: a cache line, and the widest vector of a CPU."""
 
 
 class KVCache:
@@ -196,16 +193,3 @@ def read_heads(pages: Tensor, table: Tensor, entries: int) -> Tensor:
     return read.view(*table.shape[:-1], columns * pages.shape[1], *pages.shape[2:])[
         (slice(None),) * (table.dim() - 1) + (slice(entries),)
     ]
-
-
-def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of zeros; on a CPU its memory is taken from the system page by page as it is written.
-
-    `torch.zeros` writes every byte, so a large pool would delay the start and be resident before it is used.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    memory = torch.from_numpy(np.zeros(size + _ALIGNMENT, np.uint8))
-    first = -memory.data_ptr() % _ALIGNMENT
-    return memory[first : first + size].view(dtype).view(shape)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..core.plan import IntArray, PageCopies
-from .cache import KVCache, zeros
+from ..kernels.cache import zeros
+from .cache import KVCache
 from .staging import upload
 
 

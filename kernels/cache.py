@@ -6,11 +6,17 @@ The functions are pure but for what their docstring says they mutate; they know 
 On a CPU the C++ kernels append inside the call that attends, see `kernels.attention_cpu`.
 """
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from .backend import TRITON_BACKENDS, Backend
 from .cache_reference import append_kv_reference
+
+_ALIGNMENT = 64
+"""Bytes: a cache line, and the widest vector of a CPU."""
 
 
 def row_sequences(query_start: Tensor, num_tokens: int) -> Tensor:
@@ -87,3 +93,16 @@ def append_kv(
         append_kv_triton(pool, entry_positions, key, value, destinations, positions)
     else:
         append_kv_reference(pool, entry_positions, key, value, destinations, positions)
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of zeros; on a CPU its memory is taken from the system page by page as it is written.
+
+    `torch.zeros` writes every byte, so a large pool would delay the start and be resident before it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.from_numpy(np.zeros(size + _ALIGNMENT, np.uint8))
+    first = -memory.data_ptr() % _ALIGNMENT
+    return memory[first : first + size].view(dtype).view(shape)

@@ -1,14 +1,16 @@
 """Loading a model: from a folder or hub name to a `ModelRunner`."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..core.errors import ConfigError, ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, open_checkpoint
-from .native import load_native, native_obstacle
+from .native import SHARES_EMBEDDING, NativeRunner, load_native, native_obstacle
 from .placement import Placement
 from .runner import ModelRunner, ProgressCallback
 from .spec import load_config, model_spec
@@ -26,8 +28,9 @@ def load_runner(
     runner: Literal["auto", "native", "transformers"],
     trust_remote_code: bool,
     on_progress: ProgressCallback,
+    target: ModelRunner | None = None,
 ) -> ModelRunner:
-    """Load `model`, a checkpoint folder or hub name.
+    """Load `model`, a checkpoint folder or hub name; as a draft for `target` it may use that one's embedding.
 
     auto takes the native runner where it knows the architecture, else transformers. Raises `ModelLoadError` where the
     checkpoint is broken or cannot be served, `ConfigError` where the native runner was asked for and does not fit.
@@ -39,10 +42,26 @@ def load_runner(
     config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     spec = _read_spec(checkpoint, config)
     if runner != "transformers" and obstacle is None:
-        return load_native(checkpoint, config, spec, place, on_progress)
+        return load_native(checkpoint, config, spec, place, on_progress, target)
+    if checkpoint.config.get(SHARES_EMBEDDING):
+        raise ModelLoadError(f"{model} shares its target's embedding, which takes the native runner: {obstacle}")
     from .transformers_runner import load_transformers  # the library's modelling code takes two seconds to import
 
     return load_transformers(checkpoint, config, spec, place, on_progress, trust_remote_code=trust_remote_code)
+
+
+def weight_bytes(runner: ModelRunner, target: ModelRunner | None = None) -> int:
+    """Bytes of the model's weights, those aside that it shares with `target`."""
+    shared = {tensor.data_ptr() for tensor in _parameters(target)} if target is not None else set()
+    return sum(w.numel() * w.itemsize for w in _parameters(runner) if w.data_ptr() not in shared)
+
+
+def _parameters(runner: ModelRunner) -> Iterable[Tensor]:
+    if isinstance(runner, NativeRunner):
+        return runner.decoder.parameters()
+    from .transformers_runner import TransformersRunner
+
+    return runner.model.parameters() if isinstance(runner, TransformersRunner) else ()
 
 
 def _read_spec(checkpoint: Checkpoint, config: PretrainedConfig) -> ModelSpec:

@@ -7,6 +7,7 @@ memory never holds more than the model and one tensor.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from msgspec.structs import replace
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -14,11 +15,13 @@ from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
-from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear
+from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear, TokenWeights
 from .placement import Placement
 from .rope import RopeSettings, RotaryEmbedding, rope_settings
-from .runner import ProgressCallback
+from .runner import ModelRunner, ProgressCallback
 
+SHARES_EMBEDDING = "quire_shares_embedding"
+"""Key of config.json: a draft has neither embedding nor head of its own, it uses those of its target."""
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
@@ -77,6 +80,11 @@ class NativeRunner:
         """See `ModelRunner.output_weight`."""
         return self.decoder.layers[layer].attention.output.weight
 
+    def first(self, count: int) -> "NativeRunner":
+        """A runner of the model's first `count` layers, then its norm and head; the weights are these."""
+        spec = replace(self.spec, num_layers=count, windows=self.spec.windows[:count])
+        return NativeRunner(spec, self.decoder.first(count), self.rotary)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -96,10 +104,12 @@ def load_native(
     spec: ModelSpec,
     place: Placement,
     on_progress: ProgressCallback,
+    target: ModelRunner | None = None,
 ) -> NativeRunner:
     """Build the decoder of `checkpoint` and fill it; `native_obstacle` must have said None.
 
-    Raises `ModelLoadError`, naming file and tensor, for missing, unexpected or misshapen tensors.
+    target: whose embedding and head a draft may share. Raises `ModelLoadError`, naming file and tensor, for missing,
+    unexpected or misshapen tensors.
     """
     family = NATIVE_ARCHITECTURES[spec.architecture]
     settings = rope_settings(config.to_dict(), spec.head_dim)
@@ -111,10 +121,14 @@ def load_native(
             f"{checkpoint.folder / 'config.json'}: {spec.num_heads} query heads do not divide among "
             f"{spec.num_kv_heads} kv heads"
         )
-    tied = bool(config.tie_word_embeddings)
     shape = _layer_shape(config, spec, family)
-    decoder = Decoder(spec.vocab_size, shape, ACTIVATIONS[activation], spec.windows, tied, place)
-    _fill(checkpoint, dict(_destinations(decoder, shape, tied)), on_progress)
+    shared = bool(checkpoint.config.get(SHARES_EMBEDDING))
+    if shared:
+        tokens = _shared_tokens(checkpoint, spec, shape, place, target)
+    else:
+        tokens = TokenWeights.fresh(spec.vocab_size, shape.hidden, bool(config.tie_word_embeddings), place)
+    decoder = Decoder(shape, ACTIVATIONS[activation], spec.windows, tokens, place)
+    _fill(checkpoint, dict(_destinations(decoder, shape, shared)), on_progress)
     for layer in decoder.layers:
         layer.attention.share_norm_weights()
     return NativeRunner(spec, decoder, RotaryEmbedding(settings, place.device))
@@ -135,12 +149,31 @@ def _layer_shape(config: PretrainedConfig, spec: ModelSpec, family: Family) -> L
     )
 
 
-def _destinations(decoder: Decoder, shape: LayerShape, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """Checkpoint tensor name -> the view of a parameter it is copied into."""
-    yield "model.embed_tokens.weight", decoder.embedding
+def _shared_tokens(
+    checkpoint: Checkpoint, spec: ModelSpec, shape: LayerShape, place: Placement, target: ModelRunner | None
+) -> TokenWeights:
+    """The target's embedding and head; raises `ModelLoadError` where there are none that fit."""
+    if not isinstance(target, NativeRunner):
+        what = "it can only be served as a draft" if target is None else "the target is not on the native runner"
+        raise ModelLoadError(f"{checkpoint.name} shares the embedding of its target: {what}")
+    shared = TokenWeights(target.decoder.embedding, target.decoder.head)
+    needed = (spec.vocab_size, shape.hidden)
+    for tensor in (shared.embedding, shared.head):
+        if tensor.shape != needed or tensor.dtype != place.dtype:
+            raise ModelLoadError(
+                f"{checkpoint.name} shares the embedding of its target and needs {list(needed)} in {place.dtype}, "
+                f"{target.spec.name} has {list(tensor.shape)} in {tensor.dtype}"
+            )
+    return shared
+
+
+def _destinations(decoder: Decoder, shape: LayerShape, shared: bool) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint tensor name -> the view of a parameter it is copied into; without embedding and head if shared."""
+    if not shared:
+        yield "model.embed_tokens.weight", decoder.embedding
+        if decoder.head is not decoder.embedding:
+            yield "lm_head.weight", decoder.head
     yield "model.norm.weight", decoder.norm.weight
-    if not tied:
-        yield "lm_head.weight", decoder.head
     for index, layer in enumerate(decoder.layers):
         for name, view in _layer_destinations(layer, shape):
             yield f"model.layers.{index}.{name}", view

@@ -7,6 +7,7 @@ makes about forty calls, and those of `nn.Module` would cost as much as the arit
 """
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -161,22 +162,34 @@ class DecoderLayer:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """A model's two matrices over the vocabulary, [V, E] each; one and the same where they are tied."""
+
+    embedding: Tensor
+    head: Tensor
+
+    @staticmethod
+    def fresh(vocab_size: int, hidden: int, tied: bool, place: Placement) -> "TokenWeights":
+        """Uninitialised ones; loading fills them."""
+        embedding = place.parameter(vocab_size, hidden)
+        return TokenWeights(embedding, embedding if tied else place.parameter(vocab_size, hidden))
+
+
 class Decoder:
-    """Embedding, layers, final norm and output head (the embedding itself where they are tied)."""
+    """Embedding, layers, final norm and output head."""
 
     def __init__(
         self,
-        vocab_size: int,
         shape: LayerShape,
         activation: Activation,
         windows: tuple[int | None, ...],
-        tied: bool,
+        tokens: TokenWeights,
         place: Placement,
     ) -> None:
-        self.embedding = place.parameter(vocab_size, shape.hidden)
+        self.embedding, self.head = tokens.embedding, tokens.head
         self.layers = [DecoderLayer(index, shape, activation, window, place) for index, window in enumerate(windows)]
         self.norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
-        self.head = self.embedding if tied else place.parameter(vocab_size, shape.hidden)
         self.backend = place.backend
         self._shape = shape
         self._fusible = place.backend == "cpu" and activation is F.silu
@@ -186,6 +199,13 @@ class Decoder:
         """All layers in one call."""
         weights = [layer.weights() for layer in self.layers]
         return DecoderCPU(weights, self._shape.num_kv_heads, self._shape.head_dim, self._shape.norm_epsilon)
+
+    def first(self, count: int) -> "Decoder":
+        """A decoder of the first `count` layers, then norm and head; the weights are these."""
+        part = copy(self)
+        vars(part).pop("_fused", None)
+        part.layers = self.layers[:count]
+        return part
 
     def __call__(
         self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor

@@ -73,7 +73,8 @@ def random_engine(
         windows=(None,) * network.layers, eos_token_ids=(),
     )  # fmt: skip
     place = Placement(device, dtype, backend)
-    decoder = native_layers.Decoder(network.vocabulary, shape, F.silu, spec.windows, network.tied, place)
+    tokens = native_layers.TokenWeights.fresh(network.vocabulary, shape.hidden, network.tied, place)
+    decoder = native_layers.Decoder(shape, F.silu, spec.windows, tokens, place)
     for weight in decoder.parameters():
         weight.normal_(0.0, 0.02) if weight.dim() > 1 else weight.fill_(1.0)
     settings = rope_settings({"rope_theta": network.theta, "max_position_embeddings": length}, shape.head_dim)

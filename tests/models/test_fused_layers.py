@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quire.kernels.cpu_library import cpu_library
 from quire.models.context import AttentionContext
-from quire.models.native_layers import Decoder, LayerShape
+from quire.models.native_layers import Decoder, LayerShape, TokenWeights
 from quire.models.placement import Placement
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="the C++ kernels cannot be compiled here")
@@ -32,7 +32,7 @@ class Onlooker:
 def random_decoder(dtype: torch.dtype, switches: dict[str, Any]) -> Decoder:
     shape = LayerShape(96, 160, HEADS, KV_HEADS, WIDTH, 1e-5, **switches)
     place = Placement(torch.device("cpu"), dtype, "cpu")
-    decoder = Decoder(VOCAB, shape, F.silu, (None, 7, None), False, place)
+    decoder = Decoder(shape, F.silu, (None, 7, None), TokenWeights.fresh(VOCAB, 96, False, place), place)
     generator = torch.Generator().manual_seed(0)
     for weight in decoder.parameters():
         weight.normal_(0.0, 0.2, generator=generator)

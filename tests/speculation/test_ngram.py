@@ -1,0 +1,94 @@
+"""The n-gram drafter against a brute-force search of the longest match."""
+
+import random
+
+import numpy as np
+import pytest
+
+from quire.speculation import ngram
+from quire.speculation.ngram import GramIndex, NgramDrafter
+
+from .world import World, lists, never
+
+SHORTEST = ngram.ORDERS[-1]
+
+
+def brute_force(tokens: list[int], most: int) -> list[int]:
+    """The continuation of the longest, among equals newest, earlier occurrence of the last tokens."""
+    best, start, last = 0, 0, len(tokens) - 1
+    for end in range(last - 1, -1, -1):
+        length = 0
+        while length <= end and tokens[end - length] == tokens[last - length]:
+            length += 1
+        if min(length, ngram._ENOUGH) > best:
+            best, start = min(length, ngram._ENOUGH), end + 1
+    if best < SHORTEST:
+        return []
+    longer = list(tokens)
+    for _ in range(min(best, most)):
+        longer.append(longer[start + len(longer) - len(tokens)])
+    return longer[len(tokens) :]
+
+
+@pytest.fixture
+def exhaustive(monkeypatch):
+    """Every candidate is compared, as brute force does."""
+    monkeypatch.setattr(ngram, "_CANDIDATES", 10**6)
+
+
+@pytest.mark.parametrize("vocab", [2, 4, 30])
+@pytest.mark.parametrize("few", [5, 20, 1000])
+def test_finds_what_brute_force_finds(exhaustive, monkeypatch, vocab, few):
+    """Whether tokens come one by one, by the handful, or in pieces that are indexed at once."""
+    monkeypatch.setattr(ngram, "_FEW", few)
+    draw = random.Random(vocab)
+    index, proposed = GramIndex(600), 0
+    tokens: list[int] = []
+    while len(tokens) < 400:
+        tokens += [draw.randrange(vocab) for _ in range(draw.choice([1, 1, 1, 2, 7, 40]))]
+        got = list(index.continuation(np.array(tokens, np.int32), 9))
+        assert got == brute_force(tokens, 9)
+        proposed += len(got)
+    assert proposed
+
+
+def test_few_candidates_still_give_a_real_match():
+    """The bound on candidates may cost length, never truth: the match ends with the newest tokens."""
+    draw = random.Random(0)
+    tokens = [draw.randrange(3) for _ in range(500)]
+    index = GramIndex(500)
+    for end in range(10, 500, 7):
+        got = list(index.continuation(np.array(tokens[:end], np.int32), 8))
+        suffix = tokens[end - SHORTEST : end]
+        found = [i for i in range(end - SHORTEST) if tokens[i : i + SHORTEST] == suffix]
+        assert bool(got) == bool(found)
+        period = [*tokens[:end], *got]
+        assert not got or any(period[i + SHORTEST : i + SHORTEST + len(got)] == got for i in found)
+
+
+def test_a_run_is_continued_past_its_own_end():
+    index = GramIndex(50)
+    assert list(index.continuation(np.array([9, 1, 2, 1, 2, 1, 2], np.int32), 4)) == [1, 2, 1, 2]
+
+
+def test_nothing_known_nothing_proposed():
+    index = GramIndex(50)
+    for tokens in ([], [5], [5, 5], [5, 6, 7], [5, 6, 7, 6]):
+        assert not index.continuation(np.array(tokens, np.int32), 4)
+
+
+def test_slots_are_apart_and_forgotten_when_they_change_hands():
+    drafter = NgramDrafter(3, 100)
+    world = World(drafter, 3, 100, 50)
+    world.enter(0, [1, 2, 3, 4, 1, 2])
+    world.enter(2, [1, 2, 9, 9, 7, 1, 2])
+    slots, most = np.array([2, 0], np.int32), np.array([4, 1], np.int32)
+    assert lists(drafter.propose(world.history, slots, most, never), most) == [[9, 9], [3]]
+    world.history.extend(0, (3, 4))
+    assert world.propose([0], [4]) == [[1, 2, 3, 4]]
+    world.enter(0, [8, 3, 4, 1, 2])
+    assert world.propose([0], [4]) == [[]]
+    assert drafter.num_bytes > 0
+    drafter.clear()
+    assert drafter.num_bytes == 0
+    assert world.propose([2], [4]) == [[9, 9]]

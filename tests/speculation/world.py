@@ -1,0 +1,82 @@
+"""What drafter tests share: a history that a pretended target extends, greedy draws, and the library's greedy text."""
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from quire.core.ids import SlotId
+from quire.core.plan import NO_TOKEN, IntArray, SlotAssignment
+from quire.core.request import SamplingParams
+from quire.speculation.drafter import Drafter, Proposals
+from quire.speculation.history import TokenHistory
+
+D = TypeVar("D", bound=Drafter)
+
+
+class GreedyDraw:
+    """Takes the likeliest token, and checks that it is asked as the protocol says."""
+
+    def __init__(self, most: IntArray, vocab_size: int) -> None:
+        self.most, self.vocab_size = most, vocab_size
+        self.drawn = np.zeros(len(most), np.int32)
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        assert logits.shape == (len(members), self.vocab_size) and logits.dtype == torch.float32
+        assert len(set(members.tolist())) == len(members)
+        assert (self.drawn[members] == depth).all() and (self.most[members] > depth).all()
+        self.drawn[members] += 1
+        return logits.argmax(-1)
+
+
+def never(logits: Tensor, members: IntArray, depth: int) -> Tensor:
+    """The draw of drafters that sample from no distribution."""
+    raise AssertionError("nothing is to be drawn")
+
+
+class World(Generic[D]):
+    """A history and a drafter that works on it."""
+
+    def __init__(self, drafter: D, num_slots: int, max_length: int, vocab_size: int) -> None:
+        self.drafter, self.vocab_size = drafter, vocab_size
+        self.history = TokenHistory(num_slots, max_length)
+
+    def enter(self, slot: int, tokens: Sequence[int]) -> None:
+        """A new sequence in the slot."""
+        params = SamplingParams()
+        self.history.assign(
+            SlotAssignment(SlotId(slot), params, 0, (), tuple(tokens), (), self.history.tokens.shape[1])
+        )
+        self.drafter.assign(slot)
+
+    def propose(self, slots: Sequence[int], most: Sequence[int]) -> list[list[int]]:
+        """What the drafter proposes for the slots, by greedy draws."""
+        limits = np.array(most, np.int32)
+        draw = GreedyDraw(limits, self.vocab_size)
+        return lists(self.drafter.propose(self.history, np.array(slots, np.int32), limits, draw), limits)
+
+    def tokens(self, slot: int) -> list[int]:
+        """The slot's known tokens."""
+        return self.history.of(slot).tolist()
+
+
+def lists(proposals: Proposals, most: IntArray) -> list[list[int]]:
+    """The proposals as lists, after a check of their form."""
+    assert proposals.tokens.dtype == proposals.counts.dtype == np.int32
+    assert len(proposals.tokens) == len(proposals.counts) == len(most)
+    assert (proposals.counts <= most).all()
+    beyond = np.arange(proposals.tokens.shape[1]) >= proposals.counts[:, None]
+    assert (proposals.tokens[beyond] == NO_TOKEN).all() and (proposals.tokens[~beyond] >= 0).all()
+    return [row[:count].tolist() for row, count in zip(proposals.tokens, proposals.counts.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, tokens: Sequence[int], count: int, vocab_size: int | None = None) -> list[int]:
+    """The library's own greedy continuation within `vocab_size`, each token computed from scratch."""
+    ids = list(tokens)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1, :vocab_size].argmax()))
+    return ids[len(tokens) :]
