@@ -14,7 +14,7 @@ sequences generate, so prompts and the thinning out at the end do not. A round g
 * per draft: accepted tokens of a draft and the one that the target adds, over steps with drafts.
 * accepted: share of the drafts whose 1st, 2nd, ... token was accepted; where drafts are of unequal lengths, a short one
   counts as not accepted at the places it lacks.
-* length: tokens asked for per sequence and step, none included.
+* asked: mean length asked for per sequence and step, no draft counting as 0.
 * draft: share of the steps' time spent on proposing. rest: the share that is neither that nor the target's forward pass
   (planning, sampling, verifying, committing), with speculation and without.
 * equal: share of tokens equal to those without speculation, where they must be (greedy), ties of rounding aside.
@@ -249,7 +249,7 @@ def cells(
 
 def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
     """A row per cell."""
-    names = ("workload", "batch", "tokens", "x off", "tokens/s", "per draft", "accepted", "length", "draft", "rest")
+    names = ("workload", "batch", "length", "x off", "tokens/s", "per draft", "accepted", "asked", "draft", "rest")
     table = Table(*names, "equal", title=found[0].drafter)
     for cell in found:
         on, off = ([getattr(one, name) for one in cell.rounds] for name in ("on", "off"))
@@ -321,7 +321,8 @@ def main() -> None:
             show(console, rows, args.temperature == 0)
         found += rows
     if args.json:
-        figures = [asdict(cell) | {"speedup": cell.speedup} for cell in found]
+        derived = ("speedup", "rate", "per_draft", "accepted", "asked")
+        figures = [asdict(cell) | {name: getattr(cell, name) for name in derived} for cell in found]
         content = {"arguments": vars(args), "model": model, "cells": figures}
         args.json.write_bytes(msgspec.json.encode(content, enc_hook=str))
     if not found:
