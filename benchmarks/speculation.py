@@ -15,6 +15,7 @@ sequences generate, so prompts and the thinning out at the end do not. A round g
 * accepted: share of the drafts whose 1st, 2nd, ... token was accepted; where drafts are of unequal lengths, a short one
   counts as not accepted at the places it lacks.
 * asked: mean length asked for per sequence and step, no draft counting as 0.
+* forward: time of the target's forward pass in a step, relative to no speculation: what rows of drafts add.
 * draft: share of the steps' time spent on proposing. rest: the share that is neither that nor the target's forward pass
   (planning, sampling, verifying, committing), with speculation and without.
 * equal: share of tokens equal to those without speculation, where they must be (greedy), ties of rounding aside.
@@ -54,11 +55,17 @@ class Steady:
     forward_seconds: float = 0.0
     """Of the target."""
     draft_seconds: float = 0.0
+    steps: int = 0
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / self.seconds
+
+    @property
+    def forward(self) -> float:
+        """Seconds of the target's forward pass in a step."""
+        return self.forward_seconds / self.steps
 
     @property
     def draft_share(self) -> float:
@@ -92,6 +99,7 @@ class Watcher:
                 tokens += len(event.token_ids)
             self._ended |= isinstance(event, Finished)
         if steady:
+            self.steady.steps += 1
             self.steady.tokens += tokens
             self.steady.seconds += stats.step_seconds
             self.steady.forward_seconds += stats.forward_seconds
@@ -249,8 +257,8 @@ def cells(
 
 def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
     """A row per cell."""
-    names = ("workload", "batch", "length", "x off", "tokens/s", "per draft", "accepted", "asked", "draft", "rest")
-    table = Table(*names, "equal", title=found[0].drafter)
+    names = ("workload", "batch", "length", "x off", "tokens/s", "per draft", "accepted", "asked")
+    table = Table(*names, "forward", "draft", "rest", "equal", title=found[0].drafter)
     for cell in found:
         on, off = ([getattr(one, name) for one in cell.rounds] for name in ("on", "off"))
         table.add_row(
@@ -262,6 +270,7 @@ def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
             f"{cell.per_draft:.2f}",
             " ".join(f"{share:.0%}" for share in cell.accepted[:5]),
             f"{cell.asked:.1f}",
+            f"{statistics.median(one.on.forward / one.off.forward for one in cell.rounds):.2f}x",
             f"{statistics.median(one.draft_share for one in on):.0%}",
             " / ".join(f"{statistics.median(one.rest_share for one in side):.0%}" for side in (on, off)),
             f"{statistics.mean(one.equal for one in cell.rounds):.1%}" if greedy else "",

@@ -39,6 +39,7 @@ def test_steps_count_while_all_generate() -> None:
     steady = watcher.steady
     assert (steady.tokens, steady.seconds, steady.forward_seconds) == (7, 4.0, 1.0)
     assert (steady.rate, steady.draft_share) == (1.75, pytest.approx(0.5 / 4))
+    assert (steady.steps, steady.forward) == (2, 0.5)
     assert steady.rest_share == pytest.approx(1 - 1.5 / 4)
 
 
