@@ -41,8 +41,9 @@ from quire.core.config import embedded_model
 from quire.core.errors import QuireError
 from quire.core.ids import RequestId
 from quire.core.messages import EngineInfo, EngineStats, Event, Failed, Finished, Tokens
-from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts, parse_draft_tokens
+from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
 from quire.scheduler.loop import EngineLoop
+from quire.server.drafting import draft_settings, parse_draft_tokens
 from quire.server.text import Tokenizer
 
 
@@ -233,14 +234,12 @@ def cells(
     drafter, length = engine
     settings = {
         "dtype": args.dtype,
-        "draft": drafter,
-        "draft_tokens": parse_draft_tokens(length),
         "prefix_cache": True,  # prompts are not what is measured
         "max_num_seqs": max(args.batches),
         "max_model_len": max(len(prompt) for batch in prompts.values() for prompt in batch) + args.output,
     }
     try:
-        loop = load(model, **settings)
+        loop = load(model, **settings | draft_settings(drafter, length))
     except QuireError as error:
         console.print(f"{drafter}: {error.message}")
         return

@@ -9,7 +9,7 @@ import msgspec
 
 from .errors import ConfigError
 from .pruning import PruneParams
-from .speculation import MAX_DRAFT_TOKENS, check_draft
+from .speculation import MAX_DRAFT_TOKENS, parse_draft
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
@@ -90,7 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",
                 param="max_batch_tokens",
             )
-        check_draft(self.draft)
+        parse_draft(self.draft)
         if self.draft_tokens is not None and not 1 <= self.draft_tokens <= MAX_DRAFT_TOKENS:
             raise ConfigError(
                 f"draft_tokens must be 1 to {MAX_DRAFT_TOKENS}, got {self.draft_tokens}", param="draft_tokens"

@@ -1,7 +1,5 @@
 """What scheduler, engine and server say to each other about speculative decoding."""
 
-import re
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -12,49 +10,6 @@ DraftMethod = Literal["model", "ngram", "layerskip"]
 DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
 MAX_DRAFT_TOKENS = 16
 """Most tokens of one proposal."""
-_LAYER_SKIP = "layerskip:"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def check_draft(draft: str) -> None:
-    """Raises `ConfigError` for what cannot be a drafter (`EngineConfig.draft`), before anything is loaded."""
-    if draft in ("auto", "none", "ngram") or draft_layers(draft) is not None:
-        return
-    folder = Path(draft)
-    if draft and folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"draft: there is no config.json in {draft}", param="draft")
-    elif not _HUB_NAME.fullmatch(draft):
-        raise ConfigError(
-            f"draft must be auto, ngram, layerskip:N, none, a checkpoint's folder or its hub name (owner/name), "
-            f"got {draft!r}",
-            param="draft",
-        )
-
-
-def draft_layers(draft: str) -> int | None:
-    """N of `layerskip:N`: how many of the model's first layers draft; None for another drafter.
-
-    Raises `ConfigError` if N is no positive number; that the model has more layers is for its loader to see.
-    """
-    if not draft.startswith(_LAYER_SKIP):
-        return None
-    layers = draft.removeprefix(_LAYER_SKIP)
-    if not (layers.isascii() and layers.isdigit() and int(layers) > 0):
-        raise ConfigError(f"draft layerskip:N needs a number of layers from 1 on, got {draft!r}", param="draft")
-    return int(layers)
-
-
-def parse_draft_tokens(text: str) -> int | None:
-    """Draft length of `auto` (None) or `5`; raises `ConfigError` on anything else. The range is `EngineConfig`'s."""
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError as error:
-        raise ConfigError(
-            f"draft_tokens must be auto or 1 to {MAX_DRAFT_TOKENS}, got {text!r}", param="draft_tokens"
-        ) from error
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,3 +51,38 @@ class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Time that proposing took."""
     step_seconds: float = 0.0
     """Time of all steps, proposing included."""
+
+
+class DraftChoice(msgspec.Struct, frozen=True):
+    """What the operator's setting `draft` means."""
+
+    method: Literal["none", "auto"] | DraftMethod
+    layers: int = 0
+    """With layerskip: the target's first layers that draft."""
+    model: str = ""
+    """With model: folder or hub name."""
+
+    @property
+    def name(self) -> str:
+        """For people; see `DraftInfo.name`."""
+        return self.model or (f"{self.method}:{self.layers}" if self.layers else self.method)
+
+
+_PLAIN = {"none": DraftChoice("none"), "auto": DraftChoice("auto"), "ngram": DraftChoice("ngram")}
+
+
+def parse_draft(text: str) -> DraftChoice:
+    """`none`, `auto`, `ngram`, `layerskip:N`, or the folder or hub name of a draft model; raises `ConfigError`.
+
+    Whether a model is there, and whether the target has more than N layers, is found out when they are loaded.
+    """
+    if text in _PLAIN:
+        return _PLAIN[text]
+    method, _, layers = text.partition(":")
+    if method == "layerskip":
+        if not (layers.isascii() and layers.isdigit() and int(layers) >= 1):
+            raise ConfigError(f"draft must be layerskip:N with N at least 1, got {text!r}", param="draft")
+        return DraftChoice("layerskip", layers=int(layers))
+    if not text.strip():
+        raise ConfigError("draft must be none, auto, ngram, layerskip:N or a draft model, got nothing", param="draft")
+    return DraftChoice("model", model=text)

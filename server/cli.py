@@ -98,7 +98,7 @@ def complete(
 ) -> None:
     """Continue PROMPT offline, without a server."""
     from ..core.request import SamplingParams
-    from ..core.speculation import parse_draft_tokens
+    from .drafting import draft_settings
     from .llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -110,9 +110,8 @@ def complete(
         runner=runner,
         attention_backend=attention_backend,
         trust_remote_code=trust_remote_code,
-        draft=draft,
-        draft_tokens=parse_draft_tokens(draft_tokens),
         max_num_seqs=1,
+        **draft_settings(draft, draft_tokens),
     )
     print(llm.generate([text], params, progress=False)[0].choices[0].text)
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from ..core.config import EngineConfig, embedded_model, parse_size
 from ..core.errors import ConfigError
 from ..core.pruning import PruneParams
-from ..core.speculation import parse_draft_tokens
+from .drafting import draft_settings
 from .keys import parse_keys
 from .serving import ServeOptions, served_name
 from .settings import ServerSettings
@@ -39,7 +39,6 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
         "kv_memory": memory,
         "swap_memory": parse_size(engine["swap_memory"]),
         "prune": prune,
-        "draft_tokens": parse_draft_tokens(engine["draft_tokens"]),
-    }
+    } | draft_settings(engine["draft"], engine["draft_tokens"])
     config = EngineConfig(**engine | settled)
     return ServeOptions(engine=config, http=http, host=host, port=port)

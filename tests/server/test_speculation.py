@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from quire.core.errors import ConfigError
 from quire.core.messages import EngineStats
-from quire.core.speculation import DraftInfo, SpeculationCounts, check_draft, draft_layers
+from quire.core.speculation import DraftInfo, SpeculationCounts
 from quire.server.cli import app
+from quire.server.drafting import draft_settings
 from quire.server.serving import ServeOptions, ready_line
 
 from .fake_client import FakeClient, engine_info, says
@@ -101,11 +102,10 @@ async def test_the_drafter_is_named(http: httpx.AsyncClient, client: FakeClient)
 def test_what_can_draft(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
     for draft in ("auto", "none", "ngram", "layerskip:12", "owner/name-0.5B", str(tmp_path)):
-        check_draft(draft)
-    assert (draft_layers("layerskip:12"), draft_layers("ngram")) == (12, None)
+        assert draft_settings(draft, "auto") == {"draft": draft, "draft_tokens": None}
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ConfigError, match=r"no config\.json"):
-        check_draft(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        draft_settings(str(tmp_path), "auto")
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_what_can_draft(tmp_path: Path) -> None:
     [
         (["--draft", "ngrams"], "draft must be auto, ngram"),
         (["--draft", "/no/such/folder"], "got '/no/such/folder'"),
-        (["--draft", ""], "got ''"),
-        (["--draft", "layerskip:0"], "from 1 on, got 'layerskip:0'"),
+        (["--draft", ""], "got nothing"),
+        (["--draft", "layerskip:0"], "got 'layerskip:0'"),
         (["--draft", "layerskip:two"], "got 'layerskip:two'"),
         (["--draft-tokens", "17"], "draft_tokens must be 1 to 16, got 17"),
         (["--draft-tokens", "some"], "must be auto or 1 to 16, got 'some'"),
