@@ -5,6 +5,7 @@
 
 Without --model the target is quire-mini enlarged (`benchmarks/upscale.py`), made once and kept in the cache folder: it
 costs what a model of --preset costs. Then quire-mini itself is a drafter that is nearly always right, the upper bound.
+Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 too, or take a model of your own.
 
 An engine is loaded per drafter and length. On it a batch of prompts runs with speculation and without in turns, the
 order changing from round to round; the first round is not counted. What counts are the steps at whose beginning all
