@@ -15,8 +15,10 @@ equal the small model's up to rounding, which grows with the number of layers.
 """
 
 import argparse
+import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
+
+from quire.kernels.compiler import cache_folder
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -158,6 +162,21 @@ def upscale(source: Path, target: Path, scale: Scale, seed: int = 0) -> int:
         if (source / name).exists():
             shutil.copy(source / name, target / name)
     return parameters
+
+
+def cached(source: Path, preset: str) -> Path:
+    """Folder of the model enlarged so, made now unless it was made before."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for file in [*sorted(source.glob("*.safetensors")), source / "config.json"]:
+        digest.update(file.read_bytes())
+    folder = cache_folder() / f"{source.name}-{preset}-{digest.hexdigest()[:12]}"
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Whole or not at all: another run may look, and this one may be ended.
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            upscale(source, Path(scratch) / folder.name, PRESETS[preset])
+            (Path(scratch) / folder.name).rename(folder)
+    return folder
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from . import options as opt
 from . import sweep_options as sweep
 
 app = typer.Typer(
-    help="Quire: serve large language models with a paged KV cache that can be pruned.",
+    help="Quire: serve large language models with a paged KV cache that can be pruned, and speculative decoding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,6 +64,8 @@ def serve(
     prune_keep: opt.PruneKeep = 0.5,
     prune_min_keep: opt.PruneMinKeep = 0.0,
     pressure: opt.Pressure = _DEFAULTS.pressure,
+    draft: opt.Draft = "auto",
+    draft_tokens: opt.DraftTokens = "auto",
     policy: opt.Policy = _DEFAULTS.policy,
     max_itl_ms: opt.MaxItlMs = None,
     max_waiting_tokens: opt.MaxWaitingTokens = None,
@@ -90,10 +92,13 @@ def complete(
     runner: opt.Runner = "auto",
     attention_backend: opt.AttentionBackend = "auto",
     trust_remote_code: opt.TrustRemoteCode = False,
+    draft: opt.Draft = "auto",
+    draft_tokens: opt.DraftTokens = "auto",
     seed: opt.Seed = None,
 ) -> None:
     """Continue PROMPT offline, without a server."""
     from ..core.request import SamplingParams
+    from .drafting import draft_settings
     from .llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -106,6 +111,7 @@ def complete(
         attention_backend=attention_backend,
         trust_remote_code=trust_remote_code,
         max_num_seqs=1,
+        **draft_settings(draft, draft_tokens),
     )
     print(llm.generate([text], params, progress=False)[0].choices[0].text)
 

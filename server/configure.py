@@ -5,6 +5,7 @@ from typing import Any, Literal
 from ..core.config import EngineConfig, embedded_model, parse_size
 from ..core.errors import ConfigError
 from ..core.pruning import PruneParams
+from .drafting import draft_settings
 from .keys import parse_keys
 from .serving import ServeOptions, served_name
 from .settings import ServerSettings
@@ -33,6 +34,11 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
         prune=prune,
         prune_min_keep=min_keep,
     )
-    swap = parse_size(engine["swap_memory"])
-    config = EngineConfig(**engine | {"model": model, "kv_memory": memory, "swap_memory": swap, "prune": prune})
+    settled = {
+        "model": model,
+        "kv_memory": memory,
+        "swap_memory": parse_size(engine["swap_memory"]),
+        "prune": prune,
+    } | draft_settings(engine["draft"], engine["draft_tokens"])
+    config = EngineConfig(**engine | settled)
     return ServeOptions(engine=config, http=http, host=host, port=port)

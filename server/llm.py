@@ -91,19 +91,21 @@ class LLM:
         *,
         stop: Sequence[str] = (),
         prune: PruneParams | None = None,
+        speculate: bool = True,
         progress: bool = True,
     ) -> list[Completion]:
         """Complete all prompts (texts or token ids), batched together; results are in the order of the prompts.
 
         params: one for all, or one per prompt; stop: texts that end a completion and are cut off; prune: how their KV
-        cache is pruned, by default as the settings say. Raises `QuireError`
+        cache is pruned, by default as the settings say; speculate: whether their tokens may be drafted, where the
+        settings name a drafter (`draft`). Raises `QuireError`
         when a prompt cannot be served, before any is computed, or its computation fails.
         """
         all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts, but {len(all_params)} sampling parameters")
         works = [
-            self._work(prompt, one, tuple(stop), prune or self._prune)
+            self._work(prompt, one, tuple(stop), prune or self._prune, speculate)
             for prompt, one in zip(prompts, all_params, strict=True)
         ]
         try:
@@ -114,13 +116,20 @@ class LLM:
         return [work.completion for work in works]
 
     def _work(
-        self, prompt: str | Sequence[int], params: SamplingParams, stops: tuple[str, ...], prune: PruneParams | None
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        stops: tuple[str, ...],
+        prune: PruneParams | None,
+        speculate: bool,
     ) -> "_Work":
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._served += 1
         repeat_ids = () if prune is None else self.tokenizer.repeat_ids
         name = str(self._served)
-        request = Request.create(name, ids, params, self._seeds, prune=prune, repeat_ids=repeat_ids)
+        request = Request.create(
+            name, ids, params, self._seeds, prune=prune, repeat_ids=repeat_ids, speculate=speculate
+        )
         return _Work(request, self.tokenizer, stops)
 
     def _run(self, works: "dict[RequestId, _Work]", show: bool) -> None:

@@ -15,6 +15,7 @@ from ..core.messages import DEADLINES, PRIORITY_LEVELS, WATCHDOG_REASONS, Engine
 from ..core.pruning import PruneCounts
 from ..scheduler.client import EngineClient
 from .errors import ERROR_TABLE
+from .speculation_metrics import SpeculationMetrics
 
 TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
                 80.0, 160.0, 640.0, 2560.0)  # fmt: skip
@@ -60,6 +61,7 @@ class Metrics:
         self._define_scheduler()
         self._define_tiers()
         self._define_pruning()
+        self._speculation = SpeculationMetrics(self.registry, model_name, prefix)
         self._define_faults()
         self._define_engine(client)
         self._define_http()
@@ -239,8 +241,11 @@ class Metrics:
         for field, gauge in self._tier_gauges.items():
             gauge.set(getattr(stats, field))
         self._lossy_preemptions.inc(max(0, stats.lossy_preemptions_total - last.lossy_preemptions_total))
-        for policy in self._client.info.policies if self._client.info else ():
+        info = self._client.info
+        for policy in info.policies if info else ():
             self._add_prunes(policy, stats.prunes.get(policy, PruneCounts()), last.prunes.get(policy, PruneCounts()))
+        if info and info.draft:
+            self._speculation.add(info.draft, stats.speculation, last.speculation)
         self._waiting_tokens.set(stats.waiting_tokens)
         for level in PRIORITY_LEVELS:
             self._waiting_priorities.labels(self._model_name, level).set(stats.waiting_priorities.get(level, 0))

@@ -7,6 +7,7 @@ import typer
 _MODEL = "Model"
 _MEMORY = "Memory and batching"
 _PRUNING = "Pruning"
+_SPECULATION = "Speculation"
 _ORDER = "Order and deadlines"
 
 
@@ -144,6 +145,25 @@ Pressure = Annotated[
         "When KV pages run out: preempt and recompute, or first prune who allows it; the policy of --prune-policy then "
         "prunes under pressure only.",
         _PRUNING,
+    ),
+]
+
+Draft = Annotated[
+    str,
+    _option(
+        "QUIRE_DRAFT",
+        "Who proposes tokens for the model to verify: a draft model (folder or hub name), ngram (what followed the "
+        "same tokens before), layerskip:N (the model's own first N layers), none; auto: the draft model in the "
+        "checkpoint's folder draft/, else ngram. Answers stay the model's own.",
+        _SPECULATION,
+    ),
+]
+DraftTokens = Annotated[
+    str,
+    _option(
+        "QUIRE_DRAFT_TOKENS",
+        "Tokens of every draft, 1 to 16; auto: as many as pay off at the time, none included.",
+        _SPECULATION,
     ),
 ]
 

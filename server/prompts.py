@@ -121,6 +121,7 @@ def _request(
         priority=body.priority or 0,
         tenant=key_tenant or (short_hash(body.user) if body.user else ""),
         timeout=body.timeout,
+        speculate=body.speculate is not False,
         namespace=key_tenant if service.settings.isolate_keys else "",
     )
 

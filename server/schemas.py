@@ -213,6 +213,8 @@ class GenerationBody(Body):
     """Seconds for which the prompt's computed blocks stay cached after the request; the operator sets a limit."""
     prune: Pruning = None
     """How the KV cache of this request is pruned; false or null: not at all; absent: as the server is set up."""
+    speculate: bool | None = None
+    """Whether tokens may be drafted, where the server has a drafter; true if absent. Answers stay the model's own."""
     priority: Int32 | None = None
     """Lower is sooner; counts where the server serves by priority."""
     timeout: float | None = None

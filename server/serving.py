@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError
 from ..core.messages import EngineInfo, Progress
+from ..core.speculation import DraftInfo
 from ..scheduler.client import ProcessClient
 from .app import create_app
 from .settings import ServerSettings, Service
@@ -160,8 +161,15 @@ def ready_line(url: str, name: str, info: EngineInfo) -> str:
     return (
         f"Quire {version('quire')} ready: {url} | model {name} | {info.device}, {info.dtype} | "
         f"{info.num_pages:,} KV pages ({info.kv_bytes / 2**20:,.0f} MiB) hold "
-        f"{info.max_concurrency:,.1f} requests of {info.max_model_len:,} tokens"
+        f"{info.max_concurrency:,.1f} requests of {info.max_model_len:,} tokens | {_drafts(info.draft)}"
     )
+
+
+def _drafts(draft: DraftInfo | None) -> str:
+    """Who drafts how many tokens, for people."""
+    if draft is None:
+        return "no speculation"
+    return f"drafts by {draft.name}, {'always' if draft.fixed else 'up to'} {draft.most} tokens"
 
 
 def served_name(model: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from benchmarks.upscale import Scale, cancelling, shares, upscale
+from benchmarks.upscale import PRESETS, Scale, cached, cancelling, shares, upscale
 from quire.core.config import embedded_model
 from quire.core.request import SamplingParams
 from quire.server.llm import LLM
@@ -71,6 +71,19 @@ def test_an_enlarged_quire_mini_says_the_same(tmp_path: Path) -> None:
         llm = LLM(model, dtype="float32", max_num_seqs=1, kv_memory=2**26)
         texts.append(llm.generate([prompt], params, progress=False)[0].choices[0].text)
     assert texts[0] == texts[1] and texts[0].startswith(" 4817")
+
+
+def test_an_enlarged_model_is_kept_until_the_small_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setitem(PRESETS, "tiny", Scale(2, 2, 4))
+    random_model("llama", tmp_path / "small")
+    folder = cached(tmp_path / "small", "tiny")
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert cached(tmp_path / "small", "tiny") == folder
+    assert (folder / "config.json").stat().st_mtime_ns == written
+    random_model("qwen3", tmp_path / "small")
+    other = cached(tmp_path / "small", "tiny")
+    assert other != folder and sorted(folder.parent.iterdir()) == sorted([folder, other])
 
 
 def test_what_cannot_be_enlarged_is_said(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.errors import InvalidRequestError
 from quire.core.messages import EngineStats
+from quire.core.speculation import DraftInfo
 from quire.scheduler.client import EngineClient
 from quire.server.metrics import Metrics
 
@@ -43,7 +44,7 @@ def _script() -> ModuleType:
 def _exported() -> dict[str, set[str]]:
     """Sample name -> label names, of a server to which everything has happened once."""
     listeners: list[Callable[[EngineStats], None]] = []
-    info = SimpleNamespace(policies=("window",))
+    info = SimpleNamespace(policies=("window",), draft=DraftInfo(method="ngram", name="ngram", most=4))
     client = SimpleNamespace(
         status="ready", heartbeat_age=0.0, restarts=0, info=info, add_stats_listener=listeners.append
     )
@@ -85,7 +86,10 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         quire:http_requests_total vllm:prefix_cache_hits_total vllm:prefix_cache_queries_total
         quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total
         quire:pruned_entries_total quire:prune_pages_freed_total quire:prunes_total quire:prune_seconds_total
-        quire:lossy_preemptions_total"""
+        quire:lossy_preemptions_total
+        vllm:spec_decode_num_drafts_total vllm:spec_decode_num_draft_tokens_total
+        vllm:spec_decode_num_accepted_tokens_total vllm:spec_decode_num_accepted_tokens_per_pos_total
+        quire:draft_lengths_total quire:draft_seconds_total quire:drafter_info"""
     assert set(wanted.split()) <= shown
 
 

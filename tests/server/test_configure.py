@@ -24,6 +24,8 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "page_size": (["--page-size", "8"], 8),
     "prefix_cache": (["--no-prefix-cache"], False),
     "pressure": (["--pressure", "prune"], "prune"),
+    "draft": (["--draft", "layerskip:2"], "layerskip:2"),
+    "draft_tokens": (["--draft-tokens", "5"], 5),
     "policy": (["--policy", "fair"], "fair"),
     "max_itl_ms": (["--max-itl-ms", "30"], 30.0),
     "max_waiting_tokens": (["--max-waiting-tokens", "900"], 900),
@@ -48,7 +50,7 @@ def test_every_option_of_the_engine_reaches_it(started: list[ServeOptions]) -> N
 def test_without_options_the_defaults_hold(started: list[ServeOptions]) -> None:
     assert CliRunner().invoke(app, ["serve"], catch_exceptions=False).exit_code == 0
     (options,) = started
-    assert options.engine == EngineConfig(model=str(embedded_model()))
+    assert options.engine == EngineConfig(model=str(embedded_model()), draft="auto")
     assert (options.host, options.port, options.http.served_model_names) == ("127.0.0.1", 8000, ("quire-mini",))
     assert not options.http.api_keys and options.http.prune is None
 

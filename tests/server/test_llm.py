@@ -3,6 +3,7 @@
 import pytest
 
 from quire.core.errors import ContextLengthError, InvalidRequestError
+from quire.core.request import Request
 from quire.server.llm import LLM, SamplingParams
 
 PROMPTS = ["import os\nimport ", "def main(", "class Node:\n    def __init__(self"]
@@ -59,6 +60,19 @@ def test_a_seeded_run_repeats() -> None:
         llm = LLM(seed=seed, max_num_seqs=1, kv_memory=16 * 2**20)
         texts.append(llm.generate(PROMPTS[:1], params, progress=False)[0].choices[0].text)
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_drafts_can_be_declined(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, asked = llm._loop.submit, list[bool]()
+
+    def spy(request: Request) -> None:
+        asked.append(request.speculate)
+        submit(request)
+
+    monkeypatch.setattr(llm._loop, "submit", spy)
+    llm.generate(PROMPTS[:1], GREEDY, progress=False)
+    llm.generate(PROMPTS[:1], GREEDY, speculate=False, progress=False)
+    assert asked == [True, False]
 
 
 def test_refusals_leave_the_engine_usable(llm: LLM) -> None:

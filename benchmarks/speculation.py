@@ -1,0 +1,342 @@
+"""Speculative decoding: tokens per second relative to none, and why, within one run.
+
+    python -m benchmarks.speculation [--model DIR] [--drafters ngram DIR layerskip:4] [--lengths 2 4 8 auto]
+        [--batches 1 4 16 64] [--workloads code edit chat] [--temperature 0] [--rounds 3] [--quick] [--json FILE]
+
+Without --model the target is quire-mini enlarged (`benchmarks/upscale.py`), made once and kept in the cache folder: it
+costs what a model of --preset costs. Then quire-mini itself is a drafter that is nearly always right, the upper bound.
+Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 too, or take a model of your own.
+
+An engine is loaded per drafter and length. On it a batch of prompts runs with speculation and without in turns, the
+order changing from round to round; the first round is not counted. What counts are the steps at whose beginning all
+sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio; the median is reported.
+
+* x off: generated tokens per second, relative to no speculation on the same engine.
+* per draft: accepted tokens of a draft and the one that the target adds, over steps with drafts.
+* accepted: share of the drafts whose 1st, 2nd, ... token was accepted; where drafts are of unequal lengths, a short one
+  counts as not accepted at the places it lacks.
+* asked: mean length asked for per sequence and step, no draft counting as 0.
+* forward: time of the target's forward pass in a step, relative to no speculation: what rows of drafts add.
+* draft: share of the steps' time spent on proposing. rest: the share that is neither that nor the target's forward pass
+  (planning, sampling, verifying, committing), with speculation and without.
+* equal: share of tokens equal to those without speculation, where they must be (greedy), ties of rounding aside.
+"""
+
+import argparse
+import itertools
+import random
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.stepping import drain, load
+from benchmarks.upscale import PRESETS, cached
+from benchmarks.workloads import WORKLOADS, Workloads, has_chat, request
+from quire.core.config import embedded_model
+from quire.core.errors import QuireError
+from quire.core.ids import RequestId
+from quire.core.messages import EngineInfo, EngineStats, Event, Failed, Finished, Tokens
+from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
+from quire.scheduler.loop import EngineLoop
+from quire.server.drafting import draft_settings, parse_draft_tokens
+from quire.server.text import Tokenizer
+
+
+@dataclass(slots=True)
+class Steady:
+    """Sums over the steps at whose beginning all sequences generated."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    forward_seconds: float = 0.0
+    """Of the target."""
+    draft_seconds: float = 0.0
+    steps: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def forward(self) -> float:
+        """Seconds of the target's forward pass in a step."""
+        return self.forward_seconds / self.steps
+
+    @property
+    def draft_share(self) -> float:
+        """Of the time, for proposing."""
+        return self.draft_seconds / self.seconds
+
+    @property
+    def rest_share(self) -> float:
+        """Of the time, for neither proposing nor the target's forward pass."""
+        return 1 - (self.forward_seconds + self.draft_seconds) / self.seconds
+
+
+class Watcher:
+    """Follows a batch of `size` requests from step to step."""
+
+    def __init__(self, size: int, before: SpeculationCounts) -> None:
+        self.tokens: dict[RequestId, list[int]] = {}
+        self.steady = Steady()
+        self._size = size
+        self._ended = False
+        self._drafted = before.draft_seconds
+
+    def watch(self, stats: EngineStats, events: Sequence[Event]) -> None:
+        """Take in a step."""
+        steady = len(self.tokens) == self._size and not self._ended
+        tokens = 0
+        for event in events:
+            assert not isinstance(event, Failed), event.error.message
+            if isinstance(event, Tokens):
+                self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                tokens += len(event.token_ids)
+            self._ended |= isinstance(event, Finished)
+        if steady:
+            self.steady.steps += 1
+            self.steady.tokens += tokens
+            self.steady.seconds += stats.step_seconds
+            self.steady.forward_seconds += stats.forward_seconds
+            self.steady.draft_seconds += stats.speculation.draft_seconds - self._drafted
+        self._drafted = stats.speculation.draft_seconds
+
+
+def difference(now: SpeculationCounts, before: SpeculationCounts) -> SpeculationCounts:
+    """What was counted in between."""
+
+    def each(new: Sequence[int], old: Sequence[int]) -> list[int]:
+        return [a - b for a, b in itertools.zip_longest(new, old, fillvalue=0)]
+
+    return SpeculationCounts(
+        drafts=now.drafts - before.drafts,
+        draft_tokens=now.draft_tokens - before.draft_tokens,
+        accepted_tokens=now.accepted_tokens - before.accepted_tokens,
+        accepted_per_position=each(now.accepted_per_position, before.accepted_per_position),
+        lengths=each(now.lengths, before.lengths),
+        draft_seconds=now.draft_seconds - before.draft_seconds,
+        step_seconds=now.step_seconds - before.step_seconds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch with speculation and without."""
+
+    on: Steady
+    off: Steady
+    counts: SpeculationCounts
+    """Of the run with speculation, all its steps."""
+    equal: float
+    """Share of tokens equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A workload and a batch size on one engine."""
+
+    drafter: str
+    length: str
+    workload: str
+    batch: int
+    rounds: list[Round] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        """Median of the rounds' ratios of tokens per second."""
+        return statistics.median(one.on.rate / one.off.rate for one in self.rounds)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second with speculation."""
+        return statistics.median(one.on.rate for one in self.rounds)
+
+    @property
+    def per_draft(self) -> float:
+        """Accepted tokens of a draft, and one; 1 if nothing was drafted."""
+        drafts = sum(one.counts.drafts for one in self.rounds)
+        return 1 + sum(one.counts.accepted_tokens for one in self.rounds) / max(1, drafts)
+
+    @property
+    def accepted(self) -> list[float]:
+        """By position, the share of the drafts whose token was accepted."""
+        drafts = max(1, sum(one.counts.drafts for one in self.rounds))
+        positions = itertools.zip_longest(*(one.counts.accepted_per_position for one in self.rounds), fillvalue=0)
+        return [sum(position) / drafts for position in positions]
+
+    @property
+    def asked(self) -> float:
+        """Mean length asked for, none included."""
+        lengths = [sum(one) for one in itertools.zip_longest(*(r.counts.lengths for r in self.rounds), fillvalue=0)]
+        return sum(length * times for length, times in enumerate(lengths)) / max(1, sum(lengths))
+
+
+def run(
+    loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace, *, speculate: bool
+) -> tuple[list[list[int]], Steady, SpeculationCounts]:
+    """The batch from the first prompt to the last token: what each said, times, and what was drafted."""
+    before = loop.stats().speculation
+    watcher = Watcher(len(prompts), before)
+    seeds = random.Random(0)
+    requests = [request(one, args.output, args.temperature, seeds, speculate=speculate) for one in prompts]
+    drain(loop, requests, watcher.watch)
+    said = [watcher.tokens[one.id] for one in requests]
+    return said, watcher.steady, difference(loop.stats().speculation, before)
+
+
+def measure(loop: EngineLoop, cell: Cell, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
+    """Fill the cell with rounds."""
+    for number in range(args.rounds + 1):
+        order = (True, False) if number % 2 else (False, True)
+        results = {speculate: run(loop, prompts, args, speculate=speculate) for speculate in order}
+        if number:  # the first one warms up: kernels, prefixes, measured acceptance
+            (said, on, counts), (plain, off, _) = results[True], results[False]
+            if not (on.tokens and off.tokens):
+                sys.exit("error: some answers ended before all prompts were computed: ask for a longer --output")
+            cell.rounds.append(Round(on, off, counts, agreement(said, plain)))
+
+
+def agreement(said: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> float:
+    """Mean share of tokens that are equal."""
+    return statistics.mean(
+        sum(a == b for a, b in zip(*pair, strict=True)) / len(pair[1]) for pair in zip(said, plain, strict=True)
+    )
+
+
+def draw(args: argparse.Namespace, model: str, console: Console) -> dict[tuple[str, int], list[list[int]]]:
+    """The prompts of each workload and batch size, the same for all drafters."""
+    tokenizer = Tokenizer.load(model)
+    source = Workloads(tokenizer)
+    kinds = [kind for kind in args.workloads if kind != "chat" or has_chat(tokenizer)]
+    if len(kinds) < len(args.workloads):
+        console.print("chat: the model has no template")
+    return {
+        (kind, batch): [source.take(kind, args.prompt) for _ in range(batch)]
+        for kind in kinds
+        for batch in args.batches
+    }
+
+
+def cells(
+    args: argparse.Namespace,
+    model: str,
+    engine: tuple[str, str],
+    prompts: dict[tuple[str, int], list[list[int]]],
+    console: Console,
+) -> Iterator[Cell]:
+    """All of one engine (drafter, length), as they are measured; nothing if it cannot draft so."""
+    drafter, length = engine
+    settings = {
+        "dtype": args.dtype,
+        "prefix_cache": True,  # prompts are not what is measured
+        "max_num_seqs": max(args.batches),
+        "max_model_len": max(len(prompt) for batch in prompts.values() for prompt in batch) + args.output,
+    }
+    try:
+        loop = load(model, **settings | draft_settings(drafter, length))
+    except QuireError as error:
+        console.print(f"{drafter}: {error.message}")
+        return
+    info: EngineInfo = loop.engine.info
+    if info.draft is None:
+        console.print(f"{drafter}: the engine does not draft")
+        return
+    console.print(f"{drafter}, length {length}: {info.device}, {info.dtype}, {msgspec.to_builtins(info.draft)}")
+    for (workload, batch), batched in prompts.items():
+        cell = Cell(drafter, length, workload, batch)
+        measure(loop, cell, batched, args)
+        yield cell
+
+
+def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
+    """A row per cell."""
+    names = ("workload", "batch", "length", "x off", "tokens/s", "per draft", "accepted", "asked")
+    table = Table(*names, "forward", "draft", "rest", "equal", title=found[0].drafter)
+    for cell in found:
+        on, off = ([getattr(one, name) for one in cell.rounds] for name in ("on", "off"))
+        table.add_row(
+            cell.workload,
+            str(cell.batch),
+            cell.length,
+            f"{cell.speedup:.2f}x",
+            f"{cell.rate:,.0f}",
+            f"{cell.per_draft:.2f}",
+            " ".join(f"{share:.0%}" for share in cell.accepted[:5]),
+            f"{cell.asked:.1f}",
+            f"{statistics.median(one.on.forward / one.off.forward for one in cell.rounds):.2f}x",
+            f"{statistics.median(one.draft_share for one in on):.0%}",
+            " / ".join(f"{statistics.median(one.rest_share for one in side):.0%}" for side in (on, off)),
+            f"{statistics.mean(one.equal for one in cell.rounds):.1%}" if greedy else "",
+        )
+    console.print(table)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, with --quick applied."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder; default: quire-mini, enlarged")
+    parser.add_argument("--preset", choices=PRESETS, default="0.5b", help="size of the enlarged model")
+    parser.add_argument("--drafters", nargs="+", help="what --draft of quire serve takes; default: all that fit")
+    parser.add_argument(
+        "--lengths", nargs="+", default=["2", "4", "8", "auto"], help=f"auto or 1 to {MAX_DRAFT_TOKENS}"
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of code in a prompt")
+    parser.add_argument("--output", type=int, default=96, help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a small target, few cells, one round")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    if args.quick:
+        quick = {"preset": "0.1b", "lengths": ["4", "auto"], "batches": [1, 8], "output": 48, "rounds": 1}
+        for name, value in quick.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
+    return args
+
+
+def default_drafters(own: bool) -> list[str]:
+    """N-grams, the draft that comes with quire-mini, and quire-mini itself where the target is an enlarged one."""
+    mini = embedded_model()
+    models = [mini / "draft", *([mini] if own else [])]
+    return ["ngram", *(str(folder) for folder in models if folder.is_dir())]
+
+
+def main() -> None:
+    """Measure and print, a table per drafter."""
+    args = arguments()
+    console = Console(width=140)
+    try:
+        for length in args.lengths:
+            parse_draft_tokens(length)
+    except QuireError as error:
+        sys.exit(f"error: {error.message}")
+    model = args.model or str(cached(embedded_model(), args.preset))
+    prompts = draw(args, model, console)
+    found: list[Cell] = []
+    for drafter in args.drafters or default_drafters(own=args.model is None):
+        rows = [cell for length in args.lengths for cell in cells(args, model, (drafter, length), prompts, console)]
+        if rows:
+            show(console, rows, args.temperature == 0)
+        found += rows
+    if args.json:
+        derived = ("speedup", "rate", "per_draft", "accepted", "asked")
+        figures = [asdict(cell) | {name: getattr(cell, name) for name in derived} for cell in found]
+        content = {"arguments": vars(args), "model": model, "cells": figures}
+        args.json.write_bytes(msgspec.json.encode(content, enc_hook=str))
+    if not found:
+        sys.exit("error: no drafter to measure")
+
+
+if __name__ == "__main__":
+    main()
