@@ -12,16 +12,16 @@ from ..core.plan import IntArray
 
 Floats = npt.NDArray[np.float64]
 
-_PRIOR = 0.7
-"""Rate at the first place while nothing is known: high enough to find out."""
-_WEIGHT = 4.0
+_PRIOR = 0.9
+"""Rate at the first place while nothing is known: high, so as to find out."""
+_WEIGHT = 3.0
 """Trials that this counts for, and at each further place the rate at the one before."""
 _WINDOW = 400.0
 """Drafts that the rates of all remember."""
 _OWN_WEIGHT = 12.0
 """Trials that the rate of all counts for in a sequence's own."""
-_OWN_FORGETTING = 0.97
-"""A sequence's draft weighs so much less after its next one: about the last thirty count."""
+_OWN_FORGETTING = 0.98
+"""A sequence's draft weighs so much less after its next one: about the last fifty count."""
 _FADING = 0.999
 """What is known of a sequence weighs so much less after each step that drafts, its own draft or not: one that was
 found hopeless is tried again."""

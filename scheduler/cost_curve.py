@@ -17,9 +17,12 @@ being compiled."""
 _FIRST_CLIP = 1.0
 """The same for the first ones in a place."""
 _FIRST = 3
+_PER_DOUBLING = 4
+"""Nodes."""
+_SHARED = 0.5
+"""Part of a deviation that is taken to hold elsewhere too: for more hardly less, for fewer in proportion."""
 _UP, _DOWN = 0.25, 1.0
-"""A deviation is taken to hold for more, too, and for fewer in proportion: it halves every 4 doublings up, every one
-down."""
+"""Halvings of it per doubling."""
 
 
 class CostCurve:
@@ -62,7 +65,9 @@ class CostCurve:
         clip = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP)
         change = max(_RATE, 1 / (seen + 2)) * min(max(seconds - expected, -clip), clip)
         distance = self._logs - math.log2(count)
-        self._values += change * np.exp2(-np.where(distance > 0, _UP * distance, -_DOWN * distance))
+        shared = np.exp2(-np.where(distance > 0, _UP * distance, -_DOWN * distance))
+        near = np.maximum(1.0 - _PER_DOUBLING * np.abs(distance), 0.0)
+        self._values += change * (_SHARED * shared + (1.0 - _SHARED) * near)
         # More never costs less; where that says something else, the place just measured is right.
         level = expected + change
         below = self._nodes <= count
@@ -82,11 +87,10 @@ class CostCurve:
 
 
 def _nodes(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to `most` and one beyond."""
+    """1 to 8, then 10, 12, 14, 16, 20, ...: four to a doubling, up to `most`."""
     nodes = [1]
     while nodes[-1] < most:
-        power = 2 ** (len(nodes) // 2)
-        nodes.append(power * 2 if len(nodes) % 2 else power * 3 // 2)
+        nodes.append(nodes[-1] + max(2 ** (nodes[-1].bit_length() - 3), 1))
     return nodes
 
 

@@ -24,10 +24,11 @@ from .cost_curve import CostCurve
 
 _THRESHOLDS = np.array([0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8])
 _KEPT, _ENTRY = 0.98, 1.03
-"""A choice stays until another is so much better; drafting begins again when it promises so much more than not to."""
-_HORIZON = 64
+"""A choice stays until it is worth so much of another; to begin drafting must be worth so much of not drafting."""
+_HORIZON = 256
 """Tokens over which a sequence's first drafts pay for catching up."""
-_PROBE_TOKENS = 4
+_PROBE_TOKENS = 2
+"""Of a single sequence."""
 _PROBE_SHARE = 0.01
 """Of all time, what probing may cost while nothing is drafted."""
 _MOST_CREDIT = 0.5
@@ -40,6 +41,8 @@ _FADED = 0.85
 """What the past weighs after a probe."""
 _RELAXED = 0.05
 """How far a look takes costs back to those measured at start."""
+_PLAIN, _MOST_PLAIN = 32, 512
+"""While it drafts, a step in so many does not, or less by turns, to know what that costs; ever more seldom."""
 _SAMPLING = 8
 """While nothing is drafted, one step in so many teaches what steps cost."""
 
@@ -109,7 +112,10 @@ class DraftLengths:
         self._pause = _SHORTEST
         self._looked_at = 0
         """Sequences that decoded at the last look."""
+        self._loss = 0.0
+        """Seconds that the best drafts would lose against none, at the last look."""
         self._probing = False
+        self._next_plain, self._plain_pause, self._shorter = _PLAIN, _PLAIN, False
 
     def idle(self, decoding: int) -> bool:
         """Whether nothing is to be drafted in a step that decodes so many sequences, as far as can be told for free."""
@@ -128,12 +134,19 @@ class DraftLengths:
         self._probing = False
         if self.on != drafted:
             if drafted:
+                lengths = np.zeros_like(lengths)
                 stayed = self._steps - self._changed >= _SHORTEST
                 self._pause = _SHORTEST if stayed else min(2 * self._pause, _LONGEST)
                 self._next_look = self._steps + self._pause
-            self._changed = self._steps
+            self._changed, self._plain_pause = self._steps, _PLAIN
+            self._next_plain = self._steps + _PLAIN
         elif not self.on:
-            lengths = self._look(batch)
+            lengths = self._look(batch, lengths)
+        elif self._steps >= self._next_plain:
+            self._plain_pause = min(2 * self._plain_pause, _MOST_PLAIN)
+            self._next_plain = self._steps + self._plain_pause
+            self._shorter = not self._shorter
+            lengths = np.maximum(lengths - 1, 0) if self._shorter else np.zeros_like(lengths)
         self._behind = bool((self._lag(batch) * (lengths > 0)).max() > 2)
         return lengths
 
@@ -167,7 +180,7 @@ class DraftLengths:
             self.acceptance.enter(fresh)
 
     def _best(self, batch: Candidates) -> IntArray:
-        """The lengths of most tokens per second; sets `on`."""
+        """The lengths of most tokens per second among those that draft; sets `on`: whether not to is worse."""
         plain = self.rows.one(batch.decoding)
         chances = self.acceptance.chances(batch.slots) * (self._places < batch.limits[:, None])
         catching_up = self._catching_up(batch)
@@ -180,15 +193,14 @@ class DraftLengths:
         seconds += np.cumsum(self.passes.at(counts), axis=1)
         seconds += (above[:, :, 0] @ catching_up)[:, None]
         scores = (batch.decoding + tokens) / np.maximum(seconds, 1e-9)
-        scores[drafts > batch.budget] = 0.0
+        scores[(drafts > batch.budget) | (drafts == 0)] = 0.0
         height, depth = divmod(int(scores.argmax()), scores.shape[1])
         if self.on and scores[self._choice] >= _KEPT * scores[height, depth]:
             height, depth = self._choice
         self._looked_at = batch.decoding
         without = batch.decoding / max(plain, 1e-9)
-        self.on = bool(scores[height, depth] > without * (1.0 if self.on else _ENTRY))
-        if not self.on:
-            return np.zeros(len(batch.slots), np.int32)
+        self.on = bool(scores[height, depth] > without * (_KEPT if self.on else _ENTRY))
+        self._loss = max(float(seconds[height, depth] * (1.0 - scores[height, depth] / without)), 0.0)
         self._choice = height, depth
         return np.asarray(above[height, :, : depth + 1].sum(axis=1), np.int32)
 
@@ -207,20 +219,23 @@ class DraftLengths:
 
     # --- while nothing is drafted ---
 
-    def _look(self, batch: Candidates) -> IntArray:
-        """Nothing is worth drafting, as far as known: perhaps try with the sequence where it is cheapest."""
-        lengths = np.zeros(len(batch.slots), np.int32)
+    def _look(self, batch: Candidates, lengths: IntArray) -> IntArray:
+        """No drafts are worth it, as far as known, not even the best, `lengths`. Perhaps try these all the same, or a
+        short one of the sequence where that is cheapest: as far as probes may cost."""
         self.rows.relax(batch.decoding, _RELAXED)
         self._next_look = self._steps + self._pause
-        lag = np.where(batch.limits > 0, self._lag(batch), np.iinfo(np.int32).max)
-        chosen = int(lag.argmin())
-        count = min(int(batch.limits[chosen]), _PROBE_TOKENS, batch.budget)
-        cost = count * self.passes.one(1) + self.rows.one(batch.rows + count) - self.rows.one(batch.rows)
-        cost += float(self._catching_up(batch)[chosen]) * min(max(int(batch.left[chosen]), 1), _HORIZON)
-        if count and cost <= self._credit:
-            self._credit -= cost
-            self._pause, self._probing = min(2 * self._pause, _LONGEST), True
-            lengths[chosen] = count
+        whole = self._catching_up(batch) * np.clip(batch.left, 1, _HORIZON)
+        loss = self._loss + float(whole @ (lengths > 0))
+        if loss > self._credit or not lengths.any():
+            lengths = np.zeros_like(lengths)
+            single = int(np.where(batch.limits > 0, whole, np.inf).argmin())
+            lengths[single] = count = min(int(batch.limits[single]), _PROBE_TOKENS, batch.budget)
+            more = self.rows.one(batch.rows + count) - self.rows.one(batch.rows)
+            loss = count * self.passes.one(1) + more + float(whole[single])
+        if loss > self._credit:
+            return np.zeros_like(lengths)
+        self._credit -= loss
+        self._pause, self._probing = min(2 * self._pause, _LONGEST), True
         return lengths
 
     def _probed(self, outcome: Outcome) -> None:

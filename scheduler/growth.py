@@ -100,6 +100,11 @@ class Growth:
                     self._decodes.grown(sequence)
         return trimmed
 
+    def shed(self, sequence: SequenceState) -> None:
+        """The sequence is about to go: what it does not need is not to come back with it."""
+        self._drop_unseen(sequence)
+        self.trim([sequence])
+
     def trim_all(self) -> bool:
         """The same of all that run."""
         trimmed = self.lends_ahead and self.trim(self._running)

@@ -292,7 +292,7 @@ class Scheduler:
 
         One that `compacts` in this plan cannot be swapped out by it: its pages are not what its table says yet.
         """
-        self._growth.trim([sequence])
+        self._growth.shed(sequence)
         if not compacts:
             self._cache.swaps.swap_out(sequence, self._swap_costs)
         if sequence.prune is not None:
