@@ -46,7 +46,7 @@ class BatchDraft:
         self.prunes: dict[SequenceState, PruneOrder] = {}
         self.waiting: set[SequenceState] = set()
         """Who runs, but lacks pages for this step."""
-        self._assignments: list[SlotAssignment] = []
+        self.assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
@@ -63,7 +63,7 @@ class BatchDraft:
 
     def enter(self, sequence: SequenceState) -> None:
         """The sequence has just got its slot; it begins with what is in its table."""
-        self._assignments.append(sequence.assignment())
+        self.assignments.append(sequence.assignment())
         if sequence.table.num_pages:
             rows, columns, pages = sequence.table.places()
             self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages))
@@ -132,7 +132,7 @@ class BatchDraft:
         """The finished plan, with what travels between device and host."""
         return BatchPlan(
             tuple(self.plans),
-            assignments=tuple(self._assignments),
+            assignments=tuple(self.assignments),
             drops=tuple(self._drops),
             grants=_joined(self._grants),
             shares=_joined(self._shares),

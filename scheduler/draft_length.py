@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..core.ids import SlotId
 from ..core.plan import IntArray
 from ..core.speculation import DraftInfo
 from .acceptance import Acceptance, Floats
@@ -43,8 +44,8 @@ _RELAXED = 0.05
 """How far a look takes costs back to those measured at start."""
 _PLAIN, _MOST_PLAIN = 32, 512
 """While it drafts, a step in so many does not, or less by turns, to know what that costs; ever more seldom."""
-_SAMPLING = 8
-"""While nothing is drafted, one step in so many teaches what steps cost."""
+_LASTING = 4
+"""Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,12 @@ class DraftLengths:
         self._credit = 0.0
         self._steps = self._next_look = self._changed = 0
         self._pause = _SHORTEST
+        self._last_rows = 0
+        self._who = (b"", b"", 0)
+        """The batch of the last choice."""
+        self._lengths: IntArray = np.empty(0, np.int32)
+        """That choice."""
+        self._next_choice = 0
         self._looked_at = 0
         """Sequences that decoded at the last look."""
         self._loss = 0.0
@@ -129,8 +136,15 @@ class DraftLengths:
         if self._info.fixed:
             before = np.cumsum(batch.limits) - batch.limits
             return np.clip(batch.budget - before, 0, batch.limits).astype(np.int32)
+        who = (batch.slots.tobytes(), batch.arrivals.tobytes(), batch.decoding)
+        if self.on and who == self._who and self._steps < min(self._next_choice, self._next_plain):
+            lengths = np.minimum(self._lengths, batch.limits)
+            if int(lengths.sum()) <= batch.budget:
+                self._behind = False
+                return lengths
         self._enter(batch)
         drafted, lengths = self.on, self._best(batch)
+        self._who, self._lengths, self._next_choice = who, lengths, self._steps + _LASTING
         self._probing = False
         if self.on != drafted:
             if drafted:
@@ -150,6 +164,10 @@ class DraftLengths:
         self._behind = bool((self._lag(batch) * (lengths > 0)).max() > 2)
         return lengths
 
+    def forget(self, slots: list[SlotId]) -> None:
+        """The slots were assigned anew: what their drafters had seen is void, even if the same sequence comes back."""
+        self._arrivals[slots] = -1
+
     def learn(self, outcome: Outcome | None, rows: int, step_seconds: float, draft_seconds: float, pure: bool) -> None:
         """Take in a step: its drafts (None: it had none), its rows with theirs, and what it took in seconds.
 
@@ -158,11 +176,13 @@ class DraftLengths:
         self._steps += 1
         if not self.on:
             self._credit = min(self._credit + _PROBE_SHARE * (step_seconds + draft_seconds), _MOST_CREDIT)
-        if pure and (outcome is not None or self.on or self._steps % _SAMPLING == 0):
+        telling = pure and (rows != self._last_rows or self._steps % _LASTING == 0)
+        self._last_rows = rows
+        if telling:
             self.rows.learn(rows, step_seconds)
         if outcome is None:
             return
-        if pure and not self._behind:
+        if telling and not self._behind:
             self.passes.learn(len(outcome.slots), draft_seconds / int(outcome.asked.max()))
         self._drafted_to[outcome.slots] = outcome.known
         self._proposed += 0.02 * (float(outcome.drafted.sum() / outcome.asked.sum()) - self._proposed)

@@ -38,6 +38,7 @@ class Growth:
         self._running = running
         self._decodes = decodes
         self._preempt = preempt
+        self._most_drafts = 0 if config.draft is None else config.draft.most
         self.lends_ahead = False
         """Whether anybody may have pages that only drafts needed."""
 
@@ -85,16 +86,16 @@ class Growth:
     def _lent_ahead(self, sequences: list[SequenceState]) -> None:
         self.lends_ahead = True
         for sequence in sequences:
-            sequence.ahead = True
+            sequence.ahead = self._most_drafts
 
     def trim(self, sequences: list[SequenceState]) -> bool:
         """Take back what only drafts needed of pages; whether that was any."""
         trimmed = False
         for sequence in sequences:
-            if sequence.ahead and not sequence.done:
+            if sequence.ahead > 1 and not sequence.done:
                 ids = sequence.table.trim(max(sequence.in_flight, 1))
                 self._cache.give(ids)
-                sequence.ahead = False
+                sequence.ahead = 1
                 trimmed |= len(ids) > 0
                 if sequence.steady:
                     self._decodes.grown(sequence)

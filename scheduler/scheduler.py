@@ -399,6 +399,6 @@ class Scheduler:
         self._cache.leave(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
-        sequence.ahead = False
+        sequence.ahead = 0
         sequence.in_flight = 0
         self._running.remove(sequence)

@@ -147,8 +147,8 @@ class SequenceState:
     """What it comes back with, while it waits swapped out."""
     prune: PruneState | None = None
     """None: it forgets nothing."""
-    ahead: bool = False
-    """Whether it may hold more pages than its next token needs, for drafts that were wrong."""
+    ahead: int = 0
+    """Entries for which it may hold pages beyond those computed or in flight: drafts that were wrong had them."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the last commit."""
 
@@ -341,8 +341,7 @@ class SequenceState:
         free = held * size - kept - self.in_flight
         # What was repeated, or computed after the end, is not stored.
         spare = self.done or (self.prune is not None and self.prune.repeated + self.prune.repeating > 0)
-        most = size + (config.draft.most if config.draft is not None and self.ahead else 0)
-        assert (free >= 0).all() and ((free < most).all() or spare), "a head has too few or too many pages"
+        assert (free >= 0).all() and ((free < size + self.ahead).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
         assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
         assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())
