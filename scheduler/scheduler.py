@@ -67,11 +67,9 @@ class Scheduler:
         """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
-        self._growth = Growth(
-            config, self._cache, self._pruning, self._policy, self._running, self._decodes, self._preempt
-        )
-        speculates = config.draft is not None
-        self._speculation = Speculation(config, self._decodes, self._growth, clock) if speculates else None
+        lists = self._running, self._decodes
+        self._growth = Growth(config, self._cache, self._pruning, self._policy, *lists, self._preempt)
+        self._speculation = Speculation(config, self._decodes, self._growth, clock) if config.draft else None
         self._entrance = Entrance(config, self._cache, self._waiting, self._running, self._free_slots)
         self._in_flight: deque[tuple[BatchPlan, BatchDraft]] = deque()
         """At most two."""
@@ -161,8 +159,7 @@ class Scheduler:
             return None
         if may_enter(self._waiting, self._running, self._policy, self._cache, len(self._free_slots)):
             return None
-        # Pages lent for drafts may be what the head of the queue lacks.
-        if self._growth.lends_ahead and self._entrance.is_open:
+        if self._growth.lends_ahead and self._entrance.is_open:  # what it lacks may be lent for drafts
             return None
         draft = BatchDraft(self.config.max_batch_tokens, steps=2)
         decodes, members, lacking = self._decodes.ahead(plan.decodes)
@@ -306,8 +303,7 @@ class Scheduler:
 
     def _start(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the first tokens of a sequence that has just got a slot."""
-        now = self._clock()
-        self._waiting.start(sequence, now)
+        self._waiting.start(sequence, now := self._clock())
         if sequence.started_at is None:
             sequence.started_at = now
             self._policy.started(sequence)

@@ -59,8 +59,8 @@ def test_a_decode_drafts_and_gets_what_was_right_and_one_more():
     assert drafts(plan) == [4] and not len(plan.decodes) and plan.sequences[0].token_ids == (9,)
     (event,) = commit(scheduler, plan, SequenceOutput((5, 6, 7), drafted=4))
     assert event == Tokens(RequestId("a"), 0, [5, 6, 7])
-    plan = scheduler.plan()
-    assert plan is not None and (plan.sequences[0].start, plan.sequences[0].token_ids) == (6, (7,))
+    following = scheduler.plan()
+    assert following is not None and (following.sequences[0].start, following.sequences[0].token_ids) == (6, (7,))
     counts = scheduler.stats().speculation
     assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (1, 4, 2)
     assert counts.accepted_per_position == [1, 1, 0, 0] and counts.lengths == [0, 0, 0, 0, 2]
@@ -96,11 +96,11 @@ def test_an_abort_or_a_failure_while_drafts_are_verified():
 
 def test_who_does_not_want_drafts_stays_a_column_and_who_wants_log_probabilities_drafts():
     world = world_of()
-    for name, params in {"plain": {"speculate": False}, "scored": {"logprobs": 0}, "usual": {}}.items():
-        world.scheduler.add(make_request(name, max_tokens=6, **params))
+    for request in (make_request("plain", speculate=False), make_request("scored", logprobs=0), make_request("usual")):
+        world.scheduler.add(request)
     step(world)
     plan = step(world)
-    assert len(plan.decodes) == 1 and sorted(drafts(plan)) == [4, 4]
+    assert len(plan.decodes) == 1 and sorted(drafts(plan)) == [2, 2], "all but the last of the three that are left"
     world.run()
     assert len(world.finished) == 3
 
