@@ -1,5 +1,7 @@
 """`BatchDraft`: a step's plan while it is being put together."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..core.plan import (
@@ -31,7 +33,9 @@ class BatchDraft:
         """Who is in the step, aligned with the plan's sequences."""
         self.decoders: list[SequenceState] = []
         """Who else is in the step, aligned with the plan's decodes."""
-        self._decodes = Decodes.none()
+        self.plans: list[SequencePlan] = []
+        """What each of the `members` computes."""
+        self.decodes = Decodes.none()
         self._promised = 0
         """How many of them were promised their place."""
         self.relief = 0
@@ -42,8 +46,7 @@ class BatchDraft:
         self.prunes: dict[SequenceState, PruneOrder] = {}
         self.waiting: set[SequenceState] = set()
         """Who runs, but lacks pages for this step."""
-        self._plans: list[SequencePlan] = []
-        self._assignments: list[SlotAssignment] = []
+        self.assignments: list[SlotAssignment] = []
         self._drops: list[PageDrop] = []
         self._grants: list[PageGrants] = []
         self._shares: list[PageGrants] = []
@@ -60,7 +63,7 @@ class BatchDraft:
 
     def enter(self, sequence: SequenceState) -> None:
         """The sequence has just got its slot; it begins with what is in its table."""
-        self._assignments.append(sequence.assignment())
+        self.assignments.append(sequence.assignment())
         if sequence.table.num_pages:
             rows, columns, pages = sequence.table.places()
             self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages))
@@ -74,7 +77,7 @@ class BatchDraft:
     def decode(self, decodes: Decodes, decoders: list[SequenceState]) -> None:
         """The steady decodes of the step, promised ones among them."""
         self.budget -= len(decoders) - self._promised
-        self._decodes, self.decoders = decodes, decoders
+        self.decodes, self.decoders = decodes, decoders
         for sequence in decoders:
             sequence.in_flight = self._steps
 
@@ -102,22 +105,38 @@ class BatchDraft:
         self.compactions.pop(sequence, None)
         self.prunes.pop(sequence, None)
 
-    def add(self, sequence: SequenceState, part: SequencePlan) -> None:
-        """The sequence computes its `part` in this step."""
-        sequence.in_flight = len(part.token_ids)
-        self.budget -= sequence.in_flight
+    def add(self, sequence: SequenceState, part: SequencePlan, planned: int = 0) -> None:
+        """The sequence computes its `part` in this step, `planned` rows of which the budget has already paid."""
+        sequence.in_flight = len(part.token_ids) + part.drafts
+        self.budget -= sequence.in_flight - planned
         self.members.append(sequence)
-        self._plans.append(part)
+        self.plans.append(part)
+
+    def extend(self, place: int, drafts: int) -> None:
+        """The member at `place` drafts, too."""
+        self.plans[place] = replace(self.plans[place], drafts=drafts)
+        self.members[place].in_flight += drafts
+        self.budget -= drafts
+
+    def remove_decodes(self, rows: list[int]) -> None:
+        """The steady decodes in these rows, ascending, take part otherwise."""
+        if rows:
+            slots, starts, tokens = (
+                np.delete(column, rows) for column in (self.decodes.slots, self.decodes.starts, self.decodes.token_ids)
+            )
+            self.decodes = Decodes(slots, starts, tokens)
+            for row in reversed(rows):
+                del self.decoders[row]
 
     def build(self, swaps: Swaps) -> BatchPlan:
         """The finished plan, with what travels between device and host."""
         return BatchPlan(
-            tuple(self._plans),
-            assignments=tuple(self._assignments),
+            tuple(self.plans),
+            assignments=tuple(self.assignments),
             drops=tuple(self._drops),
             grants=_joined(self._grants),
             shares=_joined(self._shares),
-            decodes=self._decodes,
+            decodes=self.decodes,
             parks=swaps.parks,
             unparked=swaps.unparked,
             swap_outs=swaps.outs,

@@ -10,6 +10,7 @@ from ..core.errors import ConfigError
 from ..core.model_spec import pages_needed
 from ..core.plan import IntArray
 from ..core.pruning import PolicyInfo, Refinement
+from ..core.speculation import DraftInfo
 from .table import NO_WINDOW
 
 
@@ -61,6 +62,8 @@ class SchedulerConfig:
     """Most prompt tokens that wait, unless one request alone has more."""
     queue_timeout: float | None = None
     """Seconds in which a request must start."""
+    draft: DraftInfo | None = None
+    """Who proposes tokens; None: nobody."""
 
     def __post_init__(self) -> None:
         assert len(self.windows) == self.num_layers

@@ -37,6 +37,8 @@ class DecodeBatch:
         """[N]: as `PageTable.room`."""
         self._wakes: IntArray = np.full(num_slots, NEVER, np.int32)
         """[N]: known tokens at which the sequence wants more than a row: `PruneState.wakes`."""
+        self._speculates = np.zeros(num_slots, np.bool_)
+        """[N]: whether its tokens may be drafted."""
         self._arrivals = np.zeros(num_slots, np.int64)
         self._joined = np.zeros(num_slots, np.bool_)
 
@@ -56,7 +58,8 @@ class DecodeBatch:
         self._min_lengths[slot] = sequence.num_prompt + sequence.request.params.min_tokens
         self._set_stops(slot, sequence.stop_ids)
         self._room[slot] = sequence.table.room
-        self._wakes[slot] = NEVER if sequence.prune is None else sequence.prune.wakes
+        self._wakes[slot] = sequence.wakes
+        self._speculates[slot] = sequence.request.speculate
         self._arrivals[slot] = sequence.arrival
         self._joined[slot] = sequence.steady = True
 
@@ -112,6 +115,24 @@ class DecodeBatch:
             slots, members = slots[rows], [members[row] for row in rows.tolist()]
         return Decodes(slots, self._lengths[slots] - 1, self._tokens[slots]), members
 
+    def speculating(self, decodes: Decodes) -> int:
+        """How many rows of `decodes` are of sequences that may draft."""
+        return int(np.count_nonzero(self._speculates[decodes.slots]))
+
+    def arrivals(self, decodes: Decodes) -> npt.NDArray[np.int64]:
+        """[D]: arrival numbers of the rows' sequences."""
+        return self._arrivals[decodes.slots]
+
+    def draft_limits(self, decodes: Decodes, most: int) -> tuple[IntArray, IntArray]:
+        """[D] tokens that each row's sequence may still get, and [D] how many of up to `most` it may draft.
+
+        One token always comes from the target, and nothing is drafted past a length at which the sequence wakes.
+        """
+        slots, known = decodes.slots, decodes.starts + 1
+        left = self._max_lengths[slots] - known
+        limits = np.clip(np.minimum(left, self._wakes[slots] - known) - 1, 0, most)
+        return left, limits * self._speculates[slots]
+
     def settle(self, decodes: Decodes, sampled: IntArray) -> Rows:
         """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending.
 
@@ -138,7 +159,7 @@ class DecodeBatch:
             assert (self._slots[row], self._rows[slot]) == (slot, row)
             assert self._tokens[slot] == member.tokens[-1] and self._lengths[slot] == len(member.tokens)
             assert self._room[slot] == member.table.room and member.decodes_plainly
-            assert self._wakes[slot] == (NEVER if member.prune is None else member.prune.wakes)
+            assert self._wakes[slot] == member.wakes
 
     def _set_stops(self, slot: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self._stops.shape[1]

@@ -13,6 +13,9 @@ from .policy import Policy, position
 from .pruning import Pruning
 from .sequence import SequenceState
 
+Drops = list[tuple[IntArray, int]]
+"""(rows, leading pages of each) that leave a table."""
+
 
 class Growth:
     """Gives tables room: from their own windows, what nobody uses, by pruning, then by preemption."""
@@ -24,44 +27,132 @@ class Growth:
         pruning: Pruning,
         policy: Policy,
         running: list[SequenceState],
+        decodes: DecodeBatch,
         preempt: Callable[[SequenceState, bool], None],
     ) -> None:
-        """`running` is the scheduler's own list; `preempt` takes a sequence out of it, see `Scheduler`."""
+        """`running` and `decodes` are the scheduler's own; `preempt` takes a sequence out of them, see `Scheduler`."""
         self._config = config
         self._cache = cache
         self._pruning = pruning
         self._policy = policy
         self._running = running
+        self._decodes = decodes
         self._preempt = preempt
+        self._most_drafts = 0 if config.draft is None else config.draft.most
+        self.lends_ahead = False
+        """Whether anybody may have pages that only drafts needed."""
 
-    def together(self, sequences: list[SequenceState], decodes: DecodeBatch, draft: BatchDraft) -> bool:
+    def together(self, sequences: list[SequenceState], draft: BatchDraft) -> bool:
         """A new page for each head of all the steady decodes given; False, and nothing done, if that is not so simple.
 
         It is not if pages or budget are short, or heads differ. Otherwise each sequence costs a few microseconds.
         """
         needed = len(sequences) * self._config.num_rows
-        if len(sequences) > draft.budget or needed > self._cache.available or self._config.row_windows is not None:
+        if len(sequences) > draft.budget or needed > self._cache.available:
             return False
-        if any(sequence.table.ragged for sequence in sequences):
+        if not all(self._is_regular(sequence) for sequence in sequences):
             return False
-        ids = self._cache.take(needed)
-        per_sequence = ids.reshape(len(sequences), -1)
-        columns = [sequence.table.add_column(own) for sequence, own in zip(sequences, per_sequence, strict=True)]
-        draft.add_columns(sequences, columns, ids)
+        self._add_columns(sequences, draft)
         for sequence in sequences:
-            decodes.grown(sequence)
+            self._decodes.grown(sequence)
             draft.promise(sequence)
         return True
 
+    def ahead(self, sequences: list[SequenceState], counts: list[int], draft: BatchDraft) -> list[int]:
+        """Room for `counts` draft tokens of sequences that have room for one token; returns how many get it.
+
+        Drafts push nobody out: they get what is left when all others have theirs, and admission its reserve.
+        """
+        spare = 0 if draft.waiting else self._cache.available - self._cache.watermark - draft.owed
+        granted, together = list(counts), list[SequenceState]()
+        for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
+            room = sequence.table.room
+            if count < room:
+                continue
+            granted[index] = room - 1
+            if count < room + self._config.page_size and self._is_regular(sequence):
+                if self._config.num_rows <= spare:
+                    spare -= self._config.num_rows
+                    together.append(sequence)
+                    granted[index] = count
+            elif (taken := self._extend(sequence, count + 1, spare, draft)) is not None:
+                spare -= taken
+                granted[index] = count
+        if together:
+            self._add_columns(together, draft)
+            self._lent_ahead(together)
+        return granted
+
+    def _lent_ahead(self, sequences: list[SequenceState]) -> None:
+        self.lends_ahead = True
+        for sequence in sequences:
+            sequence.ahead = self._most_drafts
+
+    def trim(self, sequences: list[SequenceState]) -> bool:
+        """Take back what only drafts needed of pages; whether that was any."""
+        trimmed = False
+        for sequence in sequences:
+            if sequence.ahead > 1 and not sequence.done:
+                ids = sequence.table.trim(max(sequence.in_flight, 1))
+                self._cache.give(ids)
+                sequence.ahead = 1
+                trimmed |= len(ids) > 0
+                if sequence.steady:
+                    self._decodes.grown(sequence)
+        return trimmed
+
+    def shed(self, sequence: SequenceState) -> None:
+        """The sequence is about to go: what it does not need is not to come back with it."""
+        self._drop_unseen(sequence)
+        self.trim([sequence])
+
+    def trim_all(self) -> bool:
+        """The same of all that run."""
+        trimmed = self.lends_ahead and self.trim(self._running)
+        self.lends_ahead = False
+        return trimmed
+
+    def _is_regular(self, sequence: SequenceState) -> bool:
+        """Whether its heads are all alike."""
+        return self._config.row_windows is None and not sequence.table.ragged
+
+    def _add_columns(self, sequences: list[SequenceState], draft: BatchDraft) -> None:
+        ids = self._cache.take(len(sequences) * self._config.num_rows)
+        per_sequence = ids.reshape(len(sequences), -1)
+        columns = [sequence.table.add_column(own) for sequence, own in zip(sequences, per_sequence, strict=True)]
+        draft.add_columns(sequences, columns, ids)
+
+    def _drop_unseen(self, sequence: SequenceState) -> Drops:
+        if self._config.row_windows is None:
+            return []
+        drops, freed = sequence.table.drop_unseen(self._config.row_windows)
+        self._cache.give(freed)
+        return drops
+
+    def _extend(self, sequence: SequenceState, count: int, spare: int, draft: BatchDraft) -> int | None:
+        """Room for `count` entries at the cost of at most `spare` pages; returns the cost, None if it is too high."""
+        drops, lacking = self._drop_unseen(sequence), sequence.table.lacking(count)
+        needed = int(lacking.sum())
+        if needed > spare:
+            draft.change_pages(sequence, drops, PageGrants.none())
+            return None
+        self._hang_in(sequence, drops, lacking, draft)
+        self._lent_ahead([sequence])
+        return needed
+
+    def _hang_in(self, sequence: SequenceState, drops: Drops, lacking: IntArray, draft: BatchDraft) -> None:
+        ids = self._cache.take(int(lacking.sum()))
+        rows, columns = sequence.table.grow(lacking, ids)
+        slots = np.full(len(ids), sequence.slot, np.int32)
+        draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
+
     def grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
         """Make room for `count` entries; False if the sequence had to go itself, or to wait a step."""
-        drops: list[tuple[IntArray, int]] = []
-        if self._config.row_windows is not None:
-            drops, freed = sequence.table.drop_unseen(self._config.row_windows)
-            self._cache.give(freed)
-        lacking = sequence.table.lacking(count)
-        needed = int(lacking.sum())
-        while needed > self._cache.available:
+        drops, lacking = self._drop_unseen(sequence), sequence.table.lacking(count)
+        while (needed := int(lacking.sum())) > self._cache.available:
+            if self.trim_all():
+                lacking = sequence.table.lacking(count)
+                continue
             if self._pruning.relieve(needed, self._running, draft):
                 draft.wait(sequence, drops)
                 return False
@@ -78,10 +169,7 @@ class Growth:
             draft.forget(victim)
             if victim is sequence:
                 return False
-        ids = self._cache.take(needed)
-        rows, columns = sequence.table.grow(lacking, ids)
-        slots = np.full(needed, sequence.slot, np.int32)
-        draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
+        self._hang_in(sequence, drops, lacking, draft)
         return True
 
     def _victim(self, draft: BatchDraft) -> SequenceState:

@@ -150,4 +150,5 @@ def scheduler_config(
         max_itl=max_itl,
         max_waiting_tokens=max_waiting_tokens,
         queue_timeout=queue_timeout,
+        draft=info.draft,
     )

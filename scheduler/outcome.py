@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from ..core.messages import Decoded, Event, Finished, Logprob, Tokens
-from ..core.plan import SequenceOutput, TokenLogprob
+from ..core.messages import Decoded, Event, Finished, FinishReason, Logprob, Tokens
+from ..core.plan import SequenceOutput, SequencePlan, TokenLogprob
 from .config import SchedulerConfig
 from .sequence import SequenceState
 
@@ -11,7 +11,7 @@ from .sequence import SequenceState
 def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decoded:
     """Take in one computed and one accepted token of each of many sequences, none of which ends by it.
 
-    The same as `SequenceState.advance(1)` and `accept`, in one loop without calls: it is most of a step's cost.
+    The same as `append` and `SequenceState.advance(1)`, in one loop without calls: it is most of a step's cost.
     """
     for sequence, token in zip(sequences, token_ids, strict=True):
         sequence.in_flight -= 1
@@ -24,40 +24,52 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
     return Decoded(ids, [sequence.index for sequence in sequences], token_ids)
 
 
-def accept(sequence: SequenceState, result: SequenceOutput, config: SchedulerConfig) -> list[Event]:
-    """Append the accepted tokens up to the end, if it is among them; `Tokens`, then `Finished` in that case.
+def append(sequence: SequenceState, token_ids: Iterable[int]) -> tuple[int, FinishReason | None]:
+    """Append the accepted tokens up to the end, if it is among them; returns how many, and how it ended.
 
-    Marks the sequence done at its end; the caller takes slot and pages back. End tokens count only once `min_tokens`
-    came before them, which is how long the engine masks them out.
+    The caller takes slot and pages back. End tokens count only once `min_tokens` came before them, which is how long
+    the engine masks them out.
     """
-    params = sequence.request.params
-    ending: Finished | None = None
-    taken = 0
-    for token in result.token_ids:
-        is_end = token in sequence.stop_ids and sequence.num_generated >= params.min_tokens
+    taken, min_tokens = 0, sequence.request.params.min_tokens
+    for token in token_ids:
+        is_end = token in sequence.stop_ids and sequence.num_generated >= min_tokens
         sequence.tokens.append(token)
         taken += 1
         if is_end:
-            ending = _finished(sequence, token)
-        elif len(sequence.tokens) >= sequence.max_length:
-            ending = _finished(sequence, None)
-        if ending:
-            break
+            return taken, "stop"
+        if len(sequence.tokens) >= sequence.max_length:
+            return taken, "length"
+    return taken, None
+
+
+def news(
+    sequence: SequenceState, result: SequenceOutput, taken: int, reason: FinishReason | None, config: SchedulerConfig
+) -> list[Event]:
+    """What `append` did, told once the sequence is in its new state: `Tokens`, then `Finished` at its end."""
     events: list[Event] = []
     if taken or result.prompt_logprobs:
         events.append(_tokens(sequence, result, taken, config))
-    if ending:
-        events.append(ending)
+    if reason is not None:
+        events.append(_finished(sequence, reason))
     return events
 
 
-def _finished(sequence: SequenceState, stop_token: int | None) -> Finished:
+def check_result(sequence: SequenceState, part: SequencePlan, result: SequenceOutput) -> None:
+    """AssertionError unless the engine gave a sequence what its part of the plan asked for."""
+    if sequence.done or result.error is not None:
+        return
+    assert result.drafted <= part.drafts, "more was drafted than planned"
+    assert part.sample <= len(result.token_ids) <= part.sample * (1 + result.drafted)
+    assert len(result.prompt_logprobs) == len(part.score_ids)
+
+
+def _finished(sequence: SequenceState, reason: FinishReason) -> Finished:
     assert sequence.started_at is not None
     return Finished(
         request_id=sequence.request.id,
         index=sequence.index,
-        reason="length" if stop_token is None else "stop",
-        stop_token_id=stop_token,
+        reason=reason,
+        stop_token_id=sequence.tokens[-1] if reason == "stop" else None,
         queue_seconds=sequence.started_at - sequence.arrived_at,
         preemptions=sequence.preemptions,
         cached_tokens=sequence.cached_tokens,

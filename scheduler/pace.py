@@ -25,8 +25,10 @@ class Pace:
         return self._cost.prompt_tokens_within(self._target, decodes, self._least)
 
     def learn(self, plan: BatchPlan, output: StepOutput) -> None:
-        """Take in what a step cost; a part of one token costs as much as a decode, whatever it is."""
+        """Take in what a step cost; a part of one token costs as much as a decode, a draft token too."""
         if self._target is None:
             return
         decodes = len(plan.decodes) + sum(len(part.token_ids) == 1 for part in plan.sequences)
-        self._cost.learn(plan.num_tokens - decodes, decodes, output.forward_seconds + output.sample_seconds)
+        drafted = sum(result.drafted for result in output.sequences)
+        seconds = output.forward_seconds + output.sample_seconds
+        self._cost.learn(plan.num_tokens - decodes, decodes + drafted, seconds)

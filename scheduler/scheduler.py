@@ -12,31 +12,32 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
 
 import numpy as np
 
 from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
-from ..core.messages import EngineStats, Event, Failed, Finished, StepEvent
+from ..core.messages import EngineStats, Event, Failed, StepEvent
 from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, StepOutput
 from ..core.request import Request
+from ..core.speculation import SpeculationCounts
 from .admission import check_request, check_room
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
+from .entrance import Entrance
 from .growth import Growth
 from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
-from .outcome import accept, accept_tokens
+from .outcome import accept_tokens, append, check_result, news
 from .oversight import Oversight
 from .pace import Pace
 from .policy import POLICIES, position
 from .preemption import giving_way
-from .prefix import Bundle
 from .pruning import Pruning
 from .sequence import SequenceState
+from .speculation import Speculation
 from .swap import SwapCosts
 from .waiting import WaitingQueue
 
@@ -66,7 +67,10 @@ class Scheduler:
         """Holders of a slot."""
         self._decodes = DecodeBatch(config.max_num_seqs)
         """Those of them that decode steadily."""
-        self._growth = Growth(config, self._cache, self._pruning, self._policy, self._running, self._preempt)
+        lists = self._running, self._decodes
+        self._growth = Growth(config, self._cache, self._pruning, self._policy, *lists, self._preempt)
+        self._speculation = Speculation(config, self._decodes, self._growth, clock) if config.draft else None
+        self._entrance = Entrance(config, self._cache, self._waiting, self._running, self._free_slots)
         self._in_flight: deque[tuple[BatchPlan, BatchDraft]] = deque()
         """At most two."""
         self._steps = self._preemptions = self._prompt_tokens = self._generation_tokens = self._batch_tokens = 0
@@ -120,6 +124,8 @@ class Scheduler:
             return None
         self._cache.expire_pins()
         draft = BatchDraft(self.config.max_batch_tokens)
+        if self._entrance.is_open:
+            self._growth.trim_all()
         for victim in giving_way(self._waiting, self._running, self._policy, self._cache):
             self._preempt(victim)
         for sequence in self._pruning.compact(draft):
@@ -132,8 +138,10 @@ class Scheduler:
             if draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
         # After a preemption the victim does not fit: its pages went to who needed them.
-        self._admit(draft)
+        self._entrance.admit(draft, self._start)
         self._oversight.watchdog.planned(self._running, draft.size, draft.budget, draft.waiting)
+        if self._speculation is not None:
+            self._speculation.plan(draft)
         if draft.is_empty:
             stuck = self._running[0] if self._running else self._waiting.first()
             if stuck is not None and not self.reclaim_leaks():
@@ -151,11 +159,17 @@ class Scheduler:
             return None
         if may_enter(self._waiting, self._running, self._policy, self._cache, len(self._free_slots)):
             return None
+        if self._growth.lends_ahead and self._entrance.is_open:  # what it lacks may be lent for drafts
+            return None
         draft = BatchDraft(self.config.max_batch_tokens, steps=2)
         decodes, members, lacking = self._decodes.ahead(plan.decodes)
-        if not members or (lacking and not self._growth.together(lacking, self._decodes, draft)):
+        if not members or (self._speculation is not None and self._speculation.wants(decodes)):
+            return None
+        if lacking and not self._growth.together(lacking, draft):
             return None
         draft.decode(decodes, members)
+        if self._speculation is not None:
+            self._speculation.skip(decodes)
         return self._take_off(draft)
 
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[StepEvent]:
@@ -168,8 +182,7 @@ class Scheduler:
         self._swap_costs.observe(plan, output)
         events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
-            assert sequence.done or len(result.token_ids) == (part.sample and result.error is None)
-            assert sequence.done or result.error or len(result.prompt_logprobs) == len(part.score_ids)
+            check_result(sequence, part, result)
             sequence.in_flight = 0
             if part.scratch:
                 self._pruning.repeated(sequence)
@@ -177,6 +190,8 @@ class Scheduler:
         self._pruning.commit(list(draft.prunes), output.kept, output.prune_seconds)
         for sequence in draft.prunes:
             self._decodes.leave(sequence)
+        if self._speculation is not None:
+            self._speculation.commit(plan, output, goes_on=self.has_work)
         return events
 
     def stats(self) -> EngineStats:
@@ -195,6 +210,7 @@ class Scheduler:
             waiting_priorities=dict(self._waiting.priorities),
             timeouts_total=dict(self._oversight.timeouts),
             watchdog_total=dict(self._oversight.stuck),
+            speculation=SpeculationCounts() if self._speculation is None else self._speculation.counts(),
         )
         return self._cache.report(stats)
 
@@ -230,7 +246,7 @@ class Scheduler:
         lacking, others = self._decodes.without_room(), list[SequenceState]()
         if len(self._running) > len(self._decodes):
             others = [sequence for sequence in self._running if not sequence.steady]
-        if lacking and not self._growth.together(lacking, self._decodes, draft):
+        if lacking and not self._growth.together(lacking, draft):
             others += lacking
         others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
@@ -273,6 +289,7 @@ class Scheduler:
 
         One that `compacts` in this plan cannot be swapped out by it: its pages are not what its table says yet.
         """
+        self._growth.shed(sequence)
         if not compacts:
             self._cache.swaps.swap_out(sequence, self._swap_costs)
         if sequence.prune is not None:
@@ -284,49 +301,13 @@ class Scheduler:
         self._preemptions += 1
         self._waiting.add(sequence)
 
-    def _admit(self, draft: BatchDraft) -> None:
-        """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.
-
-        The head of the queue is not overtaken: a long prompt gets its turn. Only while another sequence computes the
-        very block that it needs next it is passed over, and looked at first again in the next step.
-        """
-        if not (draft.budget and self._free_slots and len(self._waiting)):
-            return
-        prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
-        passed: set[RequestId] = set()
-        with closing(self._waiting.candidates(2 * self.config.max_num_seqs)) as candidates:
-            for sequence in candidates:
-                if sequence.request.id in passed:  # choices of one request wait for the same
-                    continue
-                hits = self._cache.find(sequence)
-                if any(self._cache.awaits(sequence, hits, other) for other in prompts):
-                    passed.add(sequence.request.id)
-                    continue
-                needed = self._cache.cost(sequence, hits) + draft.owed
-                if self._running:
-                    needed += self.config.watermark
-                if needed > self._cache.available and (self._running or not self._cache.drop_pins(needed)):
-                    return
-                self._start(sequence, hits, draft)
-                prompts.append(sequence)
-                if not (draft.budget and self._free_slots):
-                    return
-
-    def _start(self, sequence: SequenceState, hits: list[Bundle], draft: BatchDraft) -> None:
-        """Lend a waiting sequence a slot; it begins with what the prefix cache has of it."""
-        now = self._clock()
-        self._waiting.start(sequence, now)
-        sequence.slot = self._free_slots.pop()
-        self._running.append(sequence)
-        if sequence.prune is not None and sequence.swapped is None:
-            sequence.prune.enter(len(sequence.tokens))
-        self._cache.enter(sequence, hits)
+    def _start(self, sequence: SequenceState, draft: BatchDraft) -> None:
+        """Plan the first tokens of a sequence that has just got a slot."""
+        self._waiting.start(sequence, now := self._clock())
         if sequence.started_at is None:
             sequence.started_at = now
             self._policy.started(sequence)
             self._oversight.started(sequence)
-        draft.enter(sequence)
-        sequence.swapped = None
         self._continue(sequence, draft)
 
     # --- results ---
@@ -355,7 +336,7 @@ class Scheduler:
         return events
 
     def _settle(self, sequence: SequenceState, count: int, result: SequenceOutput) -> list[Event]:
-        """Apply the result of one sequence that computed `count` tokens, which are no longer in flight."""
+        """Apply the result of one sequence that computed `count` known tokens, which are no longer in flight."""
         if sequence.done:
             if not sequence.in_flight:
                 self._leave(sequence)
@@ -363,17 +344,19 @@ class Scheduler:
         if result.error is not None:
             self._cache.withdraw(sequence)
             return [self._fail(sequence.request.id, GenerationError(result.error))]
-        self._prompt_tokens += sequence.advance(count)
+        # What is accepted is known before its entries count: a full block's name comes from its tokens.
+        taken, reason = append(sequence, result.token_ids)
+        self._prompt_tokens += sequence.advance(count + max(taken - 1, 0))
         self._cache.publish(sequence)
         self._cache.pin(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0
         sequence.num_scored += len(result.prompt_logprobs)
-        self._generation_tokens += len(result.token_ids)
-        self._policy.generated([sequence] * len(result.token_ids))
-        events = accept(sequence, result, self.config)
-        if events and isinstance(events[-1], Finished):
+        self._generation_tokens += taken
+        self._policy.generated([sequence] * taken)
+        events = news(sequence, result, taken, reason, self.config)
+        if reason is not None:
             self._finish(sequence)
         elif sequence.decodes_plainly:
             self._decodes.join(sequence)
@@ -412,5 +395,6 @@ class Scheduler:
         self._cache.leave(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
+        sequence.ahead = 0
         sequence.in_flight = 0
         self._running.remove(sequence)

@@ -147,6 +147,8 @@ class SequenceState:
     """What it comes back with, while it waits swapped out."""
     prune: PruneState | None = None
     """None: it forgets nothing."""
+    ahead: int = 0
+    """Entries for which it may hold pages beyond those computed or in flight: drafts that were wrong had them."""
     done: bool = False
     """Ended or aborted; a done sequence in flight still holds slot and pages until the last commit."""
 
@@ -193,9 +195,13 @@ class SequenceState:
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
         # What a step is to choose, or what is told of it, takes more than a column.
-        wakes = self.prune is not None and len(self.tokens) >= self.prune.wakes
-        plain = self.request.params.logprobs is None and not wakes
+        plain = self.request.params.logprobs is None and len(self.tokens) < self.wakes
         return plain and self.num_pending == 1 and self.num_generated > 0
+
+    @property
+    def wakes(self) -> int:
+        """Known tokens at which it must be looked at for pruning; until then it decodes like any other."""
+        return NEVER if self.prune is None else self.prune.wakes
 
     @property
     def num_generated(self) -> int:
@@ -277,14 +283,15 @@ class SequenceState:
             return min(count, self.num_scored - self.num_computed)
         return min(count, MAX_SCORED_ROWS)
 
-    def plan(self, count: int) -> SequencePlan:
-        """This sequence's part of a batch: its next `count` known tokens."""
+    def plan(self, count: int, drafts: int = 0) -> SequencePlan:
+        """This sequence's part of a batch: its next `count` known tokens, and up to `drafts` more."""
         assert self.slot is not None
         start, end = self.num_computed, self.num_computed + count
         scores: tuple[int, ...] = ()
         if self.request.params.prompt_logprobs is not None and start >= self.num_scored:
             scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
-        return SequencePlan(self.slot, start, tuple(self.tokens[start:end]), end == len(self.tokens), scores)
+        ids = tuple(self.tokens[start:end])
+        return SequencePlan(self.slot, start, ids, end == len(self.tokens), scores, drafts=drafts)
 
     def plan_repetition(self, token_ids: tuple[int, ...], count: int) -> SequencePlan:
         """This sequence's part of a batch: tokens behind its own, which repeat `count` of them, only to be observed."""
@@ -334,7 +341,7 @@ class SequenceState:
         free = held * size - kept - self.in_flight
         # What was repeated, or computed after the end, is not stored.
         spare = self.done or (self.prune is not None and self.prune.repeated + self.prune.repeating > 0)
-        assert (free >= 0).all() and ((free < size).all() or spare), "a head has too few or too many pages"
+        assert (free >= 0).all() and ((free < size + self.ahead).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
         assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
         assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())

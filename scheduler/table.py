@@ -151,6 +151,17 @@ class PageTable:
         self._settle(counts, held)
         return freed
 
+    def trim(self, count: int) -> IntArray:
+        """Unhang the pages that `count` more entries do not need; returns the ids that fell free, perhaps none."""
+        held = np.minimum(-(-(self.kept + np.int32(count)) // self._page_size), self._held)
+        columns = np.arange(self._pages.shape[1])
+        freed = self._pages[(columns >= held[:, None]) & (columns < self._held[:, None])]
+        if len(freed):
+            self._held[:] = held
+            self.num_pages -= len(freed)
+            self.room = int((held * self._page_size - self.kept).min())
+        return freed
+
     def rebuild(self, counts: IntArray, ids: IntArray) -> None:
         """The empty table holds `counts` [R] entries in the pages `ids`, ceil(count / B) per head, head after head."""
         assert not self.num_pages

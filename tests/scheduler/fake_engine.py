@@ -108,6 +108,10 @@ class FakeEngine:
         self.chosen: dict[int, list[list[int]]] = {}
         """Slot -> per head, indices of the entries to keep; of the last step."""
         self.rng = random.Random(0)
+        self.right = 0.6
+        """Chance that a draft token is what the sequence says there."""
+        self.drafts = 0
+        """Draft tokens verified so far."""
         self.compactions = 0
         self.restored_after_pruning = 0
 
@@ -136,9 +140,7 @@ class FakeEngine:
         self._check_shares(plan)
         self._apply_page_changes(plan)
         self._check_owners(plan)
-        for part in parts(plan):
-            self._write(part)
-        results = [self._result(part) for part in parts(plan)]
+        results = [self._compute(part) for part in parts(plan)]
         steady = results[: len(plan.decodes)]
         assert not any(result.logprobs for result in steady), "a steady decode that wants more than a token"
         decoded = np.array([(*result.token_ids, NO_TOKEN)[0] for result in steady], np.int32)
@@ -235,7 +237,19 @@ class FakeEngine:
                 del slot.pages[row][: drop.pages]
                 slot.kept[row] -= drop.pages * self.config.page_size
         assert not self.published.keys() & set(plan.grants.pages.tolist()), "a published page was lent as a fresh one"
+        self._take_off(plan.grants)
         self._hang_in(plan.grants)
+
+    def _take_off(self, grants: PageGrants) -> None:
+        """Empty pages from the first granted one on were given back before: they were only there for drafts."""
+        for number, row, column in zip(
+            grants.slots.tolist(), grants.rows.tolist(), grants.columns.tolist(), strict=True
+        ):
+            slot = self.slots[number]
+            needed = -(-slot.kept[row] // self.config.page_size)
+            if column < len(slot.pages[row]):
+                assert column >= needed, "a page was hung in over another"
+                del slot.pages[row][column:]
 
     def _hang_in(self, grants: PageGrants) -> None:
         assert all(array.dtype == np.int32 for array in (grants.slots, grants.rows, grants.columns, grants.pages))
@@ -261,18 +275,52 @@ class FakeEngine:
 
     def _check_owners(self, plan: BatchPlan) -> None:
         """Slots of the batch share only published pages (idle slots are checked when they are next in a batch)."""
-        tables = [[page for row in self.slots[part.slot].pages for page in row] for part in parts(plan)]
+        tables = [self._own_pages(self.slots[part.slot], len(part.token_ids) + part.drafts) for part in parts(plan)]
         assert all(len(pages) == len(set(pages)) for pages in tables), "a page is twice in a table"
         own = [page for pages in tables for page in pages if page not in self.published.keys() | self.arriving]
         assert len(own) == len(set(own)), "a page has two owners"
 
-    def _write(self, part: SequencePlan) -> None:
+    def _own_pages(self, slot: _Slot, count: int) -> list[int]:
+        """Pages of all heads that hold something, or will when `count` entries more are written."""
+        size = self.config.page_size
+        rows = zip(slot.pages, slot.kept, strict=True)
+        return [page for pages, kept in rows for page in pages[: -(-(kept + count) // size)]]
+
+    def _compute(self, part: SequencePlan) -> SequenceOutput:
+        """Write and answer; then the same for one draft token after the other, as long as they are right.
+
+        All draft entries are written first, before any is verified, as the real engine does; so each must have a page.
+        """
+        slot, answer = self.slots[part.slot], SequenceOutput()
+        if not part.drafts:
+            self._write(part)
+            return self._result(part)
+        assert part.sample and len(part.token_ids) == 1 and not part.score_ids and not part.scratch
+        assert len(slot.known) + part.drafts < slot.assignment.max_length, "a draft past the end"
+        count = self.rng.randint(0, part.drafts) if self.rng.random() < 0.3 else part.drafts
+        guesses = [NO_TOKEN] * count
+        self._write(replace(part, token_ids=part.token_ids + tuple(guesses), drafts=0), committed=1)
+        for place in range(count + 1):
+            step = self._result(part)
+            if step.error is not None:
+                return step
+            answer = replace(
+                step, token_ids=answer.token_ids + step.token_ids, logprobs=answer.logprobs + step.logprobs
+            )
+            if place == count or self.rng.random() > self.right:
+                break
+            self._write(SequencePlan(part.slot, slot.computed, step.token_ids, sample=True))
+        self.drafts += count
+        return replace(answer, drafted=count)
+
+    def _write(self, part: SequencePlan, committed: int | None = None) -> None:
         slot, count = self.slots[part.slot], len(part.token_ids)
         assert count >= 1 and part.start == slot.computed, "positions are not consecutive"
-        assert part.scratch or list(part.token_ids) == slot.known[part.start : part.start + count], (
+        stays = 0 if part.scratch else count if committed is None else committed
+        assert part.scratch or list(part.token_ids)[:stays] == slot.known[part.start : part.start + stays], (
             "other tokens than the known ones"
         )
-        assert part.sample == (not part.scratch and part.start + count == len(slot.known))
+        assert part.sample == (not part.scratch and part.start + stays == len(slot.known))
         prompt = slot.assignment.prompt_ids
         if part.score_ids:
             assert slot.assignment.params.prompt_logprobs is not None
@@ -286,8 +334,8 @@ class FakeEngine:
             written = pages[where // size]
             assert not self.published.keys() & set(written.tolist()), "a write into a published page"
             self.entries[written, where % size] = new
-            slot.kept[row] += 0 if part.scratch else count
-        slot.computed += 0 if part.scratch else count
+            slot.kept[row] += stays
+        slot.computed += stays
 
     def _result(self, part: SequencePlan) -> SequenceOutput:
         slot = self.slots[part.slot]

@@ -14,6 +14,7 @@ from quire.core.errors import ContextLengthError, OverloadedError
 from quire.core.ids import RequestId
 from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.request import Request, SamplingParams
+from quire.core.speculation import DraftInfo, DraftMethod
 from quire.scheduler.scheduler import SchedulerConfig
 from quire.scheduler.sequence import choice_seed
 
@@ -57,7 +58,17 @@ def random_config(rng: random.Random) -> SchedulerConfig:
         queue_timeout=rng.choice([None, None, None, 0.9]),
         max_waiting_tokens=rng.choice([None, None, 60]),
         max_itl=rng.choice([None, None, 0.01]),
+        draft=random_draft(rng),
     )
+
+
+def random_draft(rng: random.Random) -> DraftInfo | None:
+    """Of any kind and length, or none."""
+    methods: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
+    info = DraftInfo(
+        method=rng.choice(methods), name="guesses", most=rng.choice([1, 2, 4, 16]), fixed=rng.random() < 0.5
+    )
+    return info if rng.random() < 0.6 else None
 
 
 def random_pruning(rng: random.Random, config: SchedulerConfig) -> PruneParams | None:
@@ -93,6 +104,7 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         "min_tokens": rng.choice([0, 0, min(5, max_tokens or 5)]),
         "ignore_eos": rng.random() < 0.3,
         "stop_token_ids": tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 0, 1, 3]))),
+        "logprobs": rng.choice([None, None, None, 0]),
         "prompt_logprobs": rng.choice([None, None, None, 0]),
         "n": rng.choice([1, 1, 1, 2, 3]) if config.max_waiting >= 3 else 1,
     }
@@ -109,6 +121,7 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         priority=rng.choice([0, 0, -1, 2]),
         tenant=rng.choice(["", "a", "b"]),
         timeout=rng.choice([None, None, None, None, rng.uniform(0.1, 9.0)]),
+        speculate=rng.random() < 0.9,
     )
 
 
@@ -226,13 +239,15 @@ def test_a_long_run_of_shared_prefixes_in_a_small_pool():
 
 @pytest.mark.parametrize("looks_ahead", [False, True])
 def test_many_short_runs_in_many_configurations(looks_ahead):
-    preemptions, reasons, planned_ahead = 0, set[str](), 0
+    preemptions, reasons, planned_ahead, accepted = 0, set[str](), 0, 0
     for seed in range(80):
         traffic = soak(seed, random_config(random.Random(1000 + seed)), 20, looks_ahead)
         stats = traffic.world.scheduler.stats()
         preemptions += stats.preemptions_total
         planned_ahead += traffic.world.planned_ahead
+        accepted += stats.speculation.accepted_tokens
+        assert stats.speculation.draft_tokens == traffic.world.engine.drafts
         reasons |= {reason for counts in stats.prunes.values() for reason in counts.prunes}
-    assert preemptions > 50
+    assert preemptions > 50 and accepted > 500
     assert reasons == {"prompt", "decode", "pressure"}
     assert (planned_ahead > 100) == looks_ahead

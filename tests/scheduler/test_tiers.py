@@ -57,7 +57,7 @@ def test_pruned_sequences_are_swapped_or_wait_and_none_is_recomputed():
     swaps = 0
     for pages in (40, 50, 60):
         limits = {"max_num_seqs": 12, "max_batch_tokens": 20, "vocab_size": VOCAB, "policies": POLICIES}
-        traffic = soak(3, make_config(num_pages=pages, num_host_pages=1000, prefix_cache=pages == 60, **limits), 300)
+        traffic = soak(4, make_config(num_pages=pages, num_host_pages=1000, prefix_cache=pages == 60, **limits), 300)
         assert traffic.world.scheduler.stats().lossy_preemptions_total == 0
         swaps += traffic.world.engine.restored_after_pruning
     assert swaps > 5

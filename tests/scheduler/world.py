@@ -35,9 +35,9 @@ def make_config(**changes: Any) -> SchedulerConfig:
 def make_request(name: str = "r", prompt: Iterable[int] = (5, 6, 7), seed: int = 1, **params: Any) -> Request:
     """A request that does not stop by chance, unless `ignore_eos` is among `params`.
 
-    `priority`, `tenant` and `timeout` are the request's own, all others of its sampling parameters.
+    `priority`, `tenant`, `timeout` and `speculate` are the request's own, all others of its sampling parameters.
     """
-    own = {name: params.pop(name) for name in ("priority", "tenant", "timeout") if name in params}
+    own = {name: params.pop(name) for name in ("priority", "tenant", "timeout", "speculate") if name in params}
     params = {"ignore_eos": True, "max_tokens": 4} | params
     return Request(id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**params), seed=seed, **own)
 

@@ -1,0 +1,159 @@
+"""`Speculation`: lets sequences of a step draft, where that pays and costs nobody anything; and keeps count of it.
+
+Drafts are planned last, with what a step has left: tokens of its budget, and pages that nobody else waits for. Lengths
+end where a sequence does, and where it is to be looked at for pruning, so its text is the same with drafts or without.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from ..core.plan import BatchPlan, Decodes, SequenceOutput, SequencePlan, StepOutput
+from ..core.speculation import SpeculationCounts
+from .batch import BatchDraft
+from .config import SchedulerConfig
+from .decodes import DecodeBatch
+from .draft_length import Candidates, DraftLengths, Outcome
+from .growth import Growth
+from .sequence import SequenceState
+
+
+class Speculation:
+    """Plans drafts, learns from what came of them, and counts."""
+
+    def __init__(
+        self, config: SchedulerConfig, decodes: DecodeBatch, growth: Growth, clock: Callable[[], float]
+    ) -> None:
+        """`clock` gives seconds; steps are timed by it, from the end of one to the end of the next."""
+        info = config.draft
+        assert info is not None
+        self._most = info.most
+        self._clock = clock
+        self._since: float | None = None
+        """When the step in flight began; None: none is."""
+        self._decodes = decodes
+        self._growth = growth
+        self.lengths = DraftLengths(info, config.max_num_seqs)
+        self._asked: Counter[int] = Counter()
+        """How often each length was planned."""
+        self._accepted_per_position = np.zeros(info.most, np.int64)
+        self._drafts = self._draft_tokens = 0
+        self._draft_seconds = self._step_seconds = 0.0
+
+    def counts(self) -> SpeculationCounts:
+        """Totals so far."""
+        return SpeculationCounts(
+            drafts=self._drafts,
+            draft_tokens=self._draft_tokens,
+            accepted_tokens=int(self._accepted_per_position.sum()),
+            accepted_per_position=self._accepted_per_position.tolist(),
+            lengths=[self._asked[length] for length in range(self._most + 1)],
+            draft_seconds=self._draft_seconds,
+            step_seconds=self._step_seconds,
+        )
+
+    def wants(self, decodes: Decodes) -> bool:
+        """Whether a step of these rows would perhaps draft: then it is not to be planned before its time."""
+        return not self.lengths.idle(len(decodes)) and bool(self._decodes.draft_limits(decodes, self._most)[1].any())
+
+    def skip(self, decodes: Decodes) -> None:
+        """A step of these rows was planned without asking."""
+        self._asked[0] += self._decodes.speculating(decodes)
+        self._begin()
+
+    def plan(self, draft: BatchDraft) -> None:
+        """Let members of the step, which is otherwise complete, draft."""
+        if draft.assignments:
+            self.lengths.forget([assignment.slot for assignment in draft.assignments])
+        others = [place for place, part in enumerate(draft.plans) if _may_draft(draft.members[place], part)]
+        may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), list[int]()
+        if may_draft and not self.lengths.idle(len(draft.decoders) + len(others)):
+            batch = self._candidates(draft, others)
+            if batch.budget and batch.limits.any():
+                lengths = self.lengths.choose(batch)
+                chosen = self._let_draft(draft, others, np.flatnonzero(lengths).tolist(), lengths.tolist())
+        self._asked[0] += may_draft - len(chosen)
+        self._asked.update(chosen)
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._since is None:
+            self._since = self._clock()
+
+    def commit(self, plan: BatchPlan, output: StepOutput, goes_on: bool) -> None:
+        """Learn from a step, once all its results are taken in; `goes_on`: there is more work."""
+        now = self._clock()
+        seconds = now - (now if self._since is None else self._since)
+        self._since = now if goes_on else None
+        self._step_seconds += seconds
+        self._draft_seconds += output.draft_seconds
+        results = zip(plan.sequences, output.sequences, strict=True)
+        drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
+        outcome = _outcome(drafts) if drafts else None
+        rows = plan.num_tokens
+        if outcome is not None:
+            rows += int(outcome.drafted.sum())
+            self._drafts += int(np.count_nonzero(outcome.drafted))
+            self._draft_tokens += int(outcome.drafted.sum())
+            self._accepted_per_position += (np.arange(self._most) < outcome.accepted[:, None]).sum(axis=0)
+        pure = plan.num_tokens == len(plan.decodes) + len(plan.sequences) and not (
+            plan.assignments or plan.prunes or plan.compactions or plan.parks
+        )
+        self.lengths.learn(outcome, rows, max(seconds - output.draft_seconds, 0.0), output.draft_seconds, pure)
+
+    def _candidates(self, draft: BatchDraft, others: list[int]) -> Candidates:
+        """The rows of the step's decode batch, then the `others` of its members."""
+        decodes, most = draft.decodes, self._most
+        known, left, limits = decodes.starts + 1, *self._decodes.draft_limits(decodes, most)
+        arrivals, slots = self._decodes.arrivals(decodes), decodes.slots
+        if others:
+            states = [draft.members[place] for place in others]
+            slots = np.append(slots, [state.slot for state in states]).astype(np.int32)
+            arrivals = np.append(arrivals, [state.arrival for state in states])
+            known = np.append(known, [len(state.tokens) for state in states]).astype(np.int32)
+            left = np.append(left, [state.max_length - len(state.tokens) for state in states]).astype(np.int32)
+            ends = [min(state.max_length, state.wakes) - len(state.tokens) - 1 for state in states]
+            limits = np.append(limits, np.clip(ends, 0, most)).astype(np.int32)
+        if draft.prunes:
+            # What is forgotten after this step is chosen among entries that are there to stay.
+            members = [*draft.decoders, *(draft.members[place] for place in others)]
+            limits[[member in draft.prunes for member in members]] = 0
+        rows = len(decodes) + sum(len(part.token_ids) for part in draft.plans)
+        return Candidates(slots, arrivals, known, left, limits, len(slots), rows, draft.budget)
+
+    def _let_draft(self, draft: BatchDraft, others: list[int], chosen: list[int], lengths: list[int]) -> list[int]:
+        """Let the candidates `chosen` draft as far as pages allow; returns the lengths that are left."""
+        decoders, granted = len(draft.decoders), list[int]()
+        members = [draft.decoders[row] if row < decoders else draft.members[others[row - decoders]] for row in chosen]
+        counts = self._growth.ahead(members, [lengths[row] for row in chosen], draft)
+        rows = list[int]()
+        for row, member, count in zip(chosen, members, counts, strict=True):
+            if not count:
+                continue
+            granted.append(count)
+            if row >= decoders:
+                draft.extend(others[row - decoders], count)
+            else:
+                self._decodes.leave(member)
+                draft.add(member, member.plan(1, count), planned=1)
+                rows.append(row)
+        draft.remove_decodes(rows)
+        return granted
+
+
+def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
+    """Whether one that is no steady decode computes its newest token, and may draft after it."""
+    decodes = part.sample and len(part.token_ids) == 1 and sequence.num_generated > 0
+    return decodes and not part.score_ids and sequence.request.speculate
+
+
+def _outcome(drafts: list[tuple[SequencePlan, SequenceOutput]]) -> Outcome:
+    columns = zip(
+        *(
+            (part.slot, part.drafts, result.drafted, len(result.token_ids) - 1, part.start + 1 + len(result.token_ids))
+            for part, result in drafts
+        ),
+        strict=True,
+    )
+    return Outcome(*(np.array(column, np.int32) for column in columns))

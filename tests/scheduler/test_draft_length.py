@@ -1,0 +1,213 @@
+"""The lengths chosen are worth it: simulated steps of known cost, drafts of known quality, in simulated time."""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from quire.core.plan import IntArray
+from quire.core.speculation import DraftInfo, DraftMethod, StepCosts
+from quire.scheduler.draft_length import Candidates, DraftLengths, Outcome
+
+MOST = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What steps take, in seconds."""
+
+    step: Callable[[int], float]
+    """By rows."""
+    draft: Callable[[int], float]
+    """One more token for so many sequences."""
+    method: DraftMethod = "model"
+    noise: float = 0.1
+    """Share by which a step may take longer or shorter."""
+
+    def info(self, distortion: float = 1.0, fixed: bool = False) -> DraftInfo:
+        """As the engine would measure it, with costs of rows beyond the first `distortion` times the true ones."""
+        counts = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 576)
+        rows = [(n, self.step(1) + distortion * (self.step(n) - self.step(1))) for n in counts]
+        costs = StepCosts(rows=rows, drafts=[(n, self.draft(n)) for n in (1, 4, 16, 64)])
+        return DraftInfo(method=self.method, name="x", most=MOST, fixed=fixed, costs=costs)
+
+
+MEMORY_BOUND = Machine(lambda rows: 0.03 + 0.0008 * rows, lambda count: 0.003 + 0.0001 * count)
+"""A large model on a CPU: few rows cost hardly more than one."""
+COMPUTE_BOUND = Machine(lambda rows: max(0.012, 0.0003 * rows), lambda count: 0.0008 + 0.00001 * count)
+"""Free up to 40 rows, then every row costs."""
+OVERHEAD = Machine(lambda rows: 0.0015 + 0.00002 * rows, lambda count: 0.0009 + 0.00001 * count)
+"""A tiny model: a pass of its draft takes nearly as long as its own."""
+LOOKUP = Machine(lambda rows: 0.01 + 0.001 * rows, lambda count: 0.00001 * count, "ngram")
+
+
+@dataclass
+class Run:
+    """A batch that decodes for ever, at lengths of the controller's choice or at a fixed one."""
+
+    machine: Machine
+    rates: Callable[[int, int], list[float]]
+    """(sequence, step) -> how likely each place's token is right."""
+    lengths: DraftLengths | None
+    fixed: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(1))
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+    drafting: list[int] = field(default_factory=list)
+    """Draft tokens of each step."""
+
+    def step(self, size: int) -> None:
+        """One step of so many sequences."""
+        slots = np.arange(size, dtype=np.int32)
+        asked = self._asked(slots)
+        accepted = np.array([self._accepted(slot, int(count)) for slot, count in enumerate(asked)], np.int32)
+        rows, depth = size + int(asked.sum()), int(asked.max())
+        noise = 1 + self.machine.noise * self.rng.uniform(-1, 1)
+        verify = noise * self.machine.step(rows)
+        propose = noise * sum(self.machine.draft(int((asked > place).sum())) for place in range(depth))
+        if self.lengths is not None:
+            known = np.full(size, 50 + self.steps, np.int32)
+            drafts = asked > 0
+            columns = (column[drafts] for column in (slots, asked, asked, accepted, known))
+            outcome = Outcome(*columns) if depth else None
+            self.lengths.learn(outcome, rows, verify, propose, pure=True)
+        self.seconds += verify + propose
+        self.tokens += size + int(accepted.sum())
+        self.steps += 1
+        self.drafting.append(int(asked.sum()))
+
+    def _asked(self, slots: IntArray) -> IntArray:
+        size = len(slots)
+        if self.lengths is None:
+            return np.full(size, self.fixed, np.int32)
+        if self.lengths.idle(size):
+            return np.zeros(size, np.int32)
+        known = np.full(size, 50 + self.steps, np.int32)
+        full = np.full(size, MOST, np.int32)
+        return self.lengths.choose(
+            Candidates(slots, slots.astype(np.int64), known, known, full, decoding=size, rows=size, budget=2048)
+        )
+
+    def _accepted(self, sequence: int, count: int) -> int:
+        rates = self.rates(sequence, self.steps)
+        return next((place for place in range(count) if self.rng.random() >= rates[place]), count)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+def flat(rate: float) -> Callable[[int, int], list[float]]:
+    return lambda sequence, step: [rate] * MOST
+
+
+def falling(sequence: int, step: int) -> list[float]:
+    return [0.85 - 0.1 * place for place in range(MOST)]
+
+
+def unlike(sequence: int, step: int) -> list[float]:
+    """Half of the sequences are easy."""
+    return [0.9 if sequence % 2 else 0.3] * MOST
+
+
+def best_fixed(machine: Machine, rates: Callable[[int, int], list[float]], size: int) -> float:
+    """Expected goodput of the best length that is the same in all steps, 0 included."""
+    chances = np.cumprod([rates(sequence, 0) for sequence in range(size)], axis=1).sum(axis=0)
+    goodputs = []
+    for length in range(MOST + 1):
+        seconds = machine.step(size * (1 + length)) + length * machine.draft(size)
+        goodputs.append((size + chances[:length].sum()) / seconds)
+    return float(max(goodputs))
+
+
+def chosen(
+    machine: Machine, rates: Callable[[int, int], list[float]], size: int, steps: int, distortion: float = 1.0
+) -> Run:
+    run = Run(machine, rates, DraftLengths(machine.info(distortion), 64))
+    for _ in range(steps):
+        run.step(size)
+    return run
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize("rates", [flat(0.15), flat(0.6), flat(0.9), falling, unlike])
+@pytest.mark.parametrize("machine", [MEMORY_BOUND, COMPUTE_BOUND, OVERHEAD, LOOKUP])
+def test_no_fixed_length_gives_notably_more(machine, rates, size):
+    run = chosen(machine, rates, size, 1000 if size < 64 else 300)
+    assert run.goodput >= 0.97 * best_fixed(machine, rates, size)
+
+
+@pytest.mark.parametrize("distortion", [0.3, 3.0])
+@pytest.mark.parametrize("machine", [MEMORY_BOUND, COMPUTE_BOUND])
+def test_costs_measured_wrong_at_start_are_found_out(machine, distortion):
+    run = chosen(machine, falling, 8, 2000, distortion)
+    early = run.tokens, run.seconds
+    for _ in range(500):
+        run.step(8)
+    late = (run.tokens - early[0]) / (run.seconds - early[1])
+    assert late >= 0.93 * best_fixed(machine, falling, 8)
+
+
+def test_while_drafts_are_useless_hardly_any_time_goes_into_them():
+    run = chosen(OVERHEAD, flat(0.02), 1, 3000)
+    plain = Run(OVERHEAD, flat(0.02), None)
+    for _ in range(3000):
+        plain.step(1)
+    assert run.goodput >= 0.985 * plain.goodput
+    assert 0 < sum(count > 0 for count in run.drafting[1000:]) < 20, "it tries again, and rarely"
+
+
+def test_drafts_that_become_good_are_found_out():
+    def turning(sequence: int, step: int) -> list[float]:
+        return [0.9 if step > 500 else 0.05] * MOST
+
+    run = chosen(MEMORY_BOUND, turning, 4, 3000)
+    assert np.mean(run.drafting[300:500]) < 0.5
+    assert np.mean(run.drafting[2500:]) > 8
+
+
+def test_a_growing_batch_switches_drafts_off_and_a_shrinking_one_on():
+    run = chosen(COMPUTE_BOUND, flat(0.8), 4, 200)
+    assert np.mean(run.drafting[-50:]) > 8
+    for size, switched in ((64, False), (4, True)):
+        for _ in range(100):
+            run.step(size)
+        assert (np.mean(run.drafting[-50:]) > 8) == switched
+
+
+def test_the_choice_is_stable():
+    run = chosen(MEMORY_BOUND, flat(0.7), 1, 600)
+    late = run.drafting[300:]
+    assert sum(a != b for a, b in itertools.pairwise(late)) < 30
+
+
+def candidates(limits: list[int], budget: int = 100) -> Candidates:
+    size = len(limits)
+    slots, known = np.arange(size, dtype=np.int32), np.full(size, 50, np.int32)
+    return Candidates(slots, slots.astype(np.int64), known, known, np.array(limits, np.int32), size, size, budget)
+
+
+def test_fixed_lengths_obey_only_the_limits():
+    lengths = DraftLengths(COMPUTE_BOUND.info(fixed=True), 64)
+    assert not lengths.idle(64)
+    assert lengths.choose(candidates([8, 3, 0, 8])).tolist() == [8, 3, 0, 8]
+    assert lengths.choose(candidates([8, 3, 0, 8], budget=9)).tolist() == [8, 1, 0, 0]
+
+
+def test_chosen_lengths_obey_the_limits_too():
+    lengths = DraftLengths(MEMORY_BOUND.info(), 64)
+    found = lengths.choose(candidates([8, 2, 0, 8]))
+    assert found[0] == found[3] > 2 and found[1:3].tolist() == [2, 0]
+    assert DraftLengths(MEMORY_BOUND.info(), 64).choose(candidates([8] * 4, budget=6)).sum() <= 6
+
+
+def test_a_long_prompt_that_the_draft_must_read_first_is_not_worth_a_few_tokens():
+    batch = candidates([8])
+    for known, left, drafts in ((50, 50, True), (50_000, 20, False)):
+        asked = replace(batch, known=np.array([known], np.int32), left=np.array([left], np.int32))
+        assert (DraftLengths(MEMORY_BOUND.info(), 64).choose(asked).sum() > 0) == drafts

@@ -1,0 +1,181 @@
+"""Who drafts how much, what becomes of accepted tokens, and that drafts take nothing from anybody."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from quire.core.ids import RequestId
+from quire.core.messages import Failed, Finished, Tokens
+from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
+from quire.core.pruning import PolicyInfo, PruneParams
+from quire.core.speculation import DraftInfo
+from quire.scheduler.scheduler import Scheduler
+
+from .fake_engine import expected_output
+from .world import World, make_config, make_request
+
+FIXED = DraftInfo(method="ngram", name="ngram", most=4, fixed=True)
+
+
+def world_of(right: float = 1.0, looks_ahead: bool = False, **changes: Any) -> World:
+    """Every draft is of four tokens, all right unless `right` says otherwise."""
+    world = World(make_config(draft=FIXED, **changes), looks_ahead)
+    world.engine.right = right
+    return world
+
+
+def step(world: World) -> BatchPlan:
+    plan = world.step()
+    assert plan is not None
+    return plan
+
+
+def drafts(plan: BatchPlan) -> list[int]:
+    return [part.drafts for part in plan.sequences]
+
+
+def decoding(**params: Any) -> tuple[Scheduler, BatchPlan]:
+    """A scheduler with a sequence that has sampled the token 9; and the next plan."""
+    scheduler = Scheduler(make_config(draft=FIXED))
+    scheduler.add(make_request("a", max_tokens=12, **params))
+    plan = scheduler.plan()
+    assert plan is not None and drafts(plan) == [0], "a prompt does not draft"
+    scheduler.commit(plan, StepOutput((SequenceOutput((9,)),)))
+    plan = scheduler.plan()
+    assert plan is not None
+    return scheduler, plan
+
+
+def commit(scheduler: Scheduler, plan: BatchPlan, *results: SequenceOutput) -> list[Any]:
+    events = scheduler.commit(plan, StepOutput(results, draft_seconds=0.5))
+    scheduler.check_integrity()
+    return events
+
+
+def test_a_decode_drafts_and_gets_what_was_right_and_one_more():
+    scheduler, plan = decoding()
+    assert drafts(plan) == [4] and not len(plan.decodes) and plan.sequences[0].token_ids == (9,)
+    (event,) = commit(scheduler, plan, SequenceOutput((5, 6, 7), drafted=4))
+    assert event == Tokens(RequestId("a"), 0, [5, 6, 7])
+    following = scheduler.plan()
+    assert following is not None and (following.sequences[0].start, following.sequences[0].token_ids) == (6, (7,))
+    counts = scheduler.stats().speculation
+    assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (1, 4, 2)
+    assert counts.accepted_per_position == [1, 1, 0, 0] and counts.lengths == [0, 0, 0, 0, 2]
+    assert counts.draft_seconds == 0.5 and counts.step_seconds >= 0.0
+
+
+def test_nothing_is_drafted_past_the_end():
+    world = world_of()
+    world.scheduler.add(request := make_request(max_tokens=8))
+    plans = [step(world) for _ in range(3)]
+    assert drafts(plans[1]) == [4] and not any(drafts(plans[2])[1:])
+    world.run()
+    assert world.tokens["r", 0] == expected_output(request, 0, world.config)[0]
+
+
+def test_the_end_may_lie_inside_what_was_accepted():
+    scheduler, plan = decoding(stop_token_ids=(6,))
+    tokens, end = commit(scheduler, plan, SequenceOutput((5, 6, 7, 8), drafted=4))
+    assert tokens == Tokens(RequestId("a"), 0, [5, 6])
+    assert isinstance(end, Finished) and (end.reason, end.stop_token_id) == ("stop", 6)
+    assert not scheduler.has_work and scheduler.stats().generation_tokens_total == 3
+
+
+def test_an_abort_or_a_failure_while_drafts_are_verified():
+    scheduler, plan = decoding()
+    scheduler.abort(RequestId("a"))
+    scheduler.check_integrity()
+    assert commit(scheduler, plan, SequenceOutput((5, 6), drafted=4)) == [] and not scheduler.has_work
+    scheduler, plan = decoding()
+    (failed,) = commit(scheduler, plan, SequenceOutput(error="no"))
+    assert isinstance(failed, Failed) and scheduler.stats().pages_used == 0
+
+
+def test_who_does_not_want_drafts_stays_a_column_and_who_wants_log_probabilities_drafts():
+    world = world_of()
+    for request in (make_request("plain", speculate=False), make_request("scored", logprobs=0), make_request("usual")):
+        world.scheduler.add(request)
+    step(world)
+    plan = step(world)
+    assert len(plan.decodes) == 1 and sorted(drafts(plan)) == [2, 2], "all but the last of the three that are left"
+    world.run()
+    assert len(world.finished) == 3
+
+
+def test_a_step_of_drafts_is_not_planned_ahead_and_one_without_is():
+    world = world_of(looks_ahead=True)
+    world.scheduler.add(make_request("a", max_tokens=20))
+    world.run()
+    assert world.planned_ahead == 0
+    world.scheduler.add(make_request("b", max_tokens=20, speculate=False))
+    world.run()
+    assert world.planned_ahead > 10
+
+
+def test_lengths_end_where_the_sequence_is_to_be_pruned():
+    world = world_of(policies={"any": PolicyInfo()})
+    prune = PruneParams(policy="any", keep=0.5, floor=1, window=1, sinks=0, every=7)
+    world.scheduler.add(msgspec.structs.replace(make_request(prompt=range(1, 9), max_tokens=40), prune=prune))
+    pruned_at = []
+    while world.scheduler.has_work:
+        plan = step(world)
+        if plan.prunes and plan.sequences:
+            assert drafts(plan) == [0]
+            pruned_at.append(plan.sequences[0].start + len(plan.sequences[0].token_ids))
+    assert pruned_at == [8, 15, 22, 29, 36, 43], "as without drafts"
+
+
+@pytest.mark.parametrize("changes", [{}, {"windows": (None, 3)}])
+def test_where_pages_are_short_drafts_are_shorter_and_nobody_goes(changes):
+    def preemptions(draft: DraftInfo | None) -> tuple[int, int]:
+        world = World(make_config(draft=draft, num_pages=24, **changes))
+        world.engine.right = 0.0
+        requests = [make_request(name, max_tokens=16, seed=ord(name)) for name in "ab"]
+        for request in requests:
+            world.scheduler.add(request)
+        world.run()
+        for request in requests:
+            assert world.tokens[request.id, 0] == expected_output(request, 0, world.config)[0]
+        return world.scheduler.stats().preemptions_total, world.engine.drafts
+
+    assert preemptions(None)[0] == preemptions(FIXED)[0]
+    assert preemptions(FIXED)[1] > 20
+
+
+def test_pages_of_wrong_drafts_go_to_who_waits():
+    """With one page fewer per head the second fits, of which the first still holds one for its draft."""
+    world = world_of(right=0.0, num_pages=14, max_model_len=40)
+    world.scheduler.add(make_request("a", prompt=range(1, 7), max_tokens=6))
+    step(world)
+    plan = step(world)
+    assert drafts(plan) == [4] and world.scheduler.stats().pages_used == 6
+    world.scheduler.add(make_request("b", prompt=range(20, 33), max_tokens=2))
+    plan = step(world)
+    assert world.scheduler.stats().running == 2 and world.scheduler.stats().pages_used == 4 + 8
+    assert drafts(plan)[-1] == 0, "nothing was left to lend"
+    world.run()
+
+
+def test_blocks_are_published_with_the_tokens_that_were_accepted():
+    world = world_of(right=0.7)
+    world.scheduler.add(make_request("a", max_tokens=20))
+    world.run()
+    prompt = (5, 6, 7, *world.tokens["a", 0][:13])
+    world.scheduler.add(request := make_request("b", prompt=prompt, max_tokens=6))
+    assert step(world).assignments[0].cached == 12
+    world.run()
+    assert world.tokens["b", 0] == expected_output(request, 0, world.config)[0]
+
+
+def test_members_of_a_batch_may_draft_beside_a_prompt():
+    world = world_of(max_batch_tokens=16)
+    world.scheduler.add(make_request("a", max_tokens=12))
+    step(world)
+    world.scheduler.add(make_request("b", prompt=range(1, 11)))
+    plan = step(world)
+    assert sorted(drafts(plan)) == [0, 4] and plan.num_tokens == 11
+    assert np.sum(drafts(plan)) + plan.num_tokens <= 16
+    world.run()
