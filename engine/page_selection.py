@@ -65,16 +65,18 @@ class PageSelection:
         row, size = 0, self._cache.layout.page_size
         for index, part in enumerate(plan.parts()):
             count = len(part.token_ids)
-            if part.slot in self._params and part.start >= self._known[part.slot]:
-                for ahead in range(count):
-                    budget = self._params[part.slot].target(part.start + ahead + 1)
-                    rows.append(_Reading(len(pieces), row + ahead, budget))
-                    pieces.append(_Piece(index, ahead, row + ahead, 1))
-                full = self._bound(part.slot)
-                if (part.start + count - 1) // size > full:
-                    fresh.append((index, full, (part.start + count - 1) // size))
-            else:
-                pieces.append(_Piece(index, 0, row, count))
+            dense = count
+            if part.slot in self._params:
+                dense = min(count, max(0, self._known[part.slot] - part.start))
+            if dense:
+                pieces.append(_Piece(index, 0, row, dense))
+            for ahead in range(dense, count):
+                rows.append(_Reading(len(pieces), row + ahead, self._params[part.slot].target(part.start + ahead + 1)))
+                pieces.append(_Piece(index, ahead, row + ahead, 1))
+            if dense < count:
+                full, filled = self._bound(part.slot), (part.start + count - 1) // size
+                if filled > full:
+                    fresh.append((index, full, filled))
             row += count
         if not rows:
             return None
