@@ -58,6 +58,8 @@ class PageSelection:
 
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
+        if not self._params or not self._layers:
+            return None
         # What comes after what was known at first comes token by token, or as a token and proposals to follow it.
         rows: list[_Reading] = []
         pieces: list[_Piece] = []

@@ -1,6 +1,7 @@
 """Steps with draft tokens: whoever proposes, the text is what it would be without."""
 
 import random
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ def sometimes(text: list[int]) -> ScriptedDrafter:
         return [*ahead[:place], *(dice.randrange(POISON) for _ in ahead[place:])]
 
     return ScriptedDrafter(guess)
+
+
+def always(guess: list[int], slot: int, known: list[int]) -> list[int]:
+    """Whatever is known."""
+    return guess
 
 
 def plain(params: SamplingParams, count: int = TOKENS, **more: Any) -> Sequence:
@@ -142,7 +148,7 @@ def test_a_drafter_hears_all_known_tokens_and_slots_change_hands() -> None:
 
 def test_proposals_that_are_no_tokens_are_ignored() -> None:
     for guess, drafted in (([1, 2, 40, 3], 2), ([-7], 0), ([2**31 - 1], 0)):
-        harness = Harness(make_engine(FakeRunner(), ScriptedDrafter(lambda slot, known, guess=guess: guess)), drafts=4)
+        harness = Harness(make_engine(FakeRunner(), ScriptedDrafter(partial(always, guess))), drafts=4)
         sequence = harness.add(0, PROMPT)
         harness.generate(sequence, 5)
         assert sequence.outputs[0].drafted == drafted

@@ -18,8 +18,8 @@ def logits_like(seed: int, spread: float = 1.5) -> Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def cut(*, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, rows: int = 1) -> tuple[Tensor, ...]:
-    return torch.full((rows,), top_k), torch.full((rows,), top_p), torch.full((rows,), min_p)
+def cut(*, top_k: float = 0, top_p: float = 1.0, min_p: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.tensor([int(top_k)]), torch.tensor([top_p]), torch.tensor([min_p])
 
 
 def chi_square(tokens: Tensor, expected: Tensor) -> float:
