@@ -33,6 +33,7 @@ from ..models.native import NativeRunner
 from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
 from ..speculation.drafter import Drafter
+from ..speculation.loading import cache_share, load_draft, make_drafter
 from . import snapshot
 from .cache import KVCache
 from .device import choose_placement
@@ -78,15 +79,24 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, kind: Literal["native", "transformers"], place: Placement
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        kind: Literal["native", "transformers"],
+        place: Placement,
+        draft_share: float = 0.0,
     ) -> None:
-        """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
+        """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it.
+
+        draft_share: bytes to leave for a draft's cache per byte of this one, where `config` does not say how large.
+        """
         self._runner = runner
         self._place = place
         layout = cache_layout(config, runner.spec, place.dtype)
         per_sequence = _pages_per_sequence(config, runner.spec, layout)
         enough = config.max_num_seqs * per_sequence
-        self.cache = _allocate(layout, num_pages(layout, config.kv_memory, place.device, enough), place.device)
+        pages = num_pages(layout, config.kv_memory, place.device, enough, draft_share)
+        self.cache = _allocate(layout, pages, place.device)
         self.sampler = Sampler(config.max_num_seqs, runner.spec.vocab_size, place.device, place.backend)
         host_pages = num_host_pages(layout, config.swap_memory)
         self.host = _allocate_host(self.cache, host_pages) if host_pages else None
@@ -133,7 +143,12 @@ class Engine:
             on_progress=on_progress,
         )
         kind: Literal["native", "transformers"] = "native" if isinstance(runner, NativeRunner) else "transformers"
-        engine = Engine(runner, config, kind, place)
+        draft = load_draft(config, runner, place, on_progress)
+        engine = Engine(runner, config, kind, place, 0.0 if draft is None else cache_share(draft, runner))
+        lengths = {"max_model_len": engine.info.max_model_len, "num_slots": config.max_num_seqs}
+        drafter = make_drafter(config, runner, draft, engine.cache, place, **lengths)
+        if drafter is not None:
+            engine.draft_with(drafter, config)
         on_progress("warming up", 0, 1)
         engine.warm_up()
         on_progress("warming up", 1, 1)
@@ -144,7 +159,7 @@ class Engine:
         self._speculation = Speculation(drafter, self.sampler, self.info.max_model_len)
         draft = DraftInfo(
             method=drafter.method,
-            name=config.draft,
+            name=drafter.method if config.draft == "auto" else config.draft,
             most=config.draft_tokens or MAX_DRAFT_TOKENS,
             fixed=config.draft_tokens is not None,
             num_bytes=drafter.num_bytes,

@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 
+from quire.core.config import EngineConfig
 from quire.core.plan import BatchPlan, PruneOrder
 from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
+from quire.engine.engine import Engine
 from quire.models.runner import ModelRunner
 
 from ..engine.harness import Harness, Sequence, make_engine
@@ -131,3 +133,40 @@ def test_every_row_reads_the_pages_it_would_read_alone(tmp_path: Path) -> None:
         _, sequences = run(runner, guess, prompts=prompts, prune=prune)
         assert [sequence.tokens for sequence in sequences] == texts, name
         assert any(output.drafted for sequence in sequences for output in sequence.outputs)
+
+
+@pytest.mark.parametrize("runner", ["native", "transformers"])
+def test_real_drafters_change_no_text(tmp_path: Path, runner: Any) -> None:
+    """Greedy, seeded and penalised; the target as its own draft is always right where its tokens are coupled."""
+    load_tiny(tmp_path, transformers.LlamaConfig(**GQA), runner)
+    kinds = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(top_p=0.9, seed=4, presence_penalty=0.3),
+        SamplingParams(temperature=0.0, frequency_penalty=0.4, min_tokens=12, logprobs=2),
+    ]
+    texts: dict[str, list[list[int]]] = {}
+    for draft in ("none", "ngram", str(tmp_path), *(["layerskip:2"] if runner == "native" else [])):
+        config = EngineConfig(
+            model=str(tmp_path), draft=draft, runner=runner, device="cpu", dtype="float32", page_size=4,
+            max_num_seqs=6, max_batch_tokens=64, max_model_len=100, kv_memory=1 << 20,
+        )  # fmt: skip
+        engine = Engine.load(config, lambda phase, done, total: None)
+        assert (engine.info.draft is None) == (draft == "none")
+        if engine.info.draft is not None:
+            assert engine.info.draft.costs.rows and engine.info.draft.costs.drafts
+        harness = Harness(engine, drop_windows=True)
+        sequences = [harness.add(i, p, q, i) for i, (p, q) in enumerate(zip(PROMPTS, kinds, strict=True))]
+        outputs = []
+        while open_ := [s for s in sequences if len(s.output_ids) < 40]:
+            # Never a chunk and proposals at once: the scheduler does not either.
+            harness.drafts = min(4, 39 - max(len(s.output_ids) for s in open_))
+            if any(len(s.tokens) - s.computed > 1 for s in open_):
+                harness.drafts = 0
+            outputs += harness.step([(s, min(9, len(s.tokens) - s.computed)) for s in open_])
+        texts[draft] = [s.tokens for s in sequences]
+        assert texts[draft] == texts["none"], draft
+        drafted = sum(output.drafted for output in outputs)
+        right = sum(len(output.token_ids) - 1 for output in outputs if output.drafted)
+        assert (drafted > 0) == (draft != "none")
+        if draft == str(tmp_path):
+            assert right == drafted
