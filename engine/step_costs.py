@@ -107,15 +107,15 @@ class CostProbe:
 
 
 def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
-    """Medians of `seconds` by count, ascending: of the first two counts, and of more while the budget lasts."""
-    points: list[tuple[int, float]] = []
+    """Medians of `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
+
+    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each.
+    """
+    times: dict[int, list[float]] = {}
     spent = 0.0
-    for count in counts:
-        if spent > budget and len(points) >= 2:
+    for count in [*counts] * _REPEATS:
+        if spent > budget and len(times) >= 2:
             break
-        times: list[float] = []
-        while len(times) < _REPEATS and (not times or spent < budget):
-            times.append(seconds(count))
-            spent += times[-1]
-        points.append((count, statistics.median(times)))
-    return sorted(points)
+        times.setdefault(count, []).append(seconds(count))
+        spent += times[count][-1]
+    return sorted((count, statistics.median(values)) for count, values in times.items())
