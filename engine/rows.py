@@ -16,9 +16,9 @@ class DraftDistributions:
     """What the draft tokens of a step were drawn from, where they were; Q of them."""
 
     places: dict[int, IntArray]
-    """By sequence of the plan: the row of `q` per draft token."""
-    q: Tensor
-    """[Q, V] float32: probabilities, after all the rules of the sequence's parameters."""
+    """By sequence of the plan: the row of `scaled` per draft token."""
+    scaled: Tensor
+    """[Q, V] float32: logits after all the rules of the sequence's parameters, see `kernels.distributions`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,10 @@ class Judged:
     """[J], ascending: which of the step's."""
     drafts: Tensor
     """[J] int64"""
-    q: Tensor
+    scaled: Tensor
     """[J, V] float32: what the tokens were drawn from."""
+    heads: Tensor
+    """[J] int64: which of the J is the first of the same sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +88,13 @@ def _prefix(plan: BatchPlan, layout: LogitLayout, table: SlotTable) -> Tensor:
 
 def _judged(plan: BatchPlan, layout: LogitLayout, distributions: DraftDistributions, on: device) -> Judged | None:
     rows: list[int] = []
-    numbers: list[tuple[int, int]] = []
+    numbers: list[tuple[int, int, int]] = []
     for index, row, drafts in _first_rows(plan, layout):
         places = distributions.places.get(index, ())
+        head = len(rows)
         rows.extend(range(row, row + min(len(drafts), len(places))))
-        numbers.extend(zip(drafts, places, strict=False))
+        numbers.extend((token, place, head) for token, place in zip(drafts, places, strict=False))
     if not rows:
         return None
-    tokens, order = upload(np.array(numbers, np.int64).T.copy(), on)
-    q = distributions.q
-    return Judged(np.array(rows, np.int32), tokens, q[order])
+    tokens, order, heads = upload(np.array(numbers, np.int64).T.copy(), on)
+    return Judged(np.array(rows, np.int32), tokens, distributions.scaled[order], heads)

@@ -62,8 +62,8 @@ class Sampler:
     def propose(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Draft tokens [N] int64 from a draft's logits [N, V] float32, as the rows' parameters would draw.
 
-        The second, for those of them that are `SlotTable.free`, is q [F, V]: what the tokens were drawn from. The
-        others are drawn by the very noise that their target will be.
+        The second, for those of them that are `SlotTable.free`, is what the tokens were drawn from [F, V], as
+        `DraftDistributions` has it. The others are drawn by the very noise that their target will be.
         """
         owners, places = self._pairs(rows.slots, rows.positions)
         free = self.table.free[rows.slots]
@@ -73,14 +73,14 @@ class Sampler:
         members = self._where(free)
         seeds = self.table.keys[owners[members], 0]
         scaled = self._scaled(logits[members], rows.slots[free], owners[members])
-        drawn, q = draw_drafts(scaled, seeds, places[members])
+        drawn = draw_drafts(scaled, seeds, places[members])
         if free.all():
-            return drawn, q
+            return drawn, scaled
         tokens, others = torch.empty_like(owners), self._where(~free)
         coupled = Rows(rows.slots[~free], rows.positions[~free])
         tokens[members] = drawn
         tokens[others] = self._draw_by_kind(logits[others], coupled, owners[others], places[others])
-        return tokens, q
+        return tokens, scaled
 
     def outputs(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]
@@ -198,7 +198,8 @@ class Sampler:
     def _judge(self, judged: Judged, slots: IntArray, logits: Tensor, owners: Tensor, places: Tensor) -> Tensor:
         """Tokens [J]: draft tokens where they are accepted."""
         seeds = self.table.keys[owners, 0]
-        return judge_drafts(self._scaled(logits, slots, owners), judged.drafts, judged.q, seeds, places)
+        scaled = self._scaled(logits, slots, owners)
+        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places)
 
     def _scaled(self, logits: Tensor, slots: IntArray, owners: Tensor) -> Tensor:
         """[N, V]: what `_draw_kind` would draw from the softmax of; no row is greedy."""
@@ -304,12 +305,15 @@ def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[boo
 
 
 def _accepted(plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[tuple[int, ...]]:
-    """Of each of the layout's samplers, the tokens drawn up to the first that is not the draft's."""
+    """Of each of the layout's samplers, the tokens drawn up to the first that is not the draft's.
+
+    What a rejection left undrawn (-1) ends a run too: the token in its place may happen to be the draft's.
+    """
     accepted: list[tuple[int, ...]] = []
     first = 0
     for index, drafted in zip(layout.samplers, layout.drafted, strict=True):
         ids, last = plan.sequences[index].token_ids, 0
-        while last < drafted and drawn[first + last] == ids[len(ids) - drafted + last]:
+        while last < drafted and drawn[first + last] == ids[len(ids) - drafted + last] and drawn[first + last + 1] >= 0:
             last += 1
         accepted.append(tuple(drawn[first : first + last + 1]))
         first += 1 + drafted

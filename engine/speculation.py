@@ -107,8 +107,8 @@ class ProposalDraw:
         self._best = not (adjusted or table.kinds[slots].any())
         """Whether every token is just the likeliest; `DRAW_KINDS` begins with that."""
         self._places: IntArray = np.full((len(slots), most), -1, np.int32)
-        """[S, most]: which of `q` a token was drawn from; -1: from none that matters."""
-        self._q: list[Tensor] = []
+        """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
+        self._scaled: list[Tensor] = []
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
@@ -122,22 +122,22 @@ class ProposalDraw:
         if self._drawn is not None:
             rows = upload(members.astype(np.int64), table.device)
             prefix = self._drawn[rows, :depth] if depth else None
-        tokens, q = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix))
+        tokens, scaled = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix))
         if self._drawn is not None:
             self._drawn[rows, depth] = tokens
-        if q is not None:
-            count = sum(len(part) for part in self._q)
-            self._places[members[table.free[slots]], depth] = np.arange(count, count + len(q))
-            self._q.append(q)
+        if scaled is not None:
+            count = sum(len(part) for part in self._scaled)
+            self._places[members[table.free[slots]], depth] = np.arange(count, count + len(scaled))
+            self._scaled.append(scaled)
         return tokens
 
     def distributions(self, asked: list[int]) -> DraftDistributions | None:
         """Those of the sequences, which are called `asked` [S]; None if none matters."""
-        if not self._q:
+        if not self._scaled:
             return None
         counts = (self._places >= 0).cumprod(1).sum(1)
         places = {index: row[:count] for index, row, count in zip(asked, self._places, counts, strict=True) if count}
-        return DraftDistributions(places, torch.cat(self._q))
+        return DraftDistributions(places, torch.cat(self._scaled))
 
 
 def _usable(proposals: Proposals, most: IntArray, vocab_size: int) -> list[tuple[int, ...]]:

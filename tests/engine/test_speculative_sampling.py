@@ -26,7 +26,12 @@ def table(seed: int) -> Tensor:
 
 
 TARGET = table(1)
-DRAFTS = {"good": TARGET + 0.5 * table(2), "bad": -TARGET, "other": table(3)}
+DRAFTS = {
+    "good": TARGET + 0.5 * table(2),
+    "bad": -TARGET,
+    "other": table(3),
+    "senseless": torch.full((VOCAB, VOCAB), torch.nan),
+}
 
 
 class Bigrams:
@@ -107,6 +112,7 @@ def generate(params: SamplingParams, drafter: Drafter, drafts: int) -> tuple[lis
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "plain good": ({}, "good"),
     "plain bad": ({}, "bad"),
+    "senseless": ({}, "senseless"),
     "cold": ({"temperature": 0.5}, "other"),
     "top-k": ({"top_k": 3}, "good"),
     "top-p": ({"top_p": 0.75}, "bad"),
@@ -124,7 +130,7 @@ def test_drawn_proposals_give_the_exact_joint_distribution(case: str) -> None:
     runs, right = generate(params, drafter, drafts=2)
     # A fixed seed: the p-value is always the same, and below this for one correct rule in a thousand.
     assert p_value(params, runs) > 1e-3
-    assert 0 < right < 1
+    assert 0 < right < 1 or name == "senseless"
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.75}, {"frequency_penalty": 1.0}])
