@@ -9,6 +9,7 @@ import torch
 
 from quire.core.plan import BatchPlan, SequencePlan
 from quire.core.request import SamplingParams
+from quire.engine import sizing
 
 from .fake_model import POISON, FakeRunner
 from .harness import Harness, Sequence, make_engine
@@ -224,3 +225,13 @@ def test_a_prompts_last_chunk_may_be_followed_by_proposals() -> None:
     (output,) = harness.step([(sequence, len(PROMPT))])
     assert output.token_ids == tuple(alone.output_ids[:5]) and output.drafted == 4
     assert engine.step(BatchPlan((SequencePlan(sequence.slot, 23, tuple(sequence.tokens[-1:]), True),))).sequences
+
+
+def test_memory_is_left_for_a_drafts_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much per byte of the target's as it takes; what the operator gives the target's is the target's."""
+    monkeypatch.setattr(sizing, "free_memory", lambda device: 1 << 30)
+    layout, cpu = make_engine(FakeRunner()).cache.layout, torch.device("cpu")
+    alone = sizing.num_pages(layout, None, cpu, 10**9)
+    assert sizing.num_pages(layout, None, cpu, 10**9, draft_share=0.25) == pytest.approx(alone / 1.25, abs=1)
+    given = [sizing.num_pages(layout, 1 << 20, cpu, 10**9, draft_share=share) for share in (0.0, 0.25)]
+    assert given[0] == given[1]
