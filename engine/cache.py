@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
 from ..kernels.backend import TRITON_BACKENDS, Backend
-from ..kernels.cache import zeros
+from ..kernels.cache import entry_destinations, zeros
 from ..kernels.compaction_cpu import compact_kv_cpu
 from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
@@ -170,6 +170,15 @@ class KVCache:
             self.kept.index_add_(0, slots, lengths[:, None, None].expand(-1, *self.kept.shape[1:]))
         self._kept_host[host_slots] += np.asarray(host_lengths, np.int32)[:, None]
         self.computed[host_slots] += np.asarray(host_lengths)
+
+    def wipe(self, slot: SlotId, count: int) -> None:
+        """Clear the `count` entries that follow the slot's own: a step stored there what it did not keep."""
+        index, size = torch.tensor([slot], device=self.device), self.layout.page_size
+        table, kept = self.tables(index, self.longest(np.array([slot]), [count]))
+        rows = torch.tensor([0, count], device=self.device)
+        places = entry_destinations(table, kept, rows, page_size=size, num_tokens=count).flatten()
+        pages = places.div(size, rounding_mode="floor")
+        self.pool[pages, :, places % size] = 0
 
     def clear(self, pages: Tensor) -> None:
         """Empty all slots and the given pages [N] int64: the state before any step that used only these."""

@@ -1,10 +1,11 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec, pages_needed
 from ..core.plan import (
     BatchPlan,
+    IntArray,
     PageGrants,
     SequenceOutput,
     SequencePlan,
@@ -24,23 +26,29 @@ from ..core.plan import (
     StoredBlock,
 )
 from ..core.request import SamplingParams
-from ..models.context import AttentionObserver, PageSelector
+from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
+from ..models.context import PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
 from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
+from ..speculation.drafter import Drafter
+from ..speculation.loading import cache_share, load_draft, make_drafter
 from . import snapshot
 from .cache import KVCache
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs, graph_sizes
 from .host_pool import HostPool
 from .inputs import LogitLayout, build_inputs, logit_layout
+from .observe import StepObserver
 from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
-from .staging import Download
+from .speculation import Proposed, Speculation, unspeculative, without_proposals
+from .staging import Download, upload
+from .step_costs import AnyTokens, CostProbe
 from .timer import Moment, StepTimer
 
 _WARM_UP_TOKENS = 8
@@ -58,6 +66,9 @@ class LaunchedStep:
     """None if nothing is sampled or scored."""
     moments: tuple[Moment, Moment, Moment] | None = None
     """Start and end of the forward pass, and the end of sampling."""
+    observer: StepObserver | None = None
+    """Who waits to hear which draft tokens were right."""
+    draft_seconds: float = 0.0
 
 
 class Engine:
@@ -68,15 +79,24 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, kind: Literal["native", "transformers"], place: Placement
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        kind: Literal["native", "transformers"],
+        place: Placement,
+        draft_share: float = 0.0,
     ) -> None:
-        """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it."""
+        """Allocate the cache for an already loaded runner; raises `ConfigError` if too little memory is left for it.
+
+        draft_share: bytes to leave for a draft's cache per byte of this one, where `config` does not say how large.
+        """
         self._runner = runner
         self._place = place
         layout = cache_layout(config, runner.spec, place.dtype)
         per_sequence = _pages_per_sequence(config, runner.spec, layout)
         enough = config.max_num_seqs * per_sequence
-        self.cache = _allocate(layout, num_pages(layout, config.kv_memory, place.device, enough), place.device)
+        pages = num_pages(layout, config.kv_memory, place.device, enough, draft_share)
+        self.cache = _allocate(layout, pages, place.device)
         self.sampler = Sampler(config.max_num_seqs, runner.spec.vocab_size, place.device, place.backend)
         host_pages = num_host_pages(layout, config.swap_memory)
         self.host = _allocate_host(self.cache, host_pages) if host_pages else None
@@ -89,6 +109,8 @@ class Engine:
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
             sizes = graph_sizes(config.max_num_seqs)
             self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture())
+        self._speculation: Speculation | None = None
+        self._max_rows = config.max_batch_tokens
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
         self.info = EngineInfo(
             model=runner.spec,
@@ -121,11 +143,28 @@ class Engine:
             on_progress=on_progress,
         )
         kind: Literal["native", "transformers"] = "native" if isinstance(runner, NativeRunner) else "transformers"
-        engine = Engine(runner, config, kind, place)
+        draft = load_draft(config, runner, place, on_progress)
+        engine = Engine(runner, config, kind, place, 0.0 if draft is None else cache_share(draft, runner))
+        lengths = {"max_model_len": engine.info.max_model_len, "num_slots": config.max_num_seqs}
+        drafter = make_drafter(config, runner, draft, engine.cache, place, **lengths)
+        if drafter is not None:
+            engine.draft_with(drafter, config)
         on_progress("warming up", 0, 1)
         engine.warm_up()
         on_progress("warming up", 1, 1)
         return engine
+
+    def draft_with(self, drafter: Drafter, config: EngineConfig) -> None:
+        """Let a drafter propose, from now on; to be called before any step."""
+        self._speculation = Speculation(drafter, self.sampler, self.info.max_model_len)
+        draft = DraftInfo(
+            method=drafter.method,
+            name=drafter.method if config.draft == "auto" else config.draft,
+            most=config.draft_tokens or MAX_DRAFT_TOKENS,
+            fixed=config.draft_tokens is not None,
+            num_bytes=drafter.num_bytes,
+        )
+        self.info = msgspec.structs.replace(self.info, draft=draft)
 
     @property
     def spec(self) -> ModelSpec:
@@ -159,6 +198,8 @@ class Engine:
             self.sampler.table.assign(assignment)
             self._pruner.assign(assignment)
             self._selection.assign(assignment)
+            if self._speculation is not None:
+                self._speculation.assign(assignment)
             self._max_lengths[assignment.slot] = assignment.max_length
         self.parking.come_back(plan)
         self.cache.apply(plan)
@@ -171,24 +212,69 @@ class Engine:
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs = self.sampler.outputs(plan, layout, logits, launched.drawn.wait())
+            outputs = self._settle(launched, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied)
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds)
+
+    def _settle(
+        self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
+    ) -> tuple[SequenceOutput, ...]:
+        """Keep of the sequences with draft tokens what was right, and note what is known now."""
+        plan = launched.plan
+        if self._speculation is None:
+            return outputs
+        self._speculation.note(plan, decoded, outputs)
+        stay = {
+            part.slot: len(part.token_ids) - part.drafts - 1 + len(output.token_ids) if output.error is None else 0
+            for part, output in zip(plan.sequences, outputs, strict=True)
+            if part.drafts
+        }
+        if not stay:
+            return outputs
+        if launched.observer is not None:
+            launched.observer.settle(stay)
+        slots, entries = np.array([*stay], np.int32), tuple(stay.values())
+        rows, counts = upload(np.array([slots, entries], np.int64), self._place.device)
+        self.cache.advance(rows, counts.int(), slots, entries)
+        return self._redo(plan, outputs)
+
+    def _redo(self, plan: BatchPlan, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
+        """Compute once more, without proposals, the sequences that a proposal may have led astray.
+
+        A token that the model gives no finite values for spoils what is computed beside it.
+        """
+        failed = [i for i, part in enumerate(plan.sequences) if part.drafts and outputs[i].error is not None]
+        if not failed:
+            return outputs
+        for part in (plan.sequences[index] for index in failed):
+            self.cache.wipe(part.slot, len(part.token_ids))
+        again = self.step(BatchPlan(tuple(without_proposals(plan.sequences[index]) for index in failed)))
+        redone = dict(zip(failed, again.sequences, strict=True))
+        return tuple(
+            replace(redone[index], drafted=plan.sequences[index].drafts) if index in redone else output
+            for index, output in enumerate(outputs)
+        )
 
     def _compute(self, plan: BatchPlan) -> LaunchedStep:
-        """Forward pass and sampling."""
+        """Proposals, forward pass and sampling."""
+        proposed = Proposed(plan)
+        if any(part.drafts for part in plan.sequences):
+            proposed = Proposed(unspeculative(plan)) if self._speculation is None else self._speculation.propose(plan)
+        plan = proposed.plan
         started = self._timer.now()
         watchers = (self._pruner.observer(plan), self._selection.selector(plan))
         # What a graph computes nobody looks into.
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
-        drawn = self.sampler.draw(plan, layout, logits) if len(layout.rows) else None
-        return LaunchedStep(plan, layout, logits, drawn, (started, computed, self._timer.now()))
+        drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
+        moments = started, computed, self._timer.now()
+        return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
 
     def _forward(
-        self, plan: BatchPlan, observer: AttentionObserver | None, selector: PageSelector | None
+        self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None
     ) -> tuple[Tensor, LogitLayout]:
         """Logits [R, V] of any batch; its entries are in the cache."""
         newest = self.sampler.table.newest
@@ -232,9 +318,9 @@ class Engine:
         return snapshot.fingerprint(self.info, self.cache.layout)
 
     def warm_up(self) -> None:
-        """Run one chunk and one decode through the real path; leaves no trace in cache or sampler.
+        """Run one chunk and one decode through the real path, and find what steps cost where somebody drafts.
 
-        Raises `ModelLoadError` if the model gives values that are not finite.
+        Leaves no trace in cache or sampler. Raises `ModelLoadError` if the model gives values that are not finite.
         """
         heads = self.spec.num_layers * self.spec.num_kv_heads
         fits = self.info.page_size * (self.cache.num_pages // heads)
@@ -255,9 +341,28 @@ class Engine:
                 f"{self.spec.name}: {first.error or second.error} in {self.info.dtype}; the weights may be damaged, "
                 "or the model may need another dtype"
             )
+        self._forget_all(pages)
+        if self._speculation is not None and self.info.draft is not None:
+            draft = msgspec.structs.replace(self.info.draft, costs=self._step_costs(self._speculation, self.info.draft))
+            self.info = msgspec.structs.replace(self.info, draft=draft)
+
+    def _step_costs(self, speculation: Speculation, draft: DraftInfo) -> StepCosts:
+        """Of steps and of the drafter."""
+        probe = CostProbe(self.info, draft.most, self.sampler.table.num_slots, self._max_rows)
+        self._speculation = Speculation(AnyTokens(), self.sampler, self.info.max_model_len)
+        rows = probe.rows(self.step)
+        self._speculation = speculation
+        costs = StepCosts(rows=rows, drafts=probe.drafts(self.step, speculation.propose))
+        self._forget_all(probe.num_pages)
+        return costs
+
+    def _forget_all(self, pages: int) -> None:
+        """The state before any step, of which all used only the first `pages` pages."""
         self.cache.clear(torch.arange(pages, device=self._place.device))
         self.sampler.table.clear()
         self._pruner.clear()
+        if self._speculation is not None:
+            self._speculation.clear()
 
 
 def _pages_per_sequence(config: EngineConfig, spec: ModelSpec, layout: CacheLayout) -> int:

@@ -16,16 +16,18 @@ from .staging import upload
 
 @dataclass(frozen=True, slots=True)
 class LogitLayout:
-    """Which rows of the batch need logits, and whose they are; a sequence's scored rows precede its sampled one."""
+    """Which rows of the batch need logits, and whose they are; a sequence's scored rows precede its sampled ones."""
 
     rows: IntArray
     """Row of the flattened batch, per row of logits; those of the plan's decodes come first."""
     sampled: IntArray
-    """Row of logits per token to draw: of the plan's decodes, then `sampler_rows`."""
+    """Row of logits per token to draw: of the plan's decodes, then of the `samplers`."""
     samplers: list[int]
     """Which of `plan.sequences` sample."""
     sampler_rows: list[int]
-    """Row of logits of each of them."""
+    """First row of logits of each of them; the others of its sampled rows follow."""
+    drafted: list[int]
+    """How many those are: a row for each of the draft tokens at the end of its `token_ids`."""
     scored: list[tuple[int, int]]
     """(sequence, first row of logits); as many rows as it has `score_ids`."""
 
@@ -47,17 +49,23 @@ class StepInputs:
     slots: Tensor
     """[S] int64."""
     new_entries: Tensor
-    """[S] int32: entries that each sequence gets and keeps."""
+    """[S] int32: entries that each sequence gets and keeps; where there are drafts none yet, see `KVCache.advance`."""
     host_slots: IntArray
     host_lengths: tuple[int, ...]
 
 
 def logit_layout(plan: BatchPlan) -> LogitLayout:
-    """Ask for logits only where a token is sampled or a prompt token is scored."""
+    """Ask for logits only where a token is sampled or a prompt token is scored.
+
+    Here, and wherever a step is computed, `drafts` says how many of a sequence's `token_ids`, the last ones, are
+    proposals.
+    """
     start = len(plan.decodes)
     rows = list(range(start))
+    sampled = list(range(start))
     samplers: list[int] = []
     sampler_rows: list[int] = []
+    drafted: list[int] = []
     scored: list[tuple[int, int]] = []
     for index, sequence in enumerate(plan.sequences):
         count = len(sequence.token_ids)
@@ -69,9 +77,10 @@ def logit_layout(plan: BatchPlan) -> LogitLayout:
         if sequence.sample:
             samplers.append(index)
             sampler_rows.append(len(rows))
-            rows.append(start - 1)
-    sampled = np.array([*range(len(plan.decodes)), *sampler_rows], np.int32)
-    return LogitLayout(np.array(rows, np.int32), sampled, samplers, sampler_rows, scored)
+            drafted.append(sequence.drafts)
+            sampled.extend(range(len(rows), len(rows) + 1 + sequence.drafts))
+            rows.extend(range(start - 1 - sequence.drafts, start))
+    return LogitLayout(np.array(rows, np.int32), np.array(sampled, np.int32), samplers, sampler_rows, drafted, scored)
 
 
 def fill_unknown(input_ids: Tensor, slots: Tensor, decodes: Decodes, newest: Tensor) -> None:
@@ -94,7 +103,7 @@ def build_inputs(
     decodes, others = plan.decodes, plan.sequences
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
     counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
-    stored = (1,) * len(decodes) + tuple(0 if part.scratch else len(part.token_ids) for part in others)
+    stored = (1,) * len(decodes) + tuple(0 if part.scratch or part.drafts else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
     rows = np.array(counts, np.int64)
     ids, positions, ends = _rows(plan, rows)

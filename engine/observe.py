@@ -4,7 +4,7 @@ Gathered per slot while the layers attend, and only for slots whose policy asks 
 `pruning.policy`; L' layers without a window.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -147,6 +147,17 @@ class _RingRows:
     """[S, H, D] of the layers so far."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A sequence of the step that has draft tokens: what its rows show counts once it is known which of them stay."""
+
+    watched: _Watched
+    queries: list[Tensor] = field(default_factory=list)
+    """[n, H, D] of the layers so far."""
+    scorings: list[Scoring] = field(default_factory=list)
+    """Of the same layers."""
+
+
 class StepObserver:
     """Looks on for one step; fulfils `models.context.AttentionObserver`."""
 
@@ -161,22 +172,29 @@ class StepObserver:
         """`layers`: those without a window, ascending; `longest`: entries of a slot's longest head before the step."""
         self._layers = {layer: index for index, layer in enumerate(layers)}
         self._watched: list[_Watched] = []
+        self._held: dict[SlotId, _Held] = {}
+        self._context: AttentionContext | None = None
+        self._device = device
         single: dict[QueryRings, list[tuple[int, int, int]]] = {}
         """By ring: (row of the batch, row of the ring, position)."""
         slots_of, starts = plan.decodes.slots.tolist(), plan.decodes.starts.tolist()
-        parts = [(slot, start, 1, False) for slot, start in zip(slots_of, starts, strict=True)]
-        parts += [(part.slot, part.start, len(part.token_ids), part.scratch) for part in plan.sequences]
+        parts = [(slot, start, 1, False, 0) for slot, start in zip(slots_of, starts, strict=True)]
+        parts += [(part.slot, part.start, len(part.token_ids), part.scratch, part.drafts) for part in plan.sequences]
         row = 0
-        for index, (slot, start, count, scratch) in enumerate(parts):
+        for index, (slot, start, count, scratch, drafts) in enumerate(parts):
             seen = slots.get(slot)
             if seen is not None:
-                if seen.rings is not None and not scratch:
-                    self._prepare(seen, start, count, device)
+                if seen.rings is not None and not scratch and not drafts:
+                    _prepare(seen, start, count, device)
                     if count == 1:
                         single.setdefault(seen.rings, []).append((row, seen.row, start))
-                if scratch or seen.needs.mass or (seen.rings is not None and count > 1):
+                if scratch or drafts or seen.needs.mass or (seen.rings is not None and count > 1):
                     entries = longest(slot) + count
-                    self._watched.append(_Watched(index, slice(row, row + count), start, scratch, entries, seen))
+                    watched = _Watched(index, slice(row, row + count), start, scratch, entries, seen)
+                    if drafts:
+                        self._held[slot] = _Held(watched)
+                    else:
+                        self._watched.append(watched)
             row += count
         self._single: dict[QueryRings, _RingRows] = {}
         for rings, found in single.items():
@@ -186,7 +204,7 @@ class StepObserver:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is to be seen."""
-        return not (self._watched or self._single)
+        return not (self._watched or self._single or self._held)
 
     def observe(self, context: AttentionContext, layer: int, query: Tensor, scoring: Scoring) -> None:
         """See `AttentionObserver`."""
@@ -198,25 +216,59 @@ class StepObserver:
             if len(rows.queries) == len(self._layers):
                 rings.write_rows(rows.ring_rows, rows.positions, torch.stack(rows.queries))
         for watched in self._watched:
-            seen, rows_seen = watched.seen, query[watched.rows]
-            if watched.scratch:
-                seen.unread = watched.start
-                _add_columns(watched, seen.repeated, context, layer, rows_seen, scoring)
-                continue
-            if seen.rings is not None and len(rows_seen) > 1:
-                if seen.needs.moments:
-                    seen.add_moments(index, watched.start, rows_seen)
-                if seen.needs.queries:
-                    seen.rings.write_chunk(index, seen.row, watched.start, rows_seen)
-            if seen.needs.mass:
-                _add_columns(watched, seen.mass, context, layer, rows_seen, scoring)
+            _look(watched, context, layer, index, query[watched.rows], scoring)
+        for held in self._held.values():
+            self._context = context
+            held.queries.append(query[held.watched.rows].clone())
+            held.scorings.append(scoring)
 
-    def _prepare(self, seen: Observations, start: int, count: int, device: torch.device) -> None:
-        """Sum what the ring has no more room for, or what precedes a chunk that is summed directly."""
-        assert seen.rings is not None
-        if seen.needs.moments and (count > 1 or start - seen.summed >= seen.rings.window):
-            seen.sum_ring(start, device)
-            seen.summed = start + count if count > 1 else start
+    def settle(self, stay: Mapping[SlotId, int]) -> None:
+        """So many rows of each of the slots that had draft tokens stay; now what they show counts, as a chunk's does.
+
+        Must come before anything else is written to the cache.
+        """
+        for slot, held in self._held.items():
+            count, whole = stay[slot], held.watched
+            if not count or self._context is None:
+                continue
+            first = whole.rows.start
+            lost = whole.rows.stop - first - count
+            rows = slice(first, first + count)
+            watched = replace(whole, rows=rows, entries=whole.entries - lost)
+            rings = watched.seen.rings
+            if rings is not None:
+                _prepare(watched.seen, watched.start, count, self._device)
+                if count == 1:
+                    row, position = upload(np.array([[watched.seen.row], [watched.start]], np.int64), self._device)
+                    rings.write_rows(row, position, torch.stack([query[:1] for query in held.queries]))
+            for layer, index in self._layers.items():
+                _look(watched, self._context, layer, index, held.queries[index][:count], held.scorings[index])
+
+
+def _prepare(seen: Observations, start: int, count: int, device: torch.device) -> None:
+    """Sum what the ring has no more room for, or what precedes a chunk that is summed directly."""
+    assert seen.rings is not None
+    if seen.needs.moments and (count > 1 or start - seen.summed >= seen.rings.window):
+        seen.sum_ring(start, device)
+        seen.summed = start + count if count > 1 else start
+
+
+def _look(
+    watched: _Watched, context: AttentionContext, layer: int, index: int, query: Tensor, scoring: Scoring
+) -> None:
+    """Take in what the rows [n, H, D] of a sequence show in a layer, the `index`-th of those without a window."""
+    seen = watched.seen
+    if watched.scratch:
+        seen.unread = watched.start
+        _add_columns(watched, seen.repeated, context, layer, query, scoring)
+        return
+    if seen.rings is not None and len(query) > 1:
+        if seen.needs.moments:
+            seen.add_moments(index, watched.start, query)
+        if seen.needs.queries:
+            seen.rings.write_chunk(index, seen.row, watched.start, query)
+    if seen.needs.mass:
+        _add_columns(watched, seen.mass, context, layer, query, scoring)
 
 
 def _add_columns(

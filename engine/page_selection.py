@@ -3,9 +3,11 @@
 Each full page of theirs has bounds of its keys; a decode step picks pages by what the bounds allow. Prompts read all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,10 +17,11 @@ from ..core.plan import BatchPlan, SlotAssignment
 from ..core.pruning import PruneParams
 from ..kernels.backend import Backend
 from ..kernels.page_bounds_reference import page_key_bounds
-from ..models.context import AttentionContext
+from ..models.context import AttentionContext, SelectedPages
 from ..pruning.quest import DENSE_LAYERS, select_pages
 from ..pruning.table import policy_infos
 from .cache import KVCache
+from .staging import upload
 
 
 class PageSelection:
@@ -55,55 +58,142 @@ class PageSelection:
 
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
-        # What comes after what was known at first comes token by token.
         if not self._params or not self._layers:
             return None
-        rows: list[tuple[int, int]] = []
+        # What comes after what was known at first comes token by token, or as a token and proposals to follow it.
+        rows: list[_Reading] = []
+        pieces: list[_Piece] = []
+        fresh: list[tuple[int, int, int]] = []
+        row, size = 0, self._cache.layout.page_size
         for index, part in enumerate(plan.parts()):
-            if part.slot in self._params and part.start >= self._known[part.slot]:
-                rows.append((index, self._params[part.slot].target(part.start + 1)))
-                self._bound(part.slot)
+            count = len(part.token_ids)
+            dense = count
+            if part.slot in self._params:
+                dense = min(count, max(0, self._known[part.slot] - part.start))
+            if dense:
+                pieces.append(_Piece(index, 0, row, dense))
+            for ahead in range(dense, count):
+                rows.append(_Reading(len(pieces), row + ahead, self._params[part.slot].target(part.start + ahead + 1)))
+                pieces.append(_Piece(index, ahead, row + ahead, 1))
+            if dense < count:
+                full, filled = self._bound(part.slot), (part.start + count - 1) // size
+                if filled > full:
+                    fresh.append((index, full, filled))
+            row += count
         if not rows:
             return None
         assert self._bounds is not None
-        return StepSelector(rows, frozenset(self._layers), self._bounds)
+        split = None if len(pieces) == index + 1 else _Split.of(pieces, self._cache.device)
+        return StepSelector(rows, frozenset(self._layers), self._bounds, self._find, split, fresh)
 
-    def _bound(self, slot: SlotId) -> None:
-        """Find the bounds of the slot's pages that have become full."""
+    def _bound(self, slot: SlotId) -> int:
+        """Find the bounds of the slot's pages that have become full; how many each head has of them."""
         cache, size = self._cache, self._cache.layout.page_size
         if self._bounds is None:
             self._bounds = cache.pool.new_zeros(len(cache.pool), 2, cache.layout.head_dim)
         full, first = int(cache.computed[slot]) // size, self._bounded[slot]
         if full > first:
-            pages = cache.page_table[slot, self._layers, :, first:full].flatten()
-            find = page_key_bounds
-            if self._backend == "triton":
-                from ..kernels.page_bounds_triton import page_key_bounds_triton as find  # triton is beside a GPU only
-            find(self._bounds, cache.pool, pages, torch.full_like(pages, size))
+            self._find(cache.page_table[slot, self._layers, :, first:full])
             self._bounded[slot] = full
+        return full
+
+    def _find(self, pages: Tensor) -> None:
+        """Find the bounds of full pages, of any shape."""
+        find = page_key_bounds
+        if self._backend == "triton":
+            from ..kernels.page_bounds_triton import page_key_bounds_triton as find  # triton is beside a GPU only
+        assert self._bounds is not None
+        pages = pages.flatten()
+        find(self._bounds, self._cache.pool, pages, torch.full_like(pages, self._cache.layout.page_size))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A row that reads some pages."""
+
+    piece: int
+    row: int
+    """Of the batch."""
+    budget: int
+    """Entries to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive rows of a sequence that read the same pages."""
+
+    sequence: int
+    ahead: int
+    """Rows of the sequence before these."""
+    row: int
+    """The first, of the batch."""
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """The batch as attention is to see it: each of S' pieces as if it was a sequence of its own."""
+
+    sequences: Tensor
+    """[S'] int64"""
+    ahead: Tensor
+    """[S', 1] int64"""
+    query_start: Tensor
+    """[S' + 1] int32"""
+    query_lengths: tuple[int, ...]
+
+    @staticmethod
+    def of(pieces: Sequence[_Piece], device: torch.device) -> "_Split":
+        """A batch cut so."""
+        end = pieces[-1].row + pieces[-1].count
+        columns = [(piece.sequence, piece.ahead, piece.row) for piece in pieces] + [(0, 0, end)]
+        sequences, ahead, rows = upload(np.array(columns, np.int64).T.copy(), device)
+        lengths = tuple(piece.count for piece in pieces)
+        return _Split(sequences[:-1], ahead[:-1, None], rows.int(), lengths)
 
 
 class StepSelector:
     """Picks pages for one step; fulfils `models.context.PageSelector`."""
 
-    def __init__(self, rows: Sequence[tuple[int, int]], layers: frozenset[int], bounds: Tensor) -> None:
-        """rows: (sequence in the batch, entries that it reads), each of one new token; bounds [P, 2, D]."""
+    def __init__(
+        self,
+        rows: Sequence[_Reading],
+        layers: frozenset[int],
+        bounds: Tensor,
+        find: Callable[[Tensor], None],
+        split: _Split | None,
+        fresh: Sequence[tuple[int, int, int]],
+    ) -> None:
+        """bounds [P, 2, D], which `find` finds for given pages; split: None if every piece is a sequence; fresh:
+        (sequence, first page, end) of what the step's own rows fill and later ones of them read.
+        """
         self._rows = rows
         self._layers = layers
         self._bounds = bounds
+        self._find = find
+        self._split = split
+        self._fresh = fresh
 
-    def select(self, context: AttentionContext, layer: int, query: Tensor) -> tuple[Tensor, Tensor] | None:
+    def select(self, context: AttentionContext, layer: int, query: Tensor) -> SelectedPages | None:
         """See `PageSelector`."""
         if layer not in self._layers:
             return None
-        tables, kept = context.page_table[:, layer].clone(), context.kept[:, layer].clone()
-        for index, budget in self._rows:
-            row = int(sum(context.query_lengths[:index]))
-            part = slice(index, index + 1)
+        for sequence, first, end in self._fresh:
+            self._find(context.page_table[sequence, layer, :, first:end])
+        split = self._split
+        if split is None:
+            tables, kept = context.page_table[:, layer].clone(), context.kept[:, layer].clone()
+            start, lengths = context.query_start, context.query_lengths
+        else:
+            tables = context.page_table[split.sequences, layer]
+            kept = (context.kept[split.sequences, layer] + split.ahead).int()
+            start, lengths = split.query_start, split.query_lengths
+        for reading in self._rows:
+            part = slice(reading.piece, reading.piece + 1)
             table, count = select_pages(
-                query[row : row + 1], self._bounds, tables[part], kept[part], budget=budget,
+                query[reading.row : reading.row + 1], self._bounds, tables[part], kept[part], budget=reading.budget,
                 page_size=context.pool.shape[2],
             )  # fmt: skip
             tables[part, :, : table.shape[2]] = table
             kept[part] = count
-        return tables, kept
+        return SelectedPages(tables, kept, start, lengths)

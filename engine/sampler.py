@@ -15,9 +15,15 @@ from torch import Tensor
 from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, TokenLogprob
 from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
+from ..kernels.distributions import full_logits, truncated_logits
+from ..kernels.rejection import draw_drafts, judge_drafts
 from .inputs import LogitLayout
+from .rows import DraftDistributions, Judged, Rows, sampled_rows
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 from .staging import Download, upload
+
+_JUDGED = len(DRAW_KINDS)
+"""A row that is drawn in view of a draft token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +47,40 @@ class Sampler:
         self.backend = backend
         self._fused = backend in TRITON_BACKENDS
 
-    def draw(self, plan: BatchPlan, layout: LogitLayout, logits: Tensor) -> Download:
+    def draw(
+        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, distributions: DraftDistributions | None = None
+    ) -> Download:
         """Draw the next tokens, from logits [R, V] float32 laid out so, R > 0; the host does not wait for them.
 
-        What `outputs` takes once it is there: int64 [S + R], the tokens of the S rows that sample, then which rows
-        are finite.
+        distributions: of the draft tokens, where they were drawn from any. What `outputs` takes once it is there: int64
+        [N + R], the tokens of the N rows that sample, then which rows are finite.
         """
-        parts = [plan.sequences[index] for index in layout.samplers]
-        slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in parts], np.int32)])
-        ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)
-        tokens = self._draw(logits, slots, np.concatenate([plan.decodes.starts + 1, ends]), layout.sampled)
+        rows = sampled_rows(plan, layout, self.table, distributions)
+        tokens = self._draw(logits, rows, layout)
         return Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]))
+
+    def propose(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        """Draft tokens [N] int64 from a draft's logits [N, V] float32, as the rows' parameters would draw.
+
+        The second, for those of them that are `SlotTable.free`, is what the tokens were drawn from [F, V], as
+        `DraftDistributions` has it. The others are drawn by the very noise that their target will be.
+        """
+        owners, places = self._pairs(rows.slots, rows.positions)
+        free = self.table.free[rows.slots]
+        logits = self._adjust(logits, rows, owners, shared=True)
+        if not free.any():
+            return self._draw_by_kind(logits, rows, owners, places), None
+        members = self._where(free)
+        seeds = self.table.keys[owners[members], 0]
+        scaled = self._scaled(logits[members], rows.slots[free], owners[members])
+        drawn = draw_drafts(scaled, seeds, places[members])
+        if free.all():
+            return drawn, scaled
+        tokens, others = torch.empty_like(owners), self._where(~free)
+        coupled = Rows(rows.slots[~free], rows.positions[~free])
+        tokens[members] = drawn
+        tokens[others] = self._draw_by_kind(logits[others], coupled, owners[others], places[others])
+        return tokens, scaled
 
     def outputs(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]
@@ -64,69 +93,128 @@ class Sampler:
         count, samples = len(plan.decodes), len(layout.sampled)
         drawn, finite = flat[:samples], flat[samples:] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
-        return decoded, self._outputs(plan, layout, logits, drawn[count:].tolist(), finite.tolist())
+        accepted = _accepted(plan, layout, drawn[count:].tolist())
+        outputs = self._outputs(plan, layout, logits, accepted, finite.tolist())
+        if any(layout.drafted):
+            self._remember_accepted(plan, outputs)
+        return decoded, outputs
 
     def _outputs(
-        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, drawn: Sequence[int], finite: Sequence[bool]
+        self,
+        plan: BatchPlan,
+        layout: LogitLayout,
+        logits: Tensor,
+        accepted: Sequence[tuple[int, ...]],
+        finite: Sequence[bool],
     ) -> tuple[SequenceOutput, ...]:
-        """Of the plan's sequences; `drawn` are the tokens of the layout's samplers."""
+        """Of the plan's sequences; `accepted` are the tokens of the layout's samplers."""
         failed = _failed_sequences(plan, layout, finite)
-        logprobs = self._logprobs(logits, self._wanted(plan, layout, drawn))
-        chosen = {sequence: (token,) for sequence, token in zip(layout.samplers, drawn, strict=True)}
+        logprobs = self._logprobs(logits, self._wanted(plan, layout, accepted))
+        chosen = dict(zip(layout.samplers, accepted, strict=True))
         outputs: list[SequenceOutput] = []
-        for index in range(len(plan.sequences)):
+        for index, part in enumerate(plan.sequences):
             if index in failed:
                 outputs.append(SequenceOutput(error=NON_FINITE))
                 continue
             of_output, of_prompt = (tuple(logprobs.get((index, kind), ())) for kind in (False, True))
-            outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt))
+            outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt, part.drafts))
         return tuple(outputs)
 
-    def _wanted(self, plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[_LogprobRequest]:
-        """Log-probabilities of drawn tokens, where asked for, and of scored prompt tokens."""
+    def _remember_accepted(self, plan: BatchPlan, outputs: Sequence[SequenceOutput]) -> None:
+        """What `_draw` remembers of other rows, of those with drafts; the host knows by now which tokens stay."""
+        taken = [(part.slot, output.token_ids) for part, output in zip(plan.sequences, outputs, strict=True)
+                 if part.drafts and output.token_ids]  # fmt: skip
+        if not taken:
+            return
+        owners, newest = self._pairs(*zip(*((slot, tokens[-1]) for slot, tokens in taken), strict=True))
+        self.table.newest[owners] = newest
+        counted = [(slot, token) for slot, tokens in taken if self.table.penalised[slot] for token in tokens]
+        if counted:
+            self.table.count_outputs(*self._pairs(*zip(*counted, strict=True)))
+
+    def _wanted(
+        self, plan: BatchPlan, layout: LogitLayout, accepted: Sequence[tuple[int, ...]]
+    ) -> list[_LogprobRequest]:
+        """Log-probabilities of accepted tokens, where asked for, and of scored prompt tokens."""
         wanted = []
-        for index, row, token in zip(layout.samplers, layout.sampler_rows, drawn, strict=True):
+        for index, first, tokens in zip(layout.samplers, layout.sampler_rows, accepted, strict=True):
             top = self.table.states[plan.sequences[index].slot].params.logprobs
             if top is not None:
-                wanted.append(_LogprobRequest(index, row, token, top, of_prompt=False))
+                for row, token in enumerate(tokens, first):
+                    wanted.append(_LogprobRequest(index, row, token, top, of_prompt=False))
         for index, first in layout.scored:
             top = self.table.states[plan.sequences[index].slot].params.prompt_logprobs or 0
             for offset, token in enumerate(plan.sequences[index].score_ids):
                 wanted.append(_LogprobRequest(index, first + offset, token, top, of_prompt=True))
         return wanted
 
-    def _draw(self, logits: Tensor, slots: IntArray, positions: IntArray, rows: IntArray) -> Tensor:
-        """Next tokens [N] int64 (on the device), counted for penalties, of the slots [N], to stand at positions [N].
-
-        rows [N]: of the logits.
-        """
+    def _draw(self, logits: Tensor, rows: Rows, layout: LogitLayout) -> Tensor:
+        """Tokens [N] int64 (on the device) of the rows; remembered, but where drafts leave open whether they stay."""
+        slots, at = rows.slots, layout.sampled
         if not len(slots):
             return torch.empty(0, dtype=torch.int64, device=self.device)
-        owners, places = self._pairs(slots, positions)
-        everything = len(rows) == len(logits)
-        logits = logits if everything else logits[upload(rows, self.device)]
+        owners, places = self._pairs(slots, rows.positions)
+        everything = len(at) == len(logits)
+        logits = logits if everything else logits[upload(at, self.device)]
         penalised = self.table.penalised[slots]
-        if self._fused and self.table.plain(slots, positions):
+        plain = rows.prefix is None and rows.judged is None
+        if self._fused and plain and self.table.plain(slots, rows.positions):
             tokens = self._draw_fused(logits, owners, places, penalised=bool(penalised.any()))
         else:
-            logits = self._adjust(logits, slots, positions, owners, shared=everything)
-            tokens = self._draw_by_kind(logits, slots, owners, places)
+            logits = self._adjust(logits, rows, owners, shared=everything)
+            tokens = self._draw_by_kind(logits, rows, owners, places)
+        if any(layout.drafted):
+            stays = _undrafted(len(slots), layout)
+            members = self._where(stays)
+            self._remember(penalised[stays], owners[members], tokens[members])
+        else:
+            self._remember(penalised, owners, tokens)
+        return tokens
+
+    def _remember(self, penalised: npt.NDArray[np.bool_], owners: Tensor, tokens: Tensor) -> None:
+        """The slots `owners` [N] have got tokens [N]; those that are `penalised` [N] count them."""
         if penalised.any():
             members = self._where(penalised)
             self.table.count_outputs(owners[members], tokens[members])
         self.table.newest[owners] = tokens
-        return tokens
 
-    def _draw_by_kind(self, logits: Tensor, slots: IntArray, owners: Tensor, places: Tensor) -> Tensor:
-        """Tokens [N] from adjusted logits; `owners` are the slots on the device, `places` the positions."""
-        kinds = self.table.kinds[slots]
-        if (kinds == kinds[0]).all():
+    def _draw_by_kind(self, logits: Tensor, rows: Rows, owners: Tensor, places: Tensor) -> Tensor:
+        """Tokens [N] from adjusted logits; `owners` are the rows' slots on the device, `places` their positions."""
+        kinds = self.table.kinds[rows.slots]
+        if rows.judged is not None:
+            kinds[rows.judged.rows] = _JUDGED
+        elif (kinds == kinds[0]).all():
             return self._draw_kind(DRAW_KINDS[kinds[0]], logits, owners, places)
         tokens = torch.empty_like(owners)
         for kind in np.unique(kinds):
             members = self._where(kinds == kind)
-            tokens[members] = self._draw_kind(DRAW_KINDS[kind], logits[members], owners[members], places[members])
+            arguments = logits[members], owners[members], places[members]
+            if rows.judged is not None and kind == _JUDGED:
+                tokens[members] = self._judge(rows.judged, rows.slots[rows.judged.rows], *arguments)
+            else:
+                tokens[members] = self._draw_kind(DRAW_KINDS[kind], *arguments)
         return tokens
+
+    def _judge(self, judged: Judged, slots: IntArray, logits: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        """Tokens [J]: draft tokens where they are accepted."""
+        seeds = self.table.keys[owners, 0]
+        scaled = self._scaled(logits, slots, owners)
+        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places)
+
+    def _scaled(self, logits: Tensor, slots: IntArray, owners: Tensor) -> Tensor:
+        """[N, V]: what `_draw_kind` would draw from the softmax of; no row is greedy."""
+        strengths, top_k = self.table.strengths[owners], self.table.keys[owners, 1]
+        temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
+        cut = self.table.kinds[slots] == DRAW_KINDS.index("truncated")
+        if not cut.any():
+            return full_logits(logits, temperature, min_p)
+        if cut.all():
+            return truncated_logits(logits, temperature, top_k, top_p, min_p)
+        scaled = torch.empty_like(logits)
+        whole, some = self._where(~cut), self._where(cut)
+        scaled[whole] = full_logits(logits[whole], temperature[whole], min_p[whole])
+        scaled[some] = truncated_logits(logits[some], temperature[some], top_k[some], top_p[some], min_p[some])
+        return scaled
 
     def _draw_fused(self, logits: Tensor, slots: Tensor, positions: Tensor, *, penalised: bool) -> Tensor:
         """Tokens [N] of rows that no bias, mask or cut of the distribution asks torch for: all in one pass."""
@@ -153,9 +241,9 @@ class Sampler:
             return sampling.sample_full(logits, temperature, min_p, seeds, positions)
         return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
-    def _adjust(self, logits: Tensor, slots: IntArray, positions: IntArray, owners: Tensor, *, shared: bool) -> Tensor:
+    def _adjust(self, logits: Tensor, rows: Rows, owners: Tensor, *, shared: bool) -> Tensor:
         """Penalties, bias and minimum length; `owners` are the slots on the device. Copies `shared` logits first."""
-        table = self.table
+        table, slots, positions = self.table, rows.slots, rows.positions
         penalised, biased, short = table.penalised[slots], table.biased[slots], positions < table.min_ends[slots]
         if not (penalised.any() or biased.any() or short.any()):
             return logits
@@ -167,7 +255,8 @@ class Sampler:
             members = self._where(penalised)
             owners = owners[members]
             strengths = table.strengths[owners]
-            counts, in_prompt = table.output_counts[owners], table.in_prompt[owners]
+            prefix = None if rows.prefix is None else rows.prefix[members]
+            counts, in_prompt = table.counts_with(owners, prefix), table.in_prompt[owners]
             columns = (strengths[:, column] for column in (REPETITION, PRESENCE, FREQUENCY))
             logits[members] = sampling.adjust_penalties(logits[members], counts, in_prompt, *columns)
         if bias:
@@ -205,8 +294,34 @@ class Sampler:
 
 def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[bool]) -> set[int]:
     """Sequences that have a row of logits that is not finite."""
-    failed = {index for index, row in zip(layout.samplers, layout.sampler_rows, strict=True) if not finite[row]}
+    failed = set()
+    for index, row, drafted in zip(layout.samplers, layout.sampler_rows, layout.drafted, strict=True):
+        if not all(finite[row : row + 1 + drafted]):
+            failed.add(index)
     for sequence, first in layout.scored:
         if not all(finite[first : first + len(plan.sequences[sequence].score_ids)]):
             failed.add(sequence)
     return failed
+
+
+def _accepted(plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[tuple[int, ...]]:
+    """Of each of the layout's samplers, the tokens drawn up to the first that is not the draft's.
+
+    What a rejection left undrawn (-1) ends a run too: the token in its place may happen to be the draft's.
+    """
+    accepted: list[tuple[int, ...]] = []
+    first = 0
+    for index, drafted in zip(layout.samplers, layout.drafted, strict=True):
+        ids, last = plan.sequences[index].token_ids, 0
+        while last < drafted and drawn[first + last] == ids[len(ids) - drafted + last] and drawn[first + last + 1] >= 0:
+            last += 1
+        accepted.append(tuple(drawn[first : first + last + 1]))
+        first += 1 + drafted
+    return accepted
+
+
+def _undrafted(count: int, layout: LogitLayout) -> npt.NDArray[np.bool_]:
+    """[count]: which of the rows are a sequence's only one."""
+    drafted = np.array(layout.drafted)
+    of_parts = np.repeat(drafted == 0, drafted + 1)
+    return np.concatenate([np.ones(count - len(of_parts), np.bool_), of_parts])

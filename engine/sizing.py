@@ -75,8 +75,12 @@ def cache_layout(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> C
     )
 
 
-def num_pages(layout: CacheLayout, budget: int | None, device: torch.device, enough: int) -> int:
+def num_pages(
+    layout: CacheLayout, budget: int | None, device: torch.device, enough: int, draft_share: float = 0.0
+) -> int:
     """Pages of the pool: as many as `budget` bytes hold, or by default a share of the free memory, at most `enough`.
+
+    draft_share: bytes that a draft's cache takes of that share per byte of this one.
 
     Raises `ConfigError` if the budget is more than the device has, or less than two pages per head of every layer.
     """
@@ -87,7 +91,8 @@ def num_pages(layout: CacheLayout, budget: int | None, device: torch.device, eno
             param="kv_memory",
         )
     share = int((CUDA_SHARE if device.type == "cuda" else CPU_SHARE) * free) - layout.table_bytes
-    pages = min(enough, share // layout.bytes_per_page) if budget is None else budget // layout.bytes_per_page
+    most = int(share / (1 + draft_share)) // layout.bytes_per_page
+    pages = min(enough, most) if budget is None else budget // layout.bytes_per_page
     least = _MIN_PAGES_PER_HEAD * layout.num_layers * layout.num_kv_heads
     if pages < least and not (budget is None and pages == enough):
         raise ConfigError(

@@ -50,11 +50,14 @@ class SlotTable:
         self.device = device
         self.states: dict[int, SlotState] = {}
         self.kinds = np.zeros(num_slots, np.int8)
-        """[N], on the host as the next three: which of `DRAW_KINDS`."""
+        """[N], on the host as the next four: which of `DRAW_KINDS`."""
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
         """[N]: whether its state has a bias."""
+        self.free = np.zeros(num_slots, np.bool_)
+        """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
+        how likely each is."""
         self.min_ends = np.zeros(num_slots, np.int64)
         """[N]: first position that an end token may have."""
         self.strengths = torch.zeros(num_slots, 6, device=device)
@@ -88,6 +91,7 @@ class SlotTable:
         )
         self.kinds[slot] = DRAW_KINDS.index(draw_kind(params))
         self.penalised[slot] = penalised
+        self.free[slot] = draw_kind(params) != "greedy" and params.seed is None
         self.min_ends[slot] = len(assignment.prompt_ids) + params.min_tokens
         self.states[slot] = state = SlotState(
             params=params,
@@ -123,6 +127,13 @@ class SlotTable:
         """One more occurrence of tokens [N] int64 in the outputs of the penalised slots [N] int64."""
         one = torch.ones_like(tokens, dtype=torch.int32)
         self.output_counts.index_put_((slots, tokens), one, accumulate=True)
+
+    def counts_with(self, slots: Tensor, prefix: Tensor | None) -> Tensor:
+        """[N, V] int32, a copy: `output_counts` of slots [N] int64, and of the tokens of `Rows.prefix` [N, k]."""
+        counts = self.output_counts[slots]
+        if prefix is None:
+            return counts
+        return counts.scatter_add_(1, prefix.clamp(min=0), (prefix >= 0).int())
 
     def clear(self) -> None:
         """Forget all slots."""

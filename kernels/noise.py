@@ -18,6 +18,10 @@ from torch import Tensor
 
 _GOLDEN64 = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _GOLDEN32 = -1640531527  # 0x9E3779B9
+DRAFT_STREAM = 1
+"""What draft tokens are drawn by that the target then accepts or rejects."""
+ACCEPT_STREAM = 2
+"""What decides between the two."""
 _LARGEST_UNIFORM = 1.0 - 2.0**-24
 """The float32 below one: -log(1 - u) stays finite."""
 
@@ -56,11 +60,30 @@ def random_bits(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     return _xor_shift32(bits, 16)
 
 
+def stream(positions: Tensor, number: int) -> Tensor:
+    """Positions [R] int64 that key noise of its own for each number: 0 is what a token is drawn by, see the constants.
+
+    Positions of sequences are below 2^40, so no two streams of a seed meet.
+    """
+    return positions + (number << 40)
+
+
+def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+    """[R] float32 in (0, 1): one number per row; arguments as for `random_bits`."""
+    bits = random_bits(seeds, positions, torch.zeros(1, dtype=torch.int64, device=seeds.device))
+    return _between_0_and_1(bits).squeeze(1)
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise per (row, token): the argmax of logits + noise is an exact sample of their softmax.
 
     Arguments as for `random_bits`. Returns [R, C] float32, finite, within (-2.9, 22.2): -log(-log(1 - u)), u = (31 bits
     + 1/2) / 2^31. The largest noise, which decides, comes from the smallest u, where float32 holds every value of u.
     """
-    uniform = random_bits(seeds, positions, tokens).bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2.0**-31)
-    return uniform.clamp_(max=_LARGEST_UNIFORM).neg_().log1p_().neg_().log_().neg_()
+    uniform = _between_0_and_1(random_bits(seeds, positions, tokens))
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def _between_0_and_1(bits: Tensor) -> Tensor:
+    """(31 bits + 1/2) / 2^31 in float32, below one; takes the argument's memory."""
+    return bits.bitwise_and_(2**31 - 1).float().add_(0.5).mul_(2.0**-31).clamp_(max=_LARGEST_UNIFORM)

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from .backend import Backend
 from .cpu_library import loaded_library
+from .distributions import CANDIDATES, best_candidates, full_logits, rank_tokens, scale
 from .noise import gumbel_noise
 
-CANDIDATES = 1024
-"""Sorted candidates looked at before a full sort of the vocabulary; a sort costs ten times as much."""
-_MIN_TEMPERATURE = 1e-30
-"""Smaller ones would be zero or denormal in float32; the result is the argmax either way."""
 _LOGPROB_ROWS = 32
 """Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""
 
@@ -52,20 +49,6 @@ def forbid(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
     logits.index_put_((rows, tokens), logits.new_full((), float("-inf")))
 
 
-def rank_tokens(scores: Tensor, width: int) -> Tensor:
-    """[R, width] int64: the highest of scores [R, V] float32, best first, ties by token id.
-
-    Sorts integer keys that hold score and token, so that the result is the same whatever algorithm sorts.
-    """
-    vocab = scores.shape[-1]
-    bits = scores.contiguous().view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & (2**31 - 1))  # compares like the float it came from
-    reverse_id = torch.arange(vocab - 1, -1, -1, device=scores.device)
-    keys = (ordered.long() << 32) | reverse_id
-    best = keys.topk(width).values if width < vocab else keys.sort(dim=-1, descending=True).values
-    return (vocab - 1) - (best & (2**32 - 1))
-
-
 def greedy_tokens(logits: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64: the most likely token of each row of [R, V], the lowest id among equals; any token if one is NaN."""
     if backend == "cpu":
@@ -83,21 +66,19 @@ def _row_maxima_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values, tokens
 
 
-def _scale(logits: Tensor, temperature: Tensor) -> Tensor:
-    """(logits - their maximum) / temperature: at most 0, no overflow at any temperature."""
-    return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=_MIN_TEMPERATURE)[:, None])
-
-
 def sample_full(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draw from the whole distribution, of which min-p may cut the tail: logits [R, V] -> [R] int64.
 
     temperature, min_p [R] float32, temperature > 0; a token is dropped if its probability is below min_p times the
     largest one. seeds, positions [R] int64 key the noise (see `kernels.noise`). About 20 V operations per row.
     """
-    scaled = _scale(logits, temperature)
-    tokens = torch.arange(logits.shape[-1], device=logits.device)
-    noisy = gumbel_noise(seeds, positions, tokens).add_(scaled)
-    return noisy.masked_fill_(scaled < min_p.log()[:, None], float("-inf")).argmax(-1)
+    return draw_scaled(full_logits(logits, temperature, min_p), seeds, positions)
+
+
+def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """[R] int64, drawn from the softmax of [R, V] by the noise of seeds and positions [R] int64."""
+    tokens = torch.arange(scaled.shape[-1], device=scaled.device)
+    return gumbel_noise(seeds, positions, tokens).add_(scaled).argmax(-1)
 
 
 def sample_truncated(
@@ -116,7 +97,7 @@ def sample_truncated(
     largest probability; the best token always stays. The `CANDIDATES` best tokens settle most rows; only the rows
     they do not settle are sorted in full (one read of a [R] mask by the host).
     """
-    scaled = _scale(logits, temperature)
+    scaled = scale(logits, temperature)
     width = min(CANDIDATES, logits.shape[-1])
     chosen, settled = _sample_candidates(scaled, width, top_k, top_p, min_p, seeds, positions)
     if width < logits.shape[-1] and not bool(settled.all()):
@@ -130,23 +111,9 @@ def _sample_candidates(
     scaled: Tensor, width: int, top_k: Tensor, top_p: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Tokens [R] drawn among the `width` best, and whether the kept set lies inside them ([R] bool)."""
-    tokens = rank_tokens(scaled, width)
-    values = scaled.gather(-1, tokens)
-    rank = torch.arange(width, device=scaled.device)
-    limited = top_k > 0
-    in_k = (rank < top_k[:, None]) | ~limited[:, None]
-    mass = values.exp().mul_(in_k)
-    total = torch.where(limited, mass.sum(-1, dtype=torch.float64), scaled.exp().sum(-1, dtype=torch.float64))
-    reached = mass.cumsum(-1, dtype=torch.float64)
-    goal = (top_p.double() * total)[:, None]
-    before_crossing = torch.roll(reached, 1, dims=-1) < goal
-    kept = in_k & (before_crossing | (top_p >= 1)[:, None]) & (values >= min_p.log()[:, None])
-    kept[:, 0] = True
-    noisy = gumbel_noise(seeds, positions, tokens).add_(values).masked_fill_(~kept, float("-inf"))
-    chosen = tokens.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1)
-    inside_k = limited & (top_k <= width)
-    inside_p = ~limited & (top_p < 1) & (reached[:, -1] >= goal[:, 0])
-    return chosen, inside_k | inside_p
+    tokens, values, settled = best_candidates(scaled, width, top_k, top_p, min_p)
+    noisy = gumbel_noise(seeds, positions, tokens).add_(values)
+    return tokens.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1), settled
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,11 +35,24 @@ class AttentionObserver(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class SelectedPages:
+    """What the rows of a layer read; rows of a sequence that read different pages count as S' > S sequences."""
+
+    page_table: Tensor
+    """[S', K, M'] int32"""
+    kept: Tensor
+    """[S', K] int32"""
+    query_start: Tensor
+    """[S' + 1] int32"""
+    query_lengths: tuple[int, ...]
+
+
 class PageSelector(Protocol):
     """Says which pages the rows of some sequences read (Quest): they attend to those and to nothing else."""
 
-    def select(self, context: "AttentionContext", layer: int, query: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The layer's tables [S, K, M'] and kept lengths [S, K] for query [T, H, D]; None: as they are.
+    def select(self, context: "AttentionContext", layer: int, query: Tensor) -> SelectedPages | None:
+        """What is read for query [T, H, D] of the layer; None: everything.
 
         Selected pages are full, but for the newest, where the step's entries are stored already.
         """
@@ -140,15 +153,17 @@ class AttentionContext:
         destinations = self.destinations[layer]
         append_kv(self.pool, self.entry_positions, key, value, destinations, self.positions, self.backend)
         selected = None if self.selector is None else self.selector.select(self, layer, query)
-        table, kept = selected or (self.page_table[:, layer], self.kept[:, layer])
+        if selected is None:
+            tables = self.page_table[:, layer], self.kept[:, layer]
+            selected = SelectedPages(*tables, self.query_start, self.query_lengths)
         return paged_attention(
             query,
             self.pool,
             self.entry_positions,
-            table,
-            kept,
-            self.query_start,
-            self.query_lengths,
+            selected.page_table,
+            selected.kept,
+            selected.query_start,
+            selected.query_lengths,
             self.positions,
             max_kept=self.max_kept,
             value_dim=value.shape[-1],

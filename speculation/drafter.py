@@ -53,7 +53,9 @@ class Drafter(Protocol):
         """Up to `most` [S] >= 1 tokens to follow all known tokens of each of the slots [S], which are distinct.
 
         A drafter that samples from distributions takes every token from `draw`; one that just has candidates (n-gram)
-        does not call it. No proposal is as good as a short one: nothing fails for want of one.
+        does not call it. Whether a drawn token is proposed may depend on those before it, not on which one it is: it
+        is part of the draw that verification corrects. No proposal is as good as a short one: nothing fails for want of
+        one.
         """
         ...
 

@@ -10,21 +10,25 @@ import torch
 from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
 from quire.core.plan import BatchPlan, PageDrop, PageGrants, SequenceOutput, SequencePlan, SlotAssignment
+from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.kernels.backend import resolve_backend
 from quire.models.placement import Placement
+from quire.models.runner import ModelRunner
+from quire.speculation.drafter import Drafter
 
-from .fake_model import FakeRunner
 
-
-def make_engine(runner: FakeRunner, **settings: int | None) -> Engine:
+def make_engine(runner: ModelRunner, drafter: Drafter | None = None, **settings: int | None) -> Engine:
     """An engine on the CPU in float32 with small pages."""
     options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 6, "max_batch_tokens": 64} | settings
     config = EngineConfig(model="fake", **options)
     device = torch.device("cpu")
     place = Placement(device, torch.float32, resolve_backend(device, torch.float32))
-    return Engine(runner, config, "native", place)
+    engine = Engine(runner, config, "native", place)
+    if drafter is not None:
+        engine.draft_with(drafter, config)
+    return engine
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Sequence:
     pages: dict[int, list[int]] = field(default_factory=dict)  # row -> its pages in order
     kept: dict[int, int] = field(default_factory=dict)  # row -> entries
     outputs: list[SequenceOutput] = field(default_factory=list)
-    scored: int = 0
+    prune: PruneParams | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -51,9 +55,11 @@ class Sequence:
 class Harness:
     """Drives an engine step by step; pages come back in random order, so no test leans on fresh ones."""
 
-    def __init__(self, engine: Engine, drop_windows: bool = False) -> None:
+    def __init__(self, engine: Engine, drop_windows: bool = False, drafts: int = 0) -> None:
+        """drafts: tokens proposed wherever a token is sampled."""
         self.engine = engine
         self.drop_windows = drop_windows
+        self.drafts = drafts
         self.free = list(range(engine.info.num_pages))
         random.Random(1).shuffle(self.free)
         self.rows = engine.spec.num_layers * engine.spec.num_kv_heads
@@ -65,10 +71,11 @@ class Harness:
         params: SamplingParams | None = None,
         seed: int = 0,
         output: tuple[int, ...] = (),
+        prune: PruneParams | None = None,
     ) -> Sequence:
         """A new (or, with `output`, preempted and returning) sequence."""
         params = params or SamplingParams(temperature=0.0)
-        sequence = Sequence(SlotId(slot), prompt, params, seed, prompt + list(output))
+        sequence = Sequence(SlotId(slot), prompt, params, seed, prompt + list(output), prune=prune)
         sequence.pages = {row: [] for row in range(self.rows)}
         sequence.kept = dict.fromkeys(range(self.rows), 0)
         return sequence
@@ -87,29 +94,32 @@ class Harness:
                 assignments.append(self._assignment(sequence))
                 sequence.fresh = False
             drops += self._drops(sequence) if self.drop_windows else []
-            grants += self._grants(sequence, count)
             plans.append(self._part(sequence, count))
+            grants += self._grants(sequence, count + plans[-1].drafts)
         columns = np.array(grants, np.int32).reshape(-1, 4).T
         plan = BatchPlan(tuple(plans), tuple(assignments), tuple(drops), PageGrants(*columns))
         outputs = self.engine.step(plan).sequences
         for (sequence, count), output in zip(work, outputs, strict=True):
-            sequence.computed += count
+            stored = count + max(0, len(output.token_ids) - 1)
+            sequence.computed += stored
             sequence.tokens.extend(output.token_ids)
             sequence.outputs.append(output)
             for row in range(self.rows):
-                sequence.kept[row] += count
+                sequence.kept[row] += stored
         return list(outputs)
 
     def generate(self, sequence: Sequence, count: int, chunk: int = 1000) -> list[int]:
         """Run the sequence alone until it has `count` new tokens."""
         while len(sequence.output_ids) < count:
             self.step([(sequence, min(chunk, len(sequence.tokens) - sequence.computed))])
-        return sequence.output_ids
+        return sequence.output_ids[:count]
 
     def _assignment(self, sequence: Sequence) -> SlotAssignment:
         stop = (*self.engine.spec.eos_token_ids, *sequence.params.stop_token_ids)
         prompt, output = tuple(sequence.prompt), tuple(sequence.output_ids)
-        return SlotAssignment(sequence.slot, sequence.params, sequence.seed, stop, prompt, output, 100)
+        return SlotAssignment(
+            sequence.slot, sequence.params, sequence.seed, stop, prompt, output, 100, prune=sequence.prune
+        )
 
     def _part(self, sequence: Sequence, count: int) -> SequencePlan:
         end = sequence.computed + count
@@ -117,7 +127,9 @@ class Harness:
         if sequence.params.prompt_logprobs is not None:
             scores = tuple(sequence.prompt[sequence.computed + 1 : end + 1])
         ids = tuple(sequence.tokens[sequence.computed : end])
-        return SequencePlan(sequence.slot, sequence.computed, ids, end == len(sequence.tokens), scores)
+        sample = end == len(sequence.tokens)
+        drafts = self.drafts if sample else 0
+        return SequencePlan(sequence.slot, sequence.computed, ids, sample, scores, drafts=drafts)
 
     def _grants(self, sequence: Sequence, count: int) -> list[tuple[int, int, int, int]]:
         grants: list[tuple[int, int, int, int]] = []

@@ -155,6 +155,29 @@ def test_logits_are_asked_only_where_needed() -> None:
     assert (layout.samplers, layout.sampler_rows, layout.scored) == ([1, 2], [4, 5], [(1, 2)])
 
 
+def test_proposals_have_rows_of_their_own() -> None:
+    plan = BatchPlan(
+        (
+            SequencePlan(SlotId(0), 4, (1, 2, 3), False),
+            SequencePlan(SlotId(1), 5, (1, 2, 3), True, drafts=2),
+            SequencePlan(SlotId(2), 9, (7, 8), True, (8,), drafts=1),
+        ),
+        decodes=Decodes(*(np.array([number], np.int32) for number in (4, 8, 5))),
+    )
+    layout = logit_layout(plan)
+    assert (layout.rows.tolist(), layout.sampled.tolist()) == ([0, 4, 5, 6, 7, 7, 8], [0, 1, 2, 3, 5, 6])
+    assert (layout.samplers, layout.sampler_rows, layout.drafted) == ([1, 2], [1, 5], [2, 1])
+    sampler = make_sampler()
+    for slot in (4, 1, 2):
+        assign(sampler, slot, SamplingParams(temperature=0.0, logprobs=0))
+    best = torch.tensor([9, 2, 6, 3, 8, 8, 4])  # row by row; the second proposal of slot 1 is wrong
+    decoded, outputs = run(sampler, plan, torch.eye(VOCAB)[best])
+    assert decoded.tolist() == [9]
+    assert [(o.token_ids, o.drafted) for o in outputs] == [((), 0), ((2, 6), 2), ((8, 4), 1)]
+    assert [[item.token_id for item in o.logprobs] for o in outputs] == [[], [2, 6], [8, 4]]
+    assert sampler.table.newest[[4, 1, 2]].tolist() == [9, 6, 4]
+
+
 def test_seeds_use_all_64_bits() -> None:
     assert [signed64(n) for n in (0, 2**63 - 1, 2**63, 2**64 - 1, -1)] == [0, 2**63 - 1, -(2**63), -1, -1]
     logits = torch.zeros(1, VOCAB)

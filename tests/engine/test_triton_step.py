@@ -11,10 +11,12 @@ from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
 from quire.kernels.backend import Backend
 from quire.models.placement import Placement
+from quire.speculation.drafter import Drafter
 
 from ..kernels.triton_interpreter import ON_GPU
 from ..models.conftest import load, make_checkpoint
 from .harness import Harness, Sequence
+from .scripted import ScriptedDrafter
 from .test_graphs import FakeCapture
 
 PARAMS = [
@@ -33,20 +35,23 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("qwen3"), "qwen3", settings).folder
 
 
-def make_engine(folder: Path, backend: Backend) -> Engine:
+def make_engine(folder: Path, backend: Backend, drafter: Drafter | None = None) -> Engine:
     place = Placement(torch.device("cuda" if ON_GPU else "cpu"), torch.float32, backend)
     config = EngineConfig(model="tiny", page_size=4, max_num_seqs=5, max_batch_tokens=64, max_model_len=40)
-    return Engine(load(folder, "native", place=place), config, "native", place)
+    engine = Engine(load(folder, "native", place=place), config, "native", place)
+    if drafter is not None:
+        engine.draft_with(drafter, config)
+    return engine
 
 
-def run(engine: Engine) -> list[list[int]]:
+def run(engine: Engine, drafts: int = 0) -> list[list[int]]:
     """A prompt in chunks beside decodes, then decodes alone."""
-    harness = Harness(engine)
+    harness = Harness(engine, drafts=drafts)
     sequences = [harness.add(4 - i, p, PARAMS[i], seed=i) for i, p in enumerate(PROMPTS)]
     work: list[list[tuple[Sequence, int]]] = [[(sequences[0], 4)], [(sequences[0], 5), (sequences[1], 2)]]
     work += [[(sequences[1], 1), (sequences[2], 7), (sequences[0], 2), (sequences[3], 1)]]
     for step in work + [[(sequence, 1) for sequence in sequences]] * 4:
-        harness.step(step)
+        harness.step([(s, min(count, len(s.tokens) - s.computed)) for s, count in step])
     return [sequence.output_ids for sequence in sequences]
 
 
@@ -59,3 +64,21 @@ def test_tokens_are_the_references_with_and_without_graphs(checkpoint: Path, dev
         engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", capture)
     assert run(engine) == expected
     assert device == "cuda" or capture.replayed == 4
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
+    """Steps with them and, where none is made, graphs take turns."""
+    expected = run(make_engine(checkpoint, "reference"))
+    texts = {4 - i: [*prompt, *text] for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))}
+
+    def guess(slot: int, known: list[int]) -> list[int]:
+        """Two tokens at every third position, the second wrong."""
+        ahead = texts[slot][len(known) :][:1]
+        return [*ahead, 5] if len(known) % 3 == 0 else []
+
+    engine = make_engine(checkpoint, "triton", ScriptedDrafter(guess))
+    if device == "cpu":
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
+    for text, plain in zip(run(engine, drafts=2), expected, strict=True):
+        assert text[: len(plain)] == plain

@@ -1,0 +1,148 @@
+"""`Speculation`: proposals for the sequences of a step that may have some. Whether they are right, the sampler says.
+
+In the plan that it returns, and wherever a step is computed, a sequence's `token_ids` end with its proposals, and
+`drafts` says how many they are.
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
+from ..kernels import sampling
+from ..speculation.drafter import Drafter, Proposals
+from ..speculation.history import TokenHistory
+from .rows import DraftDistributions, Rows
+from .sampler import Sampler
+from .staging import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Proposed:
+    """A plan with its proposals."""
+
+    plan: BatchPlan
+    distributions: DraftDistributions | None = None
+    """What they were drawn from, if they were drawn and that is to be taken into account."""
+    seconds: float = 0.0
+
+
+class Speculation:
+    """A drafter, and the known tokens of the slots, which it continues."""
+
+    def __init__(self, drafter: Drafter, sampler: Sampler, max_length: int) -> None:
+        self.drafter = drafter
+        self._sampler = sampler
+        self._history = TokenHistory(sampler.table.num_slots, max_length)
+
+    def assign(self, assignment: SlotAssignment) -> None:
+        """A sequence enters the slot."""
+        self._history.assign(assignment)
+        self.drafter.assign(assignment.slot)
+
+    def propose(self, plan: BatchPlan) -> Proposed:
+        """Proposals for a plan that asks for some."""
+        started = time.perf_counter()
+        asked = [index for index, part in enumerate(plan.sequences) if part.drafts]
+        parts = [plan.sequences[index] for index in asked]
+        slots = np.array([part.slot for part in parts], np.int32)
+        most = np.array([part.drafts for part in parts], np.int32)
+        known = self._history.known[slots]
+        assert all(part.start + len(part.token_ids) == end for part, end in zip(parts, known, strict=True))
+        draw = ProposalDraw(self._sampler, slots, known, int(most.max()))
+        proposals = self.drafter.propose(self._history, slots, most, draw)
+        tokens = _usable(proposals, most, self._sampler.table.vocab_size)
+        sequences = list(plan.sequences)
+        for index, part, drafts in zip(asked, parts, tokens, strict=True):
+            sequences[index] = replace(part, token_ids=part.token_ids + drafts, drafts=len(drafts))
+        distributions = draw.distributions(asked)
+        return Proposed(replace(plan, sequences=tuple(sequences)), distributions, time.perf_counter() - started)
+
+    def note(self, plan: BatchPlan, decoded: IntArray, outputs: tuple[SequenceOutput, ...]) -> None:
+        """What a step has made known."""
+        slots = plan.decodes.slots
+        if len(slots):
+            good = decoded != NO_TOKEN
+            everything = bool(good.all())
+            self._history.append(slots if everything else slots[good], decoded if everything else decoded[good])
+        for part, output in zip(plan.sequences, outputs, strict=True):
+            if output.token_ids:
+                self._history.extend(part.slot, output.token_ids)
+
+    def clear(self) -> None:
+        """Forget all slots."""
+        self._history.known[:] = 0
+        self.drafter.clear()
+
+
+def without_proposals(part: SequencePlan) -> SequencePlan:
+    """The sequence's part of a step as if nothing had been proposed."""
+    return replace(part, token_ids=part.token_ids[: len(part.token_ids) - part.drafts], drafts=0)
+
+
+def unspeculative(plan: BatchPlan) -> BatchPlan:
+    """The plan where nobody proposes anything."""
+    return replace(plan, sequences=tuple(replace(part, drafts=0) for part in plan.sequences))
+
+
+class ProposalDraw:
+    """Draws for S sequences, by the parameters of their slots; fulfils `speculation.drafter.Draw`."""
+
+    def __init__(self, sampler: Sampler, slots: IntArray, first: IntArray, most: int) -> None:
+        """first [S]: position of each sequence's first draft token; most: tokens of a proposal."""
+        self._sampler = sampler
+        self._slots = slots
+        self._first = first
+        table = sampler.table
+        penalised = table.penalised[slots].any()
+        self._drawn: Tensor | None = None
+        """[S, most]: tokens so far, where penalties must count them."""
+        if penalised:
+            self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
+        adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
+        self._best = not (adjusted or table.kinds[slots].any())
+        """Whether every token is just the likeliest; `DRAW_KINDS` begins with that."""
+        self._places: IntArray = np.full((len(slots), most), -1, np.int32)
+        """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
+        self._scaled: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
+        table = self._sampler.table
+        logits = logits[:, : table.vocab_size]
+        if self._best:
+            return sampling.greedy_tokens(logits, self._sampler.backend)
+        if logits.shape[1] < table.vocab_size:
+            logits = pad(logits, (0, table.vocab_size - logits.shape[1]), value=float("-inf"))
+        slots, prefix, rows = self._slots[members], None, None
+        if self._drawn is not None:
+            rows = upload(members.astype(np.int64), table.device)
+            prefix = self._drawn[rows, :depth] if depth else None
+        tokens, scaled = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix))
+        if self._drawn is not None:
+            self._drawn[rows, depth] = tokens
+        if scaled is not None:
+            count = sum(len(part) for part in self._scaled)
+            self._places[members[table.free[slots]], depth] = np.arange(count, count + len(scaled))
+            self._scaled.append(scaled)
+        return tokens
+
+    def distributions(self, asked: list[int]) -> DraftDistributions | None:
+        """Those of the sequences, which are called `asked` [S]; None if none matters."""
+        if not self._scaled:
+            return None
+        counts = (self._places >= 0).cumprod(1).sum(1)
+        places = {index: row[:count] for index, row, count in zip(asked, self._places, counts, strict=True) if count}
+        return DraftDistributions(places, torch.cat(self._scaled))
+
+
+def _usable(proposals: Proposals, most: IntArray, vocab_size: int) -> list[tuple[int, ...]]:
+    """Tokens of each proposal, up to the first that is none of the target's."""
+    tokens, counts = proposals.tokens, np.minimum(proposals.counts, most)
+    inside = (tokens >= 0) & (tokens < vocab_size) & (np.arange(tokens.shape[1]) < counts[:, None])
+    lengths = inside.cumprod(1).sum(1)
+    return [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]

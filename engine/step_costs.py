@@ -1,0 +1,121 @@
+"""What steps cost on this machine, found by a few steps of short sequences before the first request."""
+
+import statistics
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ..core.ids import SlotId
+from ..core.messages import EngineInfo
+from ..core.plan import BatchPlan, IntArray, PageGrants, SequencePlan, SlotAssignment, StepOutput
+from ..core.request import SamplingParams
+from ..core.speculation import DraftMethod
+from ..speculation.drafter import Draw, Proposals
+from ..speculation.history import TokenHistory
+from .speculation import Proposed
+
+_COUNTS = (1, 8, 2, 4, 16, 32, 64)
+"""In the order in which they are worth knowing, should there be no time for all."""
+_REPEATS = 3
+_ROW_SECONDS = 0.2
+_DRAFT_SECONDS = 0.1
+_DEPTH = 4
+"""Tokens of the proposals that are timed."""
+
+
+class AnyTokens:
+    """A drafter that always proposes as much as it may, whatever it is: for steps that are only timed."""
+
+    method: DraftMethod = "ngram"
+    num_bytes = 0
+
+    def assign(self, slot: int) -> None:
+        """See `Drafter`."""
+
+    def clear(self) -> None:
+        """See `Drafter`."""
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        """See `Drafter`."""
+        return Proposals(np.zeros((len(slots), int(most.max())), np.int32), most)
+
+
+class CostProbe:
+    """Times steps of sequences of one full page and a token, in the engine's first slots and pages."""
+
+    def __init__(self, info: EngineInfo, most: int, num_slots: int, max_rows: int) -> None:
+        """most: draft tokens of a sequence; max_rows: of a step."""
+        heads, size = info.model.num_layers * info.model.num_kv_heads, info.page_size
+        self._start = size if info.max_model_len > size + most else 0
+        self._most = min(most, info.max_model_len - 1 - self._start)
+        columns = -(-(self._start + 1 + self._most) // size)
+        slots = min(num_slots, info.num_pages // (heads * columns), max(_COUNTS))
+        self._max_rows = min(max_rows, slots * (1 + self._most))
+        self.num_pages = slots * heads * columns
+        """Pages that were written, the first ones."""
+        # Few different tokens, so that n-grams find something to propose.
+        prompt = tuple(i % min(4, info.model.vocab_size) for i in range(self._start + 1))
+        params, seed = SamplingParams(temperature=0.0), 0
+        self._assignments = tuple(
+            SlotAssignment(SlotId(slot), params, seed, (), prompt, (), info.max_model_len, self._start)
+            for slot in range(slots)
+        )
+        pages = np.arange(self.num_pages, dtype=np.int32)
+        of_slot = pages % (heads * columns)
+        self._grants = PageGrants(pages // (heads * columns), of_slot // columns, of_slot % columns, pages)
+
+    def rows(self, step: Callable[[BatchPlan], StepOutput]) -> list[tuple[int, float]]:
+        """(rows, seconds) of steps, ascending; sequences bring as many draft tokens as they may (`AnyTokens`)."""
+        if self.num_pages == 0:
+            return []
+
+        def seconds(rows: int) -> float:
+            step(BatchPlan((), self._assignments))
+            output = step(self._plan(rows, 1 + self._most))
+            return output.forward_seconds + output.sample_seconds
+
+        step(BatchPlan((), self._assignments, grants=self._grants))
+        return _measure((count for count in _COUNTS if count <= self._max_rows), seconds, _ROW_SECONDS)
+
+    def drafts(
+        self, step: Callable[[BatchPlan], StepOutput], propose: Callable[[BatchPlan], Proposed]
+    ) -> list[tuple[int, float]]:
+        """(sequences, seconds per token of depth) of proposals, ascending."""
+        depth = min(_DEPTH, self._most)
+        if self.num_pages == 0 or depth == 0:
+            return []
+
+        def seconds(sequences: int) -> float:
+            proposed = propose(self._plan(sequences * (1 + depth), 1 + depth))
+            return proposed.seconds / max(1, *(part.drafts for part in proposed.plan.sequences))
+
+        step(BatchPlan((), self._assignments))
+        slots = len(self._assignments)
+        propose(self._plan(slots * (1 + depth), 1 + depth))  # the drafter reads what is known
+        return _measure((count for count in _COUNTS if count <= slots), seconds, _DRAFT_SECONDS)
+
+    def _plan(self, rows: int, width: int) -> BatchPlan:
+        """A step of so many rows, at most `width` a sequence."""
+        widths = [min(width, rows - first) for first in range(0, rows, width)]
+        token = self._assignments[0].prompt_ids[-1:]
+        return BatchPlan(
+            tuple(
+                SequencePlan(SlotId(slot), self._start, token, sample=True, drafts=width - 1)
+                for slot, width in enumerate(widths)
+            )
+        )
+
+
+def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
+    """Medians of `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
+
+    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each.
+    """
+    times: dict[int, list[float]] = {}
+    spent = 0.0
+    for count in [*counts] * _REPEATS:
+        if spent > budget and len(times) >= 2:
+            break
+        times.setdefault(count, []).append(seconds(count))
+        spent += times[count][-1]
+    return sorted((count, statistics.median(values)) for count, values in times.items())
