@@ -6,8 +6,8 @@
 
 namespace quire {
 
-constexpr int kRows = 32;    // queries of a tile: enough to hide reading a block behind arithmetic
-constexpr int kBlock = 64;   // entries whose scores wait in L1: kRows * kBlock * 4 = 8 KiB
+constexpr int kRows = 128;   // queries of a tile: 16 tokens of groups of 8, so that verifying drafts reads the cache once
+constexpr int kBlock = 64;   // entries whose scores wait in cache: kRows * kBlock * 4 = 32 KiB
 constexpr long kPart = 256;  // entries of a part: one read of 64 KiB at head dim 128 in bfloat16
 
 struct Args {
