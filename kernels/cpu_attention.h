@@ -94,6 +94,8 @@ inline void fill_block(const Args& a, Span span, Block<T>& block) {
     const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
     for (int i = 0; i < here; i++) block.key[count + i] = keys + i * a.width;
     memcpy(block.position + count, a.entry_positions + page * a.page_size + offset, here * sizeof(int32_t));
+    if (entry + kBlock < span.end)  // read when the next block is filled
+      prefetch(a.entry_positions + pages[(entry + kBlock) / a.page_size] * a.page_size, a.page_size * sizeof(int32_t));
     count += here;
     entry += here;
   }
@@ -269,6 +271,9 @@ class VectorWork {
     score_block(tile_, block, next, args_.width, scores);
   }
 
+  // After the weights of a row: nothing, scoring has asked for all keys.
+  void weighed(const Block<T>&, int) const {}
+
   // sum[row][column] += weights x values of the block; asks for the next block's values.
   void accumulate(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
     int row = 0;
@@ -307,6 +312,7 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Sp
       const uint64_t seen = hidden ? seen_entries(tile.visible[r], tile.plain_end, span.begin) : ~0ull;
       const float shrink =
           weigh_row(a, block, tile.position[r], masked, seen, scores[r], state.top[r], state.mass[r]);
+      work.weighed(next, r);
       if (shrink == 1.0f) continue;
       float* sum = state.sum + r * padded;
       for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
