@@ -23,6 +23,8 @@ class TileWork {
   TileWork(const Args& a, const Tile<bf16>& tile) : args_(a), tile_(tile) {
     static thread_local KeptMemory memory;
     groups_ = (tile.rows + kTile - 1) / kTile;
+    const int shares = kBlock / kTile + tile.rows;
+    share_ = (kBlock + shares - 1) / shares;
     query_ = (__m512i*)memory.get(kRows * a.width * sizeof(bf16) + kBlock * a.width * sizeof(bf16));
     values_ = query_ + kRows * a.width / kTileInputs;
     for (long g = 0; g < groups_; g++)
@@ -100,8 +102,7 @@ class TileWork {
  private:
   // The next block's keys in equal shares, one with each tile of scores and one with each row.
   void ask_keys(const Block<bf16>& next, int share) const {
-    const int shares = kBlock / kTile + tile_.rows;
-    for (int e = kBlock * share / shares; e < kBlock * (share + 1) / shares; e++) prefetch_entry(next, e, 0, args_.width);
+    for (int e = share * share_; e < (share + 1) * share_; e++) prefetch_entry(next, e, 0, args_.width);
   }
 
   // kBlock weights become as many in bfloat16, then the remainders.
@@ -141,6 +142,7 @@ class TileWork {
   const Args& args_;
   const Tile<bf16>& tile_;
   long groups_;       // of 16 rows
+  int share_;         // keys that are asked for at a time
   __m512i* query_;    // [groups][width / 32][16]: two dims of 16 rows
   __m512i* values_;
 };
