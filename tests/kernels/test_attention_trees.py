@@ -14,7 +14,7 @@ from quire.kernels.backend import Backend
 from quire.models.context import AttentionContext
 
 from .oracle import PagedCase, make_case, make_trees, naive_append, naive_attention
-from .triton_interpreter import DEVICES, attention_arguments, attention_triton, to_device, tolerance
+from .triton_interpreter import ON_GPU, attention_arguments, attention_triton, to_device, tolerance
 
 SCALE = 0.3
 ONES = torch.ones(4, dtype=torch.int64)
@@ -30,9 +30,9 @@ def attend(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
         options = {"value_dim": case.value.shape[-1], "max_kept": case.max_kept, "scale": SCALE, **options}
         if request.param != "triton":
             return paged_attention(**attention_arguments(case), **options, backend=request.param)
-        device = DEVICES[0].values[0]
-        moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
-        there = attention_arguments(to_device(case, str(device)))
+        device = "cuda" if ON_GPU else "cpu"
+        moved: dict[str, Any] = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+        there = attention_arguments(to_device(case, device))
         return attention_triton.paged_attention_triton(**there, **moved).cpu()
 
     return call
