@@ -44,17 +44,17 @@ def read_bandwidth(seconds: float) -> float:
 
 
 def linear_table(dtype: torch.dtype, seconds: float, bandwidth: float) -> Table:
-    """Rates of the linear layer at one, few and many rows."""
+    """Rates of the linear layer at one, few (as verify drafts) and many rows."""
     table = Table("linear", "rows", "GFLOP/s", "weights GB/s", "of memory bandwidth", "torch / own")
     for name, (inputs, outputs) in SHAPES.items():
         weight = torch.randn(outputs, inputs).to(dtype)
-        for rows in (1, 32, 512):
+        for rows in (1, 5, 32, 512):
             x = torch.randn(rows, inputs).to(dtype)
             own = fastest(partial(linear, x, weight, backend="cpu"), seconds)
             other = fastest(partial(F.linear, x, weight), seconds)
             rate = weight.nbytes / own
             flops = 2 * rows * weight.numel() / own
-            share = f"{rate / bandwidth:.0%}" if rows == 1 else ""
+            share = f"{rate / bandwidth:.0%}" if rows <= 5 else ""
             table.add_row(name, str(rows), f"{flops / 1e9:.0f}", f"{rate / 1e9:.1f}", share, f"{other / own:.2f}x")
     return table
 
@@ -85,16 +85,17 @@ def attention_case(sequences: int, new: int, held: int, dtype: torch.dtype) -> t
 
 
 def attention_table(dtype: torch.dtype, seconds: float, bandwidth: float, context: int, batches: list[int]) -> Table:
-    """Decode attention as a share of bandwidth, prompt chunks as a rate."""
+    """Decoding and verification as a share of bandwidth, prompt chunks as a rate."""
     table = Table("attention", "held entries", "GB/s", "of memory bandwidth", "GFLOP/s", "torch / own")
     cases = [(f"decode, batch {batch}", batch, 1, context) for batch in batches]
+    cases += [(f"verify 4 drafts, batch {batch}", batch, 5, context) for batch in batches]
     cases += [("prompt chunk of 512", 1, 512, held) for held in (0, context)]
     for name, sequences, new, held in cases:
         own, reference, size = attention_case(sequences, new, held, dtype)
         mine, other = fastest(own, seconds), fastest(reference, seconds)
         seen = new * held + new * (new + 1) / 2
         flops = 4 * sequences * KV_HEADS * GROUP * HEAD_DIM * seen / mine
-        share = f"{size / mine / bandwidth:.0%}" if new == 1 else ""
+        share = f"{size / mine / bandwidth:.0%}" if new <= 5 else ""
         row = (f"{size / mine / 1e9:.1f}", share, f"{flops / 1e9:.0f}", f"{other / mine:.2f}x")
         table.add_row(name, str(held), *row)
     return table

@@ -108,7 +108,8 @@ class Engine:
         # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
             sizes = graph_sizes(config.max_num_seqs)
-            self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture())
+            drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
+            self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture(), drafts)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
@@ -294,7 +295,7 @@ class Engine:
         step = self._graphs.run(plan, self._max_lengths, self.sampler.table.newest)
         if step is None:
             return None
-        self.cache.advance(step.slots, step.new_entries, step.host_slots, (1,) * len(step.host_slots))
+        self.cache.advance(step.slots, step.new_entries, step.host_slots, step.host_lengths)
         return step.logits, logit_layout(plan)
 
     def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:

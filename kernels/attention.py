@@ -8,6 +8,9 @@ logical position p is at most the query's position i and, with a window, i - p <
 `entry_positions` alone: a pruned head's entries are not consecutive. Heads may hold different numbers of entries.
 Nothing of another sequence's pages reaches the result, not even through 0 * NaN. Scores are scale * q.k, then
 softcap * tanh(s / softcap) if given; a sink is one more logit of its query head that takes mass but has no value.
+A row may carry a mask of its sequence's new rows, as verifying a tree of drafts asks for (Miao et al. 2024, SpecInfer):
+bit j says whether it sees row j. A mask only takes away: it names the row itself and rows before it whose positions are
+lower. Rows with a mask are among the first 64 of their sequence; a mask of 0 is none. Old entries are seen as ever.
 Softmax and accumulation are in float32. Per sequence and entry held: 4 * n * H * D FLOPs, 2 * K * D * itemsize bytes.
 """
 
@@ -40,6 +43,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     table_rows: Tensor | None = None,
+    visible: Tensor | None = None,
     backend: Backend = "reference",
 ) -> Tensor:
     """Causal attention of one layer, after `append_kv` stored the new entries at indices kept .. kept + n - 1.
@@ -49,11 +53,11 @@ def paged_attention(
     int32, before this step; query_start [S + 1] int32: first row of each sequence (device twin of `query_lengths`);
     positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. With table_rows [S] int64, page_table
     [N, K, M] and kept [N, K] are those of N slots, and sequence s has row table_rows[s] of them: for triton no copy is
-    made. Returns [T, H, value_dim] in query's dtype. Mutates nothing. Raises `ValueError` or `TypeError`, naming the
-    tensor, where shapes or types disagree.
+    made. visible [T] int64: the rows' masks; None: no row has one. Returns [T, H, value_dim] in query's dtype. Mutates
+    nothing. Raises `ValueError` or `TypeError`, naming the tensor, where shapes or types disagree.
     """
     by_xformers = backend == "xformers" and expressible(
-        query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks
+        query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks, visible=visible
     )
     if backend == "triton" or (backend == "xformers" and not by_xformers):
         from .attention_triton import paged_attention_triton  # triton is installed beside a GPU only
@@ -61,10 +65,11 @@ def paged_attention(
         return paged_attention_triton(
             query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions, max_kept=max_kept,
             value_dim=value_dim, scale=scale, window=window, softcap=softcap, sinks=sinks, table_rows=table_rows,
+            visible=visible,
         )  # fmt: skip
     if table_rows is not None:
         page_table, kept = page_table[table_rows], kept[table_rows]
-    check_paged(pool, entry_positions, page_table, kept, query_start, positions)
+    check_paged(pool, entry_positions, page_table, kept, query_start, positions, visible)
     check_query(query, pool, page_table, positions, value_dim=value_dim, window=window, sinks=sinks)
     if by_xformers:
         return paged_attention_xformers(
@@ -89,11 +94,18 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        visible=visible,
     )
 
 
 def check_paged(
-    pool: Tensor, entry_positions: Tensor, page_table: Tensor, kept: Tensor, query_start: Tensor, positions: Tensor
+    pool: Tensor,
+    entry_positions: Tensor,
+    page_table: Tensor,
+    kept: Tensor,
+    query_start: Tensor,
+    positions: Tensor,
+    visible: Tensor | None = None,
 ) -> None:
     """Raise where the tensors that all layers of a step share disagree; table [S, ..., K, M] and kept [S, ..., K]."""
     if pool.dim() != 4 or pool.shape[1] != 2 or not pool.is_contiguous():
@@ -106,13 +118,18 @@ def check_paged(
         raise ValueError(f"kept must be {list(page_table.shape[:-1])} as the page table, got {list(kept.shape)}")
     if query_start.shape != (page_table.shape[0] + 1,):
         raise ValueError(f"query_start must be [{page_table.shape[0] + 1}], got {list(query_start.shape)}")
+    if visible is not None and (visible.shape != positions.shape or not visible.is_contiguous()):
+        raise ValueError(f"visible must be contiguous {list(positions.shape)}, got {list(visible.shape)}")
     for name, tensor, dtype in (
         ("entry_positions", entry_positions, torch.int32),
         ("page_table", page_table, torch.int32),
         ("kept", kept, torch.int32),
         ("query_start", query_start, torch.int32),
         ("positions", positions, torch.int64),
+        ("visible", visible, torch.int64),
     ):
+        if tensor is None:
+            continue
         if tensor.dtype != dtype:
             raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != pool.device:

@@ -26,12 +26,13 @@ class PagedStep:
         kept: Tensor,
         query_start: Tensor,
         positions: Tensor,
+        visible: Tensor | None = None,
     ) -> None:
         self._function = loaded_library().attention
         self._pool = pool
         self._table = page_table if page_table.stride(3) == 1 else page_table.contiguous()
         self._kept = kept if kept.stride(2) == 1 else kept.contiguous()
-        self._tensors = (entry_positions, query_start, positions)
+        self._tensors = (entry_positions, query_start, positions, visible)
         self._threads = torch.get_num_threads()
         self._is_bf16 = int(pool.dtype == torch.bfloat16)
         self._table_pointer, self._kept_pointer = self._table.data_ptr(), self._kept.data_ptr()
@@ -44,6 +45,7 @@ class PagedStep:
             kept=self._kept_pointer,
             query_start=query_start.data_ptr(),
             positions=positions.data_ptr(),
+            visible=None if visible is None else visible.data_ptr(),
             table_sequence=self._table.stride(0),
             table_head=self._table.stride(2),
             kept_sequence=self._kept.stride(0),
@@ -140,7 +142,9 @@ def paged_attention_cpu(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.attention.paged_attention`; query and pool of the same type, float32 or bfloat16."""
-    step = PagedStep(pool, entry_positions, page_table[:, None], kept[:, None], query_start, positions)
+    tables = (page_table[:, None], kept[:, None])
+    step = PagedStep(pool, entry_positions, *tables, query_start, positions, visible)
     return step.attend(0, query, value_dim=value_dim, scale=scale, window=window, softcap=softcap, sinks=sinks)

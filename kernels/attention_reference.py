@@ -28,6 +28,23 @@ class _Scoring:
     sinks: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """What rows see of their sequence's new rows."""
+
+    visible: Tensor
+    """[S, n] int64"""
+    kept: Tensor
+    """[S, K]"""
+
+    def seen(self, rows: slice, entries: int) -> Tensor:
+        """[S * K, rows, E] bool: which of so many entries the masks do not take away."""
+        new_row = torch.arange(entries, device=self.kept.device) - self.kept.reshape(-1, 1, 1)
+        masks = self.visible[:, rows].repeat_interleave(self.kept.shape[1], dim=0)[:, :, None]
+        named = (masks >> new_row.clamp(0, 63)) & 1 == 1
+        return (masks == 0) | (new_row < 0) | (named & (new_row < 64))
+
+
 def paged_attention_reference(
     query: Tensor,
     pool: Tensor,
@@ -44,6 +61,7 @@ def paged_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """See `kernels.attention.paged_attention`."""
     output = query.new_empty(query.shape[0], query.shape[1], value_dim)
@@ -55,7 +73,8 @@ def paged_attention_reference(
         keys, values, entry_position = gather_pages(pool, entry_positions, page_table[sequences], totals, longest)
         queries, query_positions = query[rows].unflatten(0, (-1, length)), positions[rows].view(-1, length)
         cached = (keys.to(query.dtype), values.to(query.dtype), entry_position)
-        output[rows] = _attend_run(queries, *cached, query_positions, scoring)[..., :value_dim].flatten(0, 1)
+        masks = None if visible is None else _Masks(visible[rows].view(-1, length), kept[sequences])
+        output[rows] = _attend_run(queries, *cached, query_positions, scoring, masks)[..., :value_dim].flatten(0, 1)
     return output
 
 
@@ -91,7 +110,13 @@ def gather_pages(
 
 
 def _attend_run(
-    query: Tensor, keys: Tensor, values: Tensor, entry_position: Tensor, positions: Tensor, scoring: _Scoring
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    entry_position: Tensor,
+    positions: Tensor,
+    scoring: _Scoring,
+    masks: _Masks | None,
 ) -> Tensor:
     """Attention of sequences with equally many rows: query [S, n, H, D], keys/values [S * K, E, D] -> [S, n, H, D].
 
@@ -110,6 +135,8 @@ def _attend_run(
         part = folded[..., first : first + step, :]
         rows = part.shape[3]
         visible = _visible(entry_position, positions[:, first : first + step], num_kv_heads, scoring.window)
+        if masks is not None:
+            visible &= masks.seen(slice(first, first + step), keys.shape[1])
         visible = visible[:, None].expand(-1, group, -1, -1).reshape(keys.shape[0], group * rows, -1)
         flat = part.reshape(keys.shape[0], group * rows, width)
         if scoring.softcap is None and sinks is None:

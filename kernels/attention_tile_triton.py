@@ -92,21 +92,22 @@ def part_of_entries(begin, end, part, ENTRIES: tl.constexpr, SPLITS: tl.constexp
 
 
 @triton.jit
-def first_visible(held, first_token, window):
+def first_visible(held, first_token, window, visible):
     """Index of the first entry that any row of the tile may see, rounded towards 0.
 
     Once a tile's first token is `window` tokens into the chunk, every kept entry and the chunk's beginning are past
-    all its windows; before that, kept entries may lie at any distance, and positions decide.
+    all its windows; before that, kept entries may lie at any distance, and positions decide. Tokens with masks are no
+    chain, their positions always decide.
     """
     begin = held * 0
-    if window is not None:
+    if window is not None and visible is None:
         begin = tl.where(first_token >= window, held + first_token - window + 1, 0)
     return begin
 
 
 @triton.jit
 def attend_entries(
-    query_rows, positions, pool, entry_positions, table, held, first_token, token, length, real, part,
+    query_rows, positions, visible, pool, entry_positions, table, held, first_token, start, token, length, real, part,
     scale, window, softcap,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
@@ -122,36 +123,42 @@ def attend_entries(
     mass = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     end = held + tl.minimum(first_token + TOKENS, length)
-    first, last = part_of_entries(first_visible(held, first_token, window), end, part, ENTRIES, SPLITS)
+    first, last = part_of_entries(first_visible(held, first_token, window, visible), end, part, ENTRIES, SPLITS)
     # Up to here every row of the tile sees every entry: no mask is needed.
     plain = first
     query_position = token
+    TREES: tl.constexpr = visible is not None
+    row_mask = token
+    if TREES:
+        row_mask = tl.load(visible + start + token, mask=real, other=0)
     if window is None:
         clear = tl.minimum(held + first_token + 1, last)
+        if TREES:
+            clear = tl.minimum(held, last)
         plain = first + tl.maximum(clear - first, 0) // ENTRIES * ENTRIES
         for entry in range(first, plain, ENTRIES):
             accumulator, top, mass = attend_block(
-                q, pool, entry_positions, table, entry, last, held + token, query_position, accumulator, top, mass,
-                scale, window, softcap, False, WIDTH, VALUE_WIDTH, PAGE, ENTRIES, PADDED, VALUE_PADDED,
+                q, pool, entry_positions, table, entry, last, held, token, query_position, row_mask, accumulator, top,
+                mass, scale, window, softcap, TREES, False, WIDTH, VALUE_WIDTH, PAGE, ENTRIES, PADDED, VALUE_PADDED,
             )  # fmt: skip
     else:
         query_position = tl.load(positions + token, mask=real, other=0).to(tl.int32)
     for entry in range(plain, last, ENTRIES):
         accumulator, top, mass = attend_block(
-            q, pool, entry_positions, table, entry, last, held + token, query_position, accumulator, top, mass,
-            scale, window, softcap, True, WIDTH, VALUE_WIDTH, PAGE, ENTRIES, PADDED, VALUE_PADDED,
+            q, pool, entry_positions, table, entry, last, held, token, query_position, row_mask, accumulator, top,
+            mass, scale, window, softcap, TREES, True, WIDTH, VALUE_WIDTH, PAGE, ENTRIES, PADDED, VALUE_PADDED,
         )  # fmt: skip
     return accumulator, top, mass
 
 
 @triton.jit
 def attend_block(
-    q, pool, entry_positions, table, entry, last, row_index, query_position, accumulator, top, mass,
-    scale, window, softcap, MASKED: tl.constexpr,
+    q, pool, entry_positions, table, entry, last, held, token, query_position, row_mask, accumulator, top,
+    mass, scale, window, softcap, TREES: tl.constexpr, MASKED: tl.constexpr,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PAGE: tl.constexpr, ENTRIES: tl.constexpr,
     PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Take in ENTRIES entries from `entry` on; with MASKED, those each row may see (row_index: the row's own entry)."""
+    """Take in ENTRIES entries from `entry` on; with MASKED, those each row may see, with TREES by its mask too."""
     index = entry + tl.arange(0, ENTRIES)
     inside = index < last
     pages = tl.load(table + index // PAGE, mask=inside, other=0) if MASKED else tl.load(table + index // PAGE)
@@ -159,7 +166,12 @@ def attend_block(
     k = load_columns(keys, inside, MASKED, WIDTH, PADDED).to(q.dtype)
     scores = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap)
     if MASKED:
-        visible = inside[None, :] & (index[None, :] <= row_index[:, None])
+        visible = inside[None, :] & (index[None, :] <= (held + token)[:, None])
+        if TREES:
+            new_row = index - held
+            named = (row_mask[:, None] >> tl.minimum(tl.maximum(new_row, 0), 63).to(tl.int64)[None, :]) & 1
+            by_mask = (new_row < 0)[None, :] | ((named != 0) & (new_row < 64)[None, :])
+            visible = visible & (by_mask | (row_mask == 0)[:, None])
         if window is not None:
             position = tl.load(entry_positions + pages.to(tl.int64) * PAGE + index % PAGE, mask=inside, other=0)
             visible = visible & (position[None, :] > query_position[:, None] - window)

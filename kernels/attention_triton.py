@@ -2,7 +2,8 @@
 
 Contract: that of `kernels.attention.paged_attention`, whose arguments it takes; letters as there. Two facts of the
 cache are relied on: a head's new entries lie behind its kept ones in the order of their rows, and every kept entry
-precedes every new one in position. So causality is a matter of indices, and positions are read for windows only.
+precedes every new one in position. So causality is a matter of indices, less what a row's mask takes away, and
+positions are read for windows only.
 Nothing but the output and scratch memory is written; rows of the output depend on no other sequence.
 
 Work: a program takes a tile of query rows of one sequence and one kv head, the G query heads of that head packed side
@@ -42,6 +43,7 @@ def _attention_kernel(
     table_rows: tl.tensor | None,
     query_start: tl.tensor,
     positions: tl.tensor,
+    visible: tl.tensor | None,
     sinks: tl.tensor | None,
     output: tl.tensor,
     log_sums: tl.tensor | None,
@@ -89,7 +91,7 @@ def _attention_kernel(
     part = tl.program_id(2)
     accumulator, top, mass = attend_entries(
         query + (start + token).to(tl.int64) * stride_query_row + head * stride_query_head,
-        positions + start, pool, entry_positions, table, held, first_token, token, length, real, part,
+        positions + start, visible, pool, entry_positions, table, held, first_token, start, token, length, real, part,
         scale, window, softcap,
         WIDTH, VALUE_WIDTH, PAGE, ROWS, ENTRIES, TOKENS, SPLITS, PADDED, VALUE_PADDED,
     )  # fmt: skip
@@ -198,6 +200,7 @@ class _Inputs:
     softcap: float | None
     sinks: Tensor | None
     table_rows: Tensor | None
+    visible: Tensor | None = None
 
 
 def paged_attention_triton(
@@ -217,6 +220,7 @@ def paged_attention_triton(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     table_rows: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` on a GPU: [T, H, value_dim] in query's dtype.
 
@@ -225,7 +229,7 @@ def paged_attention_triton(
     """
     inputs = _Inputs(
         query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions,
-        max_kept, value_dim, scale, window, softcap, sinks, table_rows,
+        max_kept, value_dim, scale, window, softcap, sinks, table_rows, visible,
     )  # fmt: skip
     _check(inputs)
     return _run(inputs, None)
@@ -280,7 +284,12 @@ def _check(x: _Inputs) -> None:
         check_shape("table_rows", x.table_rows, (len(x.query_lengths),))
         check_dtype("table_rows", x.table_rows, torch.int64)
         check_contiguous("table_rows", x.table_rows)
-    check_device(x.query.device, entry_positions=x.entry_positions, sinks=x.sinks, table_rows=x.table_rows)
+    if x.visible is not None:
+        check_shape("visible", x.visible, (x.query.shape[0],))
+        check_dtype("visible", x.visible, torch.int64)
+        check_contiguous("visible", x.visible)
+    optional = {"sinks": x.sinks, "table_rows": x.table_rows, "visible": x.visible}
+    check_device(x.query.device, entry_positions=x.entry_positions, **optional)
 
 
 def _run(x: _Inputs, log_sums: Tensor | None) -> Tensor:
@@ -311,7 +320,7 @@ def _attend(x: _Inputs, launch: Launch, output: Tensor, log_sums: Tensor | None)
     kv_heads, tile = x.page_table.shape[1], launch.tile
     _attention_kernel[(launch.tiles, kv_heads * launch.group_tiles, launch.splits)](
         x.query, x.pool, x.entry_positions, x.page_table, x.kept, x.table_rows, x.query_start, x.positions,
-        x.sinks if launch.splits == 1 else None, output, log_sums,
+        x.visible, x.sinks if launch.splits == 1 else None, output, log_sums,
         x.query.stride(0), x.query.stride(1), x.page_table.stride(0), x.page_table.stride(1),
         x.kept.stride(0), x.kept.stride(1),
         launch.first_sequence, launch.last_sequence, launch.first_row, launch.shortest, launch.longest,

@@ -5,7 +5,7 @@ sequence of its own, whose G query heads share one key head: so heads may hold d
 operators read pages of at least 64 entries only, so pages are gathered side by side first, into a scratch of S * K * E
 entries (E: the longest head), which reads and writes what attention then reads once more: three times the bytes of
 `triton`'s, two of them for gathering. Not expressible, and left to `triton`: windows (positions of a pruned head are
-not its indices), softcap, sinks, values narrower than keys, other types than float16 and bfloat16.
+not its indices), softcap, sinks, masks of rows, values narrower than keys, other types than float16 and bfloat16.
 
 Lengths stay on the device: the mask is built from the host's upper bound, once per batch shape, and each layer's own
 lengths take its place. Nothing is imported before the backend is asked for.
@@ -45,10 +45,17 @@ def xformers_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def expressible(
-    query: Tensor, pool: Tensor, *, value_dim: int, window: int | None, softcap: float | None, sinks: Tensor | None
+    query: Tensor,
+    pool: Tensor,
+    *,
+    value_dim: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    visible: Tensor | None,
 ) -> bool:
     """Whether xformers can compute this call; see the module's docstring."""
-    plain = window is None and softcap is None and sinks is None and value_dim == pool.shape[3]
+    plain = window is None and softcap is None and sinks is None and visible is None and value_dim == pool.shape[3]
     return plain and query.dtype == pool.dtype and query.dtype in DTYPES
 
 

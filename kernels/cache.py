@@ -44,13 +44,14 @@ def entry_destinations(
     return _destinations(page_table, kept, sequence, order, page_size)
 
 
-def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, page_size: int) -> Tensor:
-    """`entry_destinations` of one token for each of `slots` [T] int64, from the tables of all slots.
+def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, rows: int, page_size: int) -> Tensor:
+    """`entry_destinations` of `rows` tokens for each of `slots` [T / rows] int64, from the tables of all slots.
 
     page_table [N, L, K, M] int32, kept [N, L, K] int32. Returns [L, T, K] int64. Never syncs, and no shape depends on
     a length: a CUDA graph can hold it.
     """
-    return _destinations(page_table, kept, slots, torch.zeros_like(slots), page_size)
+    order = torch.arange(rows, device=slots.device).repeat(len(slots))
+    return _destinations(page_table, kept, slots.repeat_interleave(rows), order, page_size)
 
 
 def _destinations(page_table: Tensor, kept: Tensor, sequence: Tensor, order: Tensor, page_size: int) -> Tensor:

@@ -40,6 +40,13 @@ inline V read(const P* source) {
 inline Vec broadcast(float x) { return x - Vec{}; }
 inline IntVec broadcast_int(int32_t x) { return x - IntVec{}; }
 
+// All ones in lane i if bit i is set, else zeros.
+inline IntVec lane_bits(uint32_t bits) {
+  BitVec single;
+  for (int i = 0; i < kLanes; i++) single[i] = 1u << i;
+  return (single & bits) != 0;
+}
+
 inline Vec load(const float* p) { return read<Vec>(p); }
 inline Vec load(const bf16* p) {
 #if defined(QUIRE_AVX512)  // one instruction; the portable form becomes four

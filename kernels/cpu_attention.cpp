@@ -142,7 +142,7 @@ void run(const Args& a, bool append, bool attend, int threads) {
     count = count_tasks(a, few, nullptr, &states, &rows);
     tasks = (Task*)task_memory.get(count * sizeof(Task));
     count_tasks(a, few, tasks, &states, &rows);
-    rows = rows <= kRows / 2 ? kRows / 2 : kRows;  // tile registers write whole groups of rows
+    rows = (rows + 15) / 16 * 16;  // tile registers write whole groups of rows
     scratch = (float*)state_memory.get(states * rows * (padded + 2 * kLanes) * sizeof(float));
   }
 #pragma omp parallel num_threads(threads)

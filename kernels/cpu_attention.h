@@ -6,8 +6,8 @@
 
 namespace quire {
 
-constexpr int kRows = 32;    // queries of a tile: enough to hide reading a block behind arithmetic
-constexpr int kBlock = 64;   // entries whose scores wait in L1: kRows * kBlock * 4 = 8 KiB
+constexpr int kRows = 128;   // queries of a tile: 16 tokens of groups of 8, so that verifying drafts reads the cache once
+constexpr int kBlock = 64;   // entries whose scores wait in cache: kRows * kBlock * 4 = 32 KiB
 constexpr long kPart = 256;  // entries of a part: one read of 64 KiB at head dim 128 in bfloat16
 
 struct Args {
@@ -16,8 +16,9 @@ struct Args {
   int32_t* entry_positions;         // [P, B]
   const int32_t *page_table, *kept, *query_start;
   const int64_t* positions;
-  const float* sinks;  // [H] or null
-  void* output;        // [T, H, Dv] contiguous
+  const int64_t* visible;  // [T] or null: masks of new rows, see attention.py
+  const float* sinks;      // [H] or null
+  void* output;            // [T, H, Dv] contiguous
   long query_stride, key_stride, value_stride;
   long table_sequence, table_head, kept_sequence;  // strides; a head's kept lengths are adjacent
   long sequences, heads, kv_heads, width, value_width, page_size;
@@ -42,14 +43,17 @@ struct Tile {
   int32_t position[kRows];
   int head[kRows];  // query head
   long token[kRows];
+  uint64_t visible[kRows];  // mask of new rows; 0: none
   int rows;
   int32_t first, last;  // least and largest position
+  long plain_end;       // entries before it are hidden from no row by a mask
 };
 
 template <class T>
 inline void fill_tile(const Args& a, long s, long k, long item, long end, Tile<T>& tile) {
   const long group = a.heads / a.kv_heads;
   tile.rows = end - item < kRows ? end - item : kRows;
+  tile.plain_end = a.visible ? a.kept[s * a.kept_sequence + k] : INT64_MAX;
   for (int r = 0; r < tile.rows; r++) {
     const long token = a.query_start[s] + (item + r) / group, head = k * group + (item + r) % group;
     const int32_t position = a.positions[token];
@@ -57,6 +61,7 @@ inline void fill_tile(const Args& a, long s, long k, long item, long end, Tile<T
     tile.head[r] = head;
     tile.query[r] = (const T*)a.query + token * a.query_stride + head * a.width;
     tile.position[r] = position;
+    tile.visible[r] = a.visible ? a.visible[token] : 0;
     tile.first = r == 0 || position < tile.first ? position : tile.first;
     tile.last = r == 0 || position > tile.last ? position : tile.last;
   }
@@ -89,6 +94,8 @@ inline void fill_block(const Args& a, Span span, Block<T>& block) {
     const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
     for (int i = 0; i < here; i++) block.key[count + i] = keys + i * a.width;
     memcpy(block.position + count, a.entry_positions + page * a.page_size + offset, here * sizeof(int32_t));
+    if (entry + kBlock < span.end)  // read when the next block is filled
+      prefetch(a.entry_positions + pages[(entry + kBlock) / a.page_size] * a.page_size, a.page_size * sizeof(int32_t));
     count += here;
     entry += here;
   }
@@ -150,12 +157,20 @@ inline void score_block(const Tile<T>& tile, const Block<T>& block, const Block<
     score_rows<T, kTileRows>(tile, row, block, next, width, scores);
 }
 
+// Which of kBlock entries from entry `first` on a row's mask lets it see; `old` entries precede the new ones.
+inline uint64_t seen_entries(uint64_t visible, long old, long first) {
+  const long ahead = old - first;
+  if (!visible || ahead >= kBlock) return ~0ull;
+  if (ahead >= 0) return visible << ahead | ((1ull << ahead) - 1);
+  return -ahead < 64 ? visible >> -ahead : 0;
+}
+
 // Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
 // Returns the factor by which the row's earlier sums shrink. Behind the block's last entry, where scores hold anything,
 // weights are zero.
 template <class T>
-inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, bool masked, float* scores, float& top,
-                       float& mass) {
+inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, bool masked, uint64_t seen,
+                       float* scores, float& top, float& mass) {
   constexpr int kParts = kBlock / kLanes;
   const Vec nothing = broadcast(-INFINITY);
   const IntVec latest = broadcast_int(position);
@@ -168,6 +183,7 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
     if (masked || block.count < kBlock) {
       const IntVec at = read<IntVec>(block.position + i * kLanes);
       s = ((at <= latest) & (at > earliest)) ? s : nothing;
+      if (seen != ~0ull) s = lane_bits(seen >> i * kLanes) ? s : nothing;
     }
     best = s > best ? s : best;
     best = s != s ? s : best;  // a NaN must not vanish in the maximum
@@ -255,6 +271,9 @@ class VectorWork {
     score_block(tile_, block, next, args_.width, scores);
   }
 
+  // After the weights of a row: nothing, scoring has asked for all keys.
+  void weighed(const Block<T>&, int) const {}
+
   // sum[row][column] += weights x values of the block; asks for the next block's values.
   void accumulate(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
     int row = 0;
@@ -286,11 +305,14 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Sp
     const Span rest = {span.pages, span.begin + kBlock, span.end};
     fill_block(a, rest.begin < rest.end ? rest : following, next);
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
-    const bool masked = block.last > tile.first || (a.window && block.first <= tile.last - a.window);
+    const bool hidden = span.begin + block.count > tile.plain_end;
+    const bool masked = hidden || block.last > tile.first || (a.window && block.first <= tile.last - a.window);
     work.score(block, next, scores);
     for (int r = 0; r < tile.rows; r++) {
+      const uint64_t seen = hidden ? seen_entries(tile.visible[r], tile.plain_end, span.begin) : ~0ull;
       const float shrink =
-          weigh_row(a, block, tile.position[r], masked, scores[r], state.top[r], state.mass[r]);
+          weigh_row(a, block, tile.position[r], masked, seen, scores[r], state.top[r], state.mass[r]);
+      work.weighed(next, r);
       if (shrink == 1.0f) continue;
       float* sum = state.sum + r * padded;
       for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);

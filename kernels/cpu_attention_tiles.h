@@ -23,6 +23,8 @@ class TileWork {
   TileWork(const Args& a, const Tile<bf16>& tile) : args_(a), tile_(tile) {
     static thread_local KeptMemory memory;
     groups_ = (tile.rows + kTile - 1) / kTile;
+    const int shares = kBlock / kTile + tile.rows;
+    share_ = (kBlock + shares - 1) / shares;
     query_ = (__m512i*)memory.get(kRows * a.width * sizeof(bf16) + kBlock * a.width * sizeof(bf16));
     values_ = query_ + kRows * a.width / kTileInputs;
     for (long g = 0; g < groups_; g++)
@@ -54,7 +56,7 @@ class TileWork {
           _tile_dpbf16ps(0, 4, 5);
         }
         _tile_stored(0, products[e / kTile], 64);
-        if (g == 0 && e < next.count) prefetch(next.key[e], kTile * stride);
+        if (g == 0) ask_keys(next, e / kTile);
       }
       const long first = g * kTile, rows = tile_.rows - first < kTile ? tile_.rows - first : kTile;
       for (int e = 0; e < block.count; e += kTile) {  // apart, so that no tile waits for the one before
@@ -64,6 +66,9 @@ class TileWork {
       }
     }
   }
+
+  // Asks for a share of the next block's keys, after the weights of a row were computed.
+  void weighed(const Block<bf16>& next, int row) const { ask_keys(next, kBlock / kTile + row); }
 
   // sum[row][column] += weights x values of the block; asks for the next block's values. Overwrites the weights.
   void accumulate(const Block<bf16>& block, const Block<bf16>& next, float (*scores)[kBlock], float* sum,
@@ -95,6 +100,11 @@ class TileWork {
   }
 
  private:
+  // The next block's keys in equal shares, one with each tile of scores and one with each row.
+  void ask_keys(const Block<bf16>& next, int share) const {
+    for (int e = share * share_; e < (share + 1) * share_; e++) prefetch_entry(next, e, 0, args_.width);
+  }
+
   // kBlock weights become as many in bfloat16, then the remainders.
   static void split_weights(float* weights) {
     __m512bh parts[2 * kBlock / kTileInputs];
@@ -132,6 +142,7 @@ class TileWork {
   const Args& args_;
   const Tile<bf16>& tile_;
   long groups_;       // of 16 rows
+  int share_;         // keys that are asked for at a time
   __m512i* query_;    // [groups][width / 32][16]: two dims of 16 rows
   __m512i* values_;
 };

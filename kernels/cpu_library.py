@@ -23,7 +23,7 @@ class AttentionArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("query", "key", "value", "pool", "entry_positions", "page_table", "kept")),
-        *((name, _POINTER) for name in ("query_start", "positions", "sinks", "output")),
+        *((name, _POINTER) for name in ("query_start", "positions", "visible", "sinks", "output")),
         *((name, _LONG) for name in ("query_stride", "key_stride", "value_stride")),
         *((name, _LONG) for name in ("table_sequence", "table_head", "kept_sequence")),
         *((name, _LONG) for name in ("sequences", "heads", "kv_heads", "width", "value_width", "page_size")),

@@ -83,10 +83,11 @@ inline Panel panel_at(const Layer<bf16>& l, long index) {
   return panel;
 }
 
-// sums += weights x rows over `steps` x 32 inputs for one or two groups of rows: tiles 0, 1 (group x0), 2, 3 (x1).
+// sums += weights x rows over `steps` x 32 inputs for one or two groups of rows: tiles 0, 1 (group x0), 2, 3 (x1). At
+// each step asks for `bytes` of what is to come at next0 and at next1.
 template <bool PAIR>
 inline void multiply_tiles(const char* w0, const char* w1, long stride, const char* x0, const char* x1, long row_bytes,
-                           long steps, const char* next0, const char* next1) {
+                           long steps, const char* next0, const char* next1, long bytes) {
   for (long step = 0; step < steps; step++) {
     _tile_loadd(4, w0, stride);
     _tile_loadd(6, x0, row_bytes);
@@ -98,11 +99,9 @@ inline void multiply_tiles(const char* w0, const char* w1, long stride, const ch
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
-    if (next0) {
-      prefetch(next0, kTile * 64);
-      prefetch(next1, kTile * 64);
-      next0 += kTile * 64, next1 += kTile * 64;
-    }
+    prefetch(next0, bytes);
+    prefetch(next1, bytes);
+    next0 += bytes, next1 += bytes;
     w0 += 64, w1 += 64;
     x0 += 16 * row_bytes, x1 += 16 * row_bytes;
   }
@@ -184,21 +183,24 @@ inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& n
   const Layer<bf16>& l = job.layer;
   const long stride = l.in * sizeof(bf16), row_bytes = 4 * job.wide, groups = (job.count + kTile - 1) / kTile;
   const long chunk = groups > 2 ? kInputChunk : l.in;  // two groups of rows use each weight only once
+  // The next panel's weights, 1 KiB per step of each tile, are asked for in equal parts by the pairs of groups.
+  const long pairs = (groups + 1) / 2, ahead = (kTile + pairs - 1) / pairs * 64;
   for (long start = 0; start < l.in; start += chunk) {
     const long length = l.in - start < chunk ? l.in - start : chunk, steps = length / kTileInputs;
     const char *w0 = panel.weight[0] + start * sizeof(bf16), *w1 = panel.weight[1] + start * sizeof(bf16);
     for (long g = 0; g < groups; g += 2) {
       TileSums* sum = sums + 2 * g;
-      const bool pair = g + 1 < groups, ahead = groups <= 2;
+      const bool pair = g + 1 < groups;
       const char* x0 = job.packed + g * job.group_bytes + start / kTileInputs * job.step_bytes;
       const char* x1 = x0 + job.group_bytes;
-      const char* next0 = ahead ? next.weight[0] + start * kTile * sizeof(bf16) : nullptr;
-      const char* next1 = ahead ? next.weight[1] + start * kTile * sizeof(bf16) : nullptr;
+      const long asked = start * kTile * sizeof(bf16) + g / 2 * steps * ahead;
+      const long bytes = g / 2 * ahead < kTile * 64 ? ahead : 0;
+      const char *next0 = next.weight[0] + asked, *next1 = next.weight[1] + asked;
       load_sums(sum, pair, start);
       if (pair)
-        multiply_tiles<true>(w0, w1, stride, x0, x1, row_bytes, steps, next0, next1);
+        multiply_tiles<true>(w0, w1, stride, x0, x1, row_bytes, steps, next0, next1, bytes);
       else
-        multiply_tiles<false>(w0, w1, stride, x0, x0, row_bytes, steps, next0, next1);
+        multiply_tiles<false>(w0, w1, stride, x0, x0, row_bytes, steps, next0, next1, bytes);
       store_sums(sum, pair);
       if (start + length < l.in) continue;
       for (long group = g; group < g + 2 && group < groups; group++) {

@@ -85,6 +85,8 @@ class AttentionContext:
     table_rows: Tensor | None = None
     """[S] int64: `page_table` [N, L, K, M] and `kept` [N, L, K] are those of all slots, and these the sequences' rows
     (`destinations` must then be given); None: they are the batch's own."""
+    visible: Tensor | None = None
+    """[T] int64: masks of rows that verify a tree of drafts, see `kernels.attention`; None: no row has one."""
     backend: Backend = "reference"
     """Which kernels append and attend."""
     observer: AttentionObserver | None = None
@@ -172,6 +174,7 @@ class AttentionContext:
             softcap=softcap,
             sinks=sinks,
             table_rows=self.table_rows,
+            visible=self.visible,
             backend=self.backend,
         )
 
@@ -179,7 +182,7 @@ class AttentionContext:
         table, kept, rows = self.page_table, self.kept, self.table_rows
         if rows is not None:
             table, kept = table[rows], kept[rows]
-        tensors = (table, kept, self.query_start, self.positions)
+        tensors = (table, kept, self.query_start, self.positions, self.visible)
         check_paged(self.pool, self.entry_positions, *tensors)
         self._step = PagedStep(self.pool, self.entry_positions, *tensors)
         return self._step

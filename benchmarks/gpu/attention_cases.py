@@ -33,6 +33,13 @@ class Case:
     pruned: float = 1.0
     """Heads keep a random share of their entries between this and 1."""
     window: int | None = None
+    masked: bool = False
+    """Rows have masks, as those of a tree of drafts."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether others can compute it too."""
+        return self.pruned == 1 and self.window is None and not self.masked
 
 
 CASES = (
@@ -45,12 +52,17 @@ CASES = (
     Case("decode 64 x 4k, pruned to 20-100 %", 64, 1, 4096, pruned=0.2),
     Case("decode 64 x 4k, window 1k", 64, 1, 4096, window=1024),
     Case("verify 32 x 5 over 4k", 32, 5, 4096),
+    Case("verify 8 trees of 32 over 4k", 8, 32, 4096, masked=True),
     Case("prompt 1 x 2k", 1, 2048, 2048),
     Case("prompt 1 x 8k", 1, 8192, 8192),
     Case("prompt chunk 2k over 32k", 1, 2048, 32768),
     Case("prompt 8 x 512", 8, 512, 512),
 )
-TINY = (Case("decode", 2, 1, 40, 4, 2, 16), Case("prompt", 1, 20, 30, 4, 2, 16))
+TINY = (
+    Case("decode", 2, 1, 40, 4, 2, 16),
+    Case("prompt", 1, 20, 30, 4, 2, 16),
+    Case("tree", 2, 5, 40, 4, 2, 16, masked=True),
+)
 
 
 class Batch:
@@ -77,8 +89,15 @@ class Batch:
         self.positions = torch.arange(case.context - new, case.context).repeat(s).to(device)
         self.entry_positions = positions.to(device)
 
+    def masks(self) -> Tensor | None:
+        """Of trees in which row i follows row (i - 1) // 2."""
+        masks = [1]
+        for row in range(1, self.case.new if self.case.masked else 1):
+            masks.append(masks[(row - 1) // 2] | 1 << row)
+        return torch.tensor(masks * self.case.sequences, device=self.pool.device) if self.case.masked else None
+
     def arguments(self) -> dict[str, Any]:
-        """Of `paged_attention`."""
+        """Of `paged_attention`, but for masks."""
         shared: dict[str, Any] = {"query": self.query, "pool": self.pool, "entry_positions": self.entry_positions}
         shared |= {"page_table": self.table, "kept": self.kept, "query_start": self.start}
         shared |= {"query_lengths": self.lengths, "positions": self.positions}
@@ -166,9 +185,9 @@ def rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iterator[
     """Every case, by every contender that is installed; contenders do not prune."""
     for case in cases:
         batch = Batch(case, meter.device, dtype)
-        run = partial(paged_attention_triton, **batch.arguments(), value_dim=case.head_dim)
+        run = partial(paged_attention_triton, **batch.arguments(), value_dim=case.head_dim, visible=batch.masks())
         yield meter.row("attention", case.name, "quire", run, batch.work())
-        if case.pruned < 1 or case.window is not None:
+        if not case.is_plain:
             continue
         for name, make in CONTENDERS.items():
             if name not in _NEEDS or importlib.util.find_spec(_NEEDS[name]):
@@ -187,7 +206,7 @@ def _contender(meter: Meter, name: str, make: Callable[[Batch], Callable[[], obj
 def mass_rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iterator[Row]:
     """Attention mass of decodes, and of the last 32 rows of prompts."""
     for case in cases:
-        if case.pruned < 1 or case.window is not None or case.context > 32768:
+        if not case.is_plain or case.context > 32768:
             continue
         batch = Batch(case, meter.device, dtype)
         arguments = batch.arguments()

@@ -6,11 +6,14 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
-from quire.core.plan import NO_TOKEN, BatchPlan, Decodes, SequenceOutput, StepOutput
+from quire.core.ids import SlotId
+from quire.core.plan import NO_TOKEN, BatchPlan, Decodes, PageGrants, SequenceOutput, SequencePlan, StepOutput
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.engine.inputs import build_inputs
 
 from .fake_model import FakeRunner
 from .harness import Harness, Sequence, make_engine
@@ -123,6 +126,63 @@ def test_only_pure_decodes_are_replayed() -> None:
     assert capture.captured == 0
     harness.step([(long, 1), (scored, 1)])
     assert capture.replayed == 1
+
+
+def verification(engine: Engine, count: int, drafts: int) -> BatchPlan:
+    """Of sequences in odd slots whose prompts are computed: the newest token of each and as many proposals."""
+    engine.cache.clear(torch.arange(engine.cache.num_pages))
+    harness = Harness(engine)
+    sequences = [harness.add((4, 1, 3, 0, 5)[index], PROMPTS[index]) for index in range(count)]
+    harness.step([(sequence, len(sequence.prompt)) for sequence in sequences])
+    grants = [grant for sequence in sequences for grant in harness._grants(sequence, 1 + drafts)]
+    parts = tuple(
+        SequencePlan(s.slot, s.computed, (s.tokens[-1], *range(1, 1 + drafts)), sample=True, drafts=drafts)
+        for s in sequences
+    )
+    plan = BatchPlan(parts, grants=PageGrants(*np.array(grants, np.int32).reshape(-1, 4).T))
+    engine.cache.apply(plan)
+    return plan
+
+
+@pytest.mark.parametrize("drafts", [1, 3, 9])
+def test_drafts_are_verified_by_graphs_of_their_own(drafts: int) -> None:
+    """Logits of every row as the plain forward pass gives them, padded batches included; nothing counts as kept."""
+    runner, capture = FakeRunner(), FakeCapture()
+    plain, padded = make_engine(runner), make_engine(runner)
+    graphs = DecodeGraphs(runner, padded.cache, graph_sizes(6), "reference", capture, most_drafts=9)
+    for count in (3, 4, 2, 5):
+        plan = verification(plain, count, drafts)
+        inputs = build_inputs(plan, plain.cache, plain._max_lengths, plain.sampler.table.newest, "reference")
+        rows = torch.arange(count * (1 + drafts))
+        expected = runner.forward(inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, rows)
+        plan = verification(padded, count, drafts)
+        assert graphs.takes(plan)
+        step = graphs.run(plan, padded._max_lengths, padded.sampler.table.newest)
+        assert step is not None
+        torch.testing.assert_close(step.logits, expected)
+        assert torch.equal(padded.cache.pool[:-1], plain.cache.pool[:-1])
+        assert step.slots.tolist() == [part.slot for part in plan.sequences] == step.host_slots.tolist()
+        assert step.new_entries.tolist() == [0] * count == list(step.host_lengths)
+    assert (capture.captured, capture.replayed) == (3, 4), "batches of 3 and 4 share a size"
+
+
+def test_only_uniform_verification_of_known_proposals_is_taken() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    graphs = DecodeGraphs(runner, engine.cache, graph_sizes(6), "reference", FakeCapture(), most_drafts=9)
+    uniform, wanted = (
+        SequencePlan(SlotId(0), 4, (5, 6, 7), sample=True, drafts=2),
+        SequencePlan(SlotId(1), 4, (5,), True),
+    )
+    assert graphs.takes(BatchPlan((uniform,)))
+    assert not graphs.takes(BatchPlan((uniform, wanted))), "rows of different number"
+    assert not graphs.takes(BatchPlan((replace(wanted, drafts=2),))), "proposals are not known yet"
+    assert not graphs.takes(BatchPlan((replace(uniform, drafts=1),))), "the rest of a prompt, and a proposal"
+    columns = Decodes(*np.array([[1], [4], [5]], np.int32))
+    assert not graphs.takes(BatchPlan((uniform,), decodes=columns)) and graphs.takes(BatchPlan((), decodes=columns))
+    few = DecodeGraphs(runner, engine.cache, graph_sizes(256), "reference", FakeCapture(), most_drafts=9)
+    parts = tuple(replace(uniform, slot=SlotId(slot)) for slot in range(100))
+    assert few.takes(BatchPlan(parts[:64])) and not few.takes(BatchPlan(parts)), "so many rows hide their launches"
 
 
 def test_what_cannot_be_captured_runs_plainly_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:

@@ -103,6 +103,7 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     log_sums = torch.zeros(sum(lengths), 32)
     slots = torch.zeros(sequences, dtype=torch.int64)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, table_rows=slots)
+    attention_triton.paged_attention_triton(**shared, value_dim=head_dim, visible=positions)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums, observe=4, **options)
 

@@ -72,6 +72,24 @@ def make_case(
     return PagedCase(pool, entry_positions, table, held, tuple(lengths), query, key, value, positions)
 
 
+def make_trees(case: PagedCase, trees: list[bool], seed: int = 0) -> Tensor:
+    """Masks [T]: a random tree for each sequence that is to be one, whose positions become start + depth; else none."""
+    generator = torch.Generator().manual_seed(seed)
+    masks, row = [], 0
+    for n, is_tree in zip(case.query_lengths, trees, strict=True):
+        start, depths, own = int(case.positions[row]), [0], [1]
+        for node in range(1, n):
+            parent = int(torch.randint(node, (), generator=generator))
+            depths.append(depths[parent] + 1)
+            own.append(own[parent] | 1 << node)
+        if is_tree:
+            case.positions[row : row + n] = start + torch.tensor(depths)
+        # Bit 63 is the sign of a 64-bit number.
+        masks += [mask - (mask >> 63 << 64) if is_tree else 0 for mask in own]
+        row += n
+    return torch.tensor(masks)
+
+
 def naive_append(case: PagedCase) -> None:
     """Store the new tokens one by one."""
     row = 0
@@ -94,6 +112,7 @@ def naive_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    visible: Tensor | None = None,
 ) -> Tensor:
     """[T, H, Dv] float64: every query against every entry of its head that it may see."""
     num_heads, value_dim = case.query.shape[1], case.value.shape[-1]
@@ -108,6 +127,9 @@ def naive_attention(
                 seen = held <= position
                 if window is not None:
                     seen &= position - held < window
+                mask = 0 if visible is None else int(visible[row + offset])
+                for new in range(n if mask else 0):
+                    seen[int(case.kept[s, h // group]) + new] &= bool(mask >> new & 1)
                 scores = keys[seen] @ case.query[row + offset, h].double() * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
