@@ -134,6 +134,17 @@ class Pruning:
         draft.owed += needed
         return True
 
+    def relieve_alone(self, sequence: SequenceState, draft: BatchDraft) -> bool:
+        """Prune the only one that runs, which does not fit unpruned; False if it is not such a one, or fits nothing.
+
+        Its prune was put off: what was chosen is forgotten when it gives its slot back.
+        """
+        state = sequence.prune
+        if state is None or not state.bounded or self._ratio(sequence, state) <= 1:
+            return False
+        self._order(sequence, state, "pressure", draft)
+        return True
+
     def commit(self, sequences: Sequence[SequenceState], kept: Sequence[IntArray], seconds: Sequence[float]) -> None:
         """What the engine would keep of the `sequences` that the plan ordered to be pruned, in its order."""
         for sequence, counts, time in zip(sequences, kept, seconds, strict=True):
