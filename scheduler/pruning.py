@@ -121,8 +121,6 @@ class Pruning:
         Least harmed is who holds most in proportion to what it must keep. True if pages will come: then the sequence
         that needs them waits a step. Each such prune leaves less to forget, so waiting ends.
         """
-        if not self._config.prunes_under_pressure:
-            return False
         missing = draft.reserved + needed - self._cache.available - draft.relief
         for sequence, state in self._candidates(running, draft):
             if missing <= 0:
@@ -178,7 +176,7 @@ class Pruning:
         found: list[tuple[float, SequenceState, PruneState]] = []
         for sequence in running:
             state = sequence.prune
-            if state is None or sequence.done or sequence in draft.prunes:
+            if state is None or sequence.done or sequence in draft.prunes or not self._may_be_pruned(state):
                 continue
             computed = sequence.num_stored
             repeats = self._config.policies[state.params.policy].repeats
@@ -190,6 +188,11 @@ class Pruning:
                 found.append((ratio, sequence, state))
         found.sort(key=lambda candidate: -candidate[0])
         return [(sequence, state) for _, sequence, state in found]
+
+    def _may_be_pruned(self, state: PruneState) -> bool:
+        """Whether pages may be had from it between its own prunes: if it has such, they only come a little earlier."""
+        params = state.params
+        return self._config.prunes_under_pressure or (params.when == "always" and params.every > 0)
 
     def _order(self, sequence: SequenceState, state: PruneState, reason: str, draft: BatchDraft) -> int:
         """Returns how many pages that will surely make available."""

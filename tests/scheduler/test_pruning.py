@@ -9,7 +9,7 @@ import pytest
 from quire.core.errors import ContextLengthError
 from quire.core.messages import single_events
 from quire.core.plan import BatchPlan
-from quire.core.pruning import PolicyInfo, PruneParams
+from quire.core.pruning import PolicyInfo, PruneCounts, PruneParams
 from quire.core.request import Request
 
 from .fake_engine import expected_output
@@ -248,13 +248,42 @@ def test_it_goes_on_beside_others_and_after_preemption():
         assert len(world.tokens["large", 0]) == 12 and not world.failed
 
 
+def test_alone_it_is_pruned_before_it_does_not_fit():
+    """Even if what was chosen is lost, as by a preemption just then."""
+    world = world_of(**SMALL_POOL)
+    world.scheduler.add(oversize())
+    while not world.tokens["large", 0]:
+        step(world)
+        (state,) = (sequence.prune for sequence in world.scheduler._running)
+        if (
+            "pressure" not in world.scheduler.stats().prunes.get("any", PruneCounts()).prunes
+            and state.reason == "prompt"
+        ):
+            state.cancel()
+    world.run()
+    assert world.scheduler.stats().prunes["any"].prunes["pressure"] >= 1
+    assert len(world.tokens["large", 0]) == 12
+
+
+def test_what_prunes_itself_is_pruned_early_before_anyone_is_preempted():
+    for every, preemptions in ((100, False), (0, True)):
+        world = world_of(num_pages=24, prefix_cache=False)
+        for name in "ab":
+            world.scheduler.add(pruned(name, range(1, 17), max_tokens=24, every=every))
+        world.run()
+        stats = world.scheduler.stats()
+        assert bool(stats.preemptions_total) == preemptions
+        assert ("pressure" in stats.prunes["any"].prunes) != preemptions
+
+
 def test_a_prompt_that_is_pruned_takes_smaller_chunks_where_pages_are_short():
-    world = world_of(num_pages=40, max_batch_tokens=16, prefix_cache=False)
-    world.scheduler.add(make_request("first", range(1, 13), max_tokens=30))
+    world = world_of(num_pages=20, max_batch_tokens=16, prefix_cache=False)
+    world.scheduler.add(make_request("first", range(1, 13), max_tokens=8))
     world.scheduler.add(pruned("large", range(1, 49), keep=0.2))
     sizes = []
     while world.scheduler.has_work:
         plan = step(world)
-        sizes += [len(part.token_ids) for part in plan.sequences]
+        sizes += [len(part.token_ids) for part in plan.sequences if len(part.token_ids) > 1]
+    assert sizes == [12, 4, 15, 10, 11, 8], "beside one that decodes 15 could be computed: pages were short"
     assert not world.scheduler.stats().preemptions_total
     assert len(world.tokens["large", 0]) == 8
