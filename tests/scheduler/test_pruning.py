@@ -255,6 +255,7 @@ def test_alone_it_is_pruned_before_it_does_not_fit():
     while not world.tokens["large", 0]:
         step(world)
         (state,) = (sequence.prune for sequence in world.scheduler._running)
+        assert state is not None
         if (
             "pressure" not in world.scheduler.stats().prunes.get("any", PruneCounts()).prunes
             and state.reason == "prompt"

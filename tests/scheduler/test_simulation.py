@@ -181,7 +181,7 @@ class Traffic:
         for index in range(request.params.n):
             tokens, end = world.tokens[name, index], world.finished.get((name, index))
             if request.prune is not None and request.prune.policy != "selecting":
-                expected, reason = tokens, end.reason if end else ""  # what it forgets depends on its neighbours
+                expected, reason = tokens, str(end and end.reason)  # what it forgets depends on its neighbours
             else:
                 expected, reason = expected_output(request, index, world.config)
             assert tokens == expected[: len(tokens)], "other tokens than alone"
