@@ -1,8 +1,9 @@
 """What pruning gives and costs in memory and time, as ratios to the unpruned engine within one run.
 
-    python -m benchmarks.pruning [--model DIR] [--policy knorm] [--keep 0.5] [--prompt 1024] [--rounds 3] [--json FILE]
+    python -m benchmarks.pruning [--model DIR] [--policy knorm] [--keep 0.5] [--prompt 1024] [--output 100]
 
-Four figures: requests that run at once in the same KV memory while others wait; tokens per second of a batch that only
+Four figures: requests that run at once in the same KV memory while others wait (answers must be long enough that memory
+is what they wait for, not prompts being computed: `--prompt 2048 --output 400`); tokens per second of a batch that only
 decodes long contexts; most pages held while one long prompt is computed chunk by chunk; and the share of a prompt's
 time that each policy spends choosing. Times are medians of rounds that alternate between the contenders.
 """
@@ -33,10 +34,12 @@ def sequence_bytes(info: EngineInfo, tokens: int) -> int:
     return info.model.num_layers * info.model.num_kv_heads * -(-tokens // info.page_size) * page_bytes
 
 
-def concurrency(model: str, prompts: Prompts, prune: PruneParams, length: int, chunk: int) -> tuple[float, float]:
+def concurrency(
+    model: str, prompts: Prompts, prune: PruneParams, length: int, output: int, chunk: int
+) -> tuple[float, float]:
     """Mean number of running sequences over the steps in which others wait for memory; the pool holds 8 unpruned."""
     means = []
-    memory = 8 * sequence_bytes(load(model, max_num_seqs=1).engine.info, length + MARGIN)
+    memory = 8 * sequence_bytes(load(model, max_num_seqs=1).engine.info, length + output)
     for how in (None, prune):
         loop = load(model, max_num_seqs=64, max_batch_tokens=chunk, kv_memory=memory)
         running: list[int] = []
@@ -45,7 +48,7 @@ def concurrency(model: str, prompts: Prompts, prune: PruneParams, length: int, c
             if stats.waiting:
                 running.append(stats.running)
 
-        drain(loop, [prompts.request(prompts.take(length), MARGIN, how) for _ in range(64)], watch)
+        drain(loop, [prompts.request(prompts.take(length), output, how) for _ in range(64)], watch)
         means.append(statistics.mean(running[len(running) // 4 :]))  # past the start, when nobody decodes yet
     return means[0], means[1]
 
@@ -126,6 +129,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--policy", default="knorm")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--prompt", type=int, default=1024, help="tokens of the prompts that run together")
+    parser.add_argument("--output", type=int, default=MARGIN, help="tokens of their answers")
     parser.add_argument("--chunk", type=int, default=256, help="most tokens of a step")
     parser.add_argument("--batch", type=int, default=16, help="sequences that decode together")
     parser.add_argument("--rounds", type=int, default=3)
@@ -145,7 +149,7 @@ def main() -> None:
     wide = load(args.model, max_num_seqs=args.batch, max_batch_tokens=info.max_model_len, kv_memory=memory)
     figures = {
         f"requests at once, {args.prompt:,} tokens each": concurrency(
-            args.model, prompts, prune, args.prompt, args.chunk
+            args.model, prompts, prune, args.prompt, args.output, args.chunk
         ),
         f"tokens/s, {args.batch} decode at {long:,}": decoding(wide, prompts, prune, long, args.batch, args.rounds),
         f"peak pages, prompt of {long:,} in chunks of {args.chunk}": peak_pages(loop, prompts, prune, long),

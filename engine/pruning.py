@@ -200,6 +200,7 @@ class Pruner:
                 scale=scoring.scale,
                 softcap=scoring.softcap,
                 sink_logits=scoring.sinks,
+                backend=self._backend,
                 output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
                 **({} if seen is None else _observed(seen, layer, index, of_layer, num_tokens)),
             )

@@ -1,4 +1,4 @@
-"""How much attention each entry of one sequence gets from given rows: plain torch, vectorised, on any device.
+"""How much attention each entry of one sequence gets from given rows: the contract, and the choice of a kernel.
 
 `kernels.attention_mass_triton` does the same from pages, given the rows' log-sums. Letters: n rows, H query heads, K kv
 heads, G = H / K, D head dim, E entries of the longest head.
@@ -9,8 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .backend import Backend
+from .cpu_library import DTYPES, loaded_library
+
 MAX_WEIGHTS = 1 << 22
 """Most weights that exist at a time (16 MiB of float32): rows are taken in slices, never all against all."""
+_PARTS = 4
+"""Shares of the rows that the C++ kernel computes on their own, so that few heads occupy many threads."""
 
 
 def attention_columns(
@@ -24,13 +29,35 @@ def attention_columns(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    backend: Backend = "reference",
 ) -> Tensor:
     """[K, E] float32: the probability that the rows give each entry, summed (or the greatest) over rows and group.
 
     query [n, H, D] at positions [n]; keys [K, E, D], their rows' own included; entry_positions [K, E]; lengths [K]:
     what lies past them counts for nothing, whatever it holds; sinks [H]: logits without an entry. Softmax in float32.
-    4 * n * H * E * D FLOPs at most.
+    2 * n * H * E * D FLOPs at most.
     """
+    if backend == "cpu" and keys.dtype == query.dtype and keys.dtype in DTYPES:
+        parts = _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
+        return parts.sum(1) if reduce == "sum" else parts.amax(1)
+    return attention_columns_reference(
+        query, keys, entry_positions, lengths, positions, reduce=reduce, scale=scale, softcap=softcap, sinks=sinks
+    )
+
+
+def attention_columns_reference(
+    query: Tensor,
+    keys: Tensor,
+    entry_positions: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    *,
+    reduce: Literal["sum", "max"],
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """See `attention_columns`; on any device."""
     rows, heads, width = query.shape
     kv_heads, longest = keys.shape[:2]
     group = heads // kv_heads
@@ -49,6 +76,36 @@ def attention_columns(
         else:
             result = torch.maximum(result, weights.amax((1, 2)))
     return result
+
+
+def _columns_cpu(
+    query: Tensor,
+    keys: Tensor,
+    entry_positions: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    reduce: Literal["sum", "max"],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """[K, parts, E] by cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
+    (rows, heads, width), (kv_heads, entries) = query.shape, keys.shape[:2]
+    query = query if query[0].is_contiguous() else query.contiguous()
+    keys = keys if keys[0].is_contiguous() else keys.contiguous()
+    entry_positions = entry_positions if entry_positions.stride(1) == 1 else entry_positions.contiguous()
+    positions, lengths = positions.int().contiguous(), lengths.long().contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    output = torch.empty(kv_heads, _PARTS, entries)
+    loaded_library().attention_columns(
+        *(tensor.data_ptr() for tensor in (query, keys, entry_positions, positions, lengths)),
+        None if sinks is None else sinks.data_ptr(),
+        output.data_ptr(),
+        *(tensor.stride(0) for tensor in (query, keys, entry_positions)),
+        *(rows, heads, kv_heads, entries, width, _PARTS),
+        *(scale, softcap or 0.0, reduce == "max", keys.dtype == torch.bfloat16, torch.get_num_threads()),
+    )
+    return output
 
 
 def _weights(logits: Tensor, hidden: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:

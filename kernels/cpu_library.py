@@ -80,8 +80,15 @@ class CpuLibrary:
         self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
+        self.attention_columns = library.quire_attention_columns
+        self.attention_columns.argtypes = [_POINTER] * 7 + [_LONG] * 9 + [_FLOAT] * 2 + [_INT] * 3
+        self.quadratic_form = library.quire_quadratic_form
+        self.quadratic_form.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_INT]
+        self.lag_ranks = library.quire_lag_ranks
+        self.lag_ranks.argtypes = [_POINTER] * 3 + [_LONG] * 6 + [_FLOAT, _INT, _INT]
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder)
-        for function in (*layers, self.row_maxima, self.compact):
+        scores = (self.attention_columns, self.quadratic_form, self.lag_ranks)
+        for function in (*layers, self.row_maxima, self.compact, *scores):
             function.restype = None
 
 

@@ -8,7 +8,9 @@ makes it a probability.
 import torch
 from torch import Tensor
 
-from .policy import LayerView, Limits, Needs, Rotation
+from ..kernels.quadratic_form import quadratic_form
+from ..kernels.rotary import rotate_reference
+from .policy import LayerView, Limits, Needs
 
 HORIZON = 512
 """Positions to come over which the rotation is averaged."""
@@ -20,7 +22,7 @@ class ExpectedAttentionPolicy:
     needs = Needs(moments=True)
 
     def __init__(self) -> None:
-        self._turn: tuple[int, Tensor] | None = None
+        self._turn: tuple[int, tuple[Tensor, Tensor]] | None = None
         """For how many tokens, and the rotation averaged over the next positions: the same for all layers."""
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
@@ -30,37 +32,25 @@ class ExpectedAttentionPolicy:
         norms = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
         return logits.softmax(2).mean(1) * norms
 
-    def _average_turn(self, view: LayerView) -> Tensor | None:
+    def _average_turn(self, view: LayerView) -> tuple[Tensor, Tensor] | None:
         if view.rotation is None:
             return None
         if self._turn is None or self._turn[0] != view.num_tokens:
-            device, dim = view.keys.device, view.keys.shape[2]
-            self._turn = view.num_tokens, average_rotation(view.rotation, view.num_tokens, dim, device)
+            positions = torch.arange(view.num_tokens, view.num_tokens + HORIZON, device=view.keys.device)
+            cos, sin = view.rotation(positions)
+            self._turn = view.num_tokens, (cos.mean(0, keepdim=True), sin.mean(0, keepdim=True))
         return self._turn[1]
 
 
-def _expected_logits(view: LayerView, turn: Tensor | None) -> Tensor:
-    """[K, G, E] float32; turn [D, D]."""
+def _expected_logits(view: LayerView, turn: tuple[Tensor, Tensor] | None) -> Tensor:
+    """[K, G, E] float32; turn: cosines and sines [1, R / 2] of the rotation averaged over the next positions."""
     if view.query_mean is None or view.query_covariance is None:
         raise ValueError("the view has no moments of queries: the policy must name them in its needs")
     mean, covariance = view.query_mean, view.query_covariance
-    keys = view.keys.float()
-    kv_heads, dim = keys.shape[0], keys.shape[2]
     if turn is not None:
-        mean, covariance = mean @ turn.T, turn @ covariance @ turn.T
-    logits = view.scale * (mean.view(kv_heads, -1, dim) @ keys.mT)
-    spread = covariance.view(kv_heads, -1, dim, dim)
-    for head in range(spread.shape[1]):
-        logits[:, head] += view.scale**2 / 2 * torch.linalg.vecdot(keys @ spread[:, head], keys)
-    return logits
-
-
-def average_rotation(rotation: Rotation, start: int, dim: int, device: torch.device) -> Tensor:
-    """Mean of the rotation matrices [D, D] of positions start .. start + HORIZON - 1; what is not rotated stays."""
-    cos, sin = (part.mean(0) for part in rotation(torch.arange(start, start + HORIZON, device=device)))
-    half = len(cos)
-    turn = torch.eye(dim, device=device)
-    first = torch.arange(half, device=device)
-    turn[first, first] = turn[first + half, first + half] = cos
-    turn[first, first + half], turn[first + half, first] = -sin, sin
-    return turn
+        # R C R^T turns the rows of C, then its columns.
+        mean = rotate_reference(mean[None], *turn)[0]
+        for _ in range(2):
+            covariance = rotate_reference(covariance.flatten(0, 1)[None], *turn).view_as(covariance).mT
+    linear, square = view.scale * mean, view.scale**2 / 2 * covariance
+    return quadratic_form(view.keys, linear, square, view.backend).unflatten(0, (len(view.keys), -1))

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..kernels.backend import Backend
+
 Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [N] int64 -> cosines and sines [N, R / 2] float32 of the model's rotary embedding (half-split layout)."""
 
@@ -77,6 +79,8 @@ class LayerView:
     """None where the model has no rotary embedding that we know."""
     output_weight: Tensor | None = None
     """[hidden, H * D]."""
+    backend: Backend = "reference"
+    """Which kernels may compute the scores."""
 
 
 @dataclass(frozen=True, slots=True)

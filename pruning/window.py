@@ -6,7 +6,7 @@ from .policy import LayerView, Limits, Needs
 
 
 class WindowPolicy:
-    """The newer, the better. Entries keep their own positions; see `pruning.positions` for contiguous ones."""
+    """The newer, the better. Entries keep their own positions, so no text gets longer than the model's context."""
 
     needs = Needs(keys=False, values=False)
 

@@ -7,6 +7,7 @@ from ..core.messages import EngineInfo
 from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..core.request import Request
 from .config import SchedulerConfig
+from .footprint import longest
 from .waiting import WaitingQueue
 
 
@@ -86,7 +87,7 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> No
 
 
 def _check_length(request: Request, config: SchedulerConfig) -> None:
-    prompt, limit, wanted = len(request.prompt_ids), config.max_length, request.params.max_tokens
+    prompt, limit, wanted = len(request.prompt_ids), longest(request, config), request.params.max_tokens
     holder = "the model's context" if limit == config.max_model_len else "the KV cache"
     if prompt >= limit:
         raise ContextLengthError(

@@ -118,7 +118,7 @@ class CacheManager:
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
         config, entries = self._config, sequence.most_entries(self._config)
-        most = config.pages_needed(entries)
+        most = sequence.most_pages(config)
         in_use = sum(1 for bundle in hits if bundle.pages is not None and (bundle.users or bundle.pinned))
         if sequence.swapped is not None:
             most = sequence.swapped.most_pages(max(entries, len(sequence.tokens)), config.page_size, most)
@@ -126,7 +126,7 @@ class CacheManager:
 
     def owed(self, sequences: Iterable[SequenceState]) -> int:
         """How many more pages these sequences take until all their known tokens are computed."""
-        needed = (self._config.pages_needed(len(s.tokens)) - s.table.num_pages for s in sequences)
+        needed = (sequence.most_pages(self._config) - sequence.table.num_pages for sequence in sequences)
         return sum(max(pages, 0) for pages in needed)
 
     def enter(self, sequence: SequenceState, hits: list[Bundle]) -> None:

@@ -113,9 +113,19 @@ class SchedulerConfig:
             max_batch_tokens=self.max_batch_tokens,
         )
 
+    def pages_pruned(self, entries: int, length: int) -> int:
+        """The same of a sequence of `length` tokens whose layers without a window never hold more than `entries`."""
+        spared = -(-max(length, entries) // self.page_size) - -(-entries // self.page_size)
+        return self.pages_needed(max(length, entries)) - len(self.full_rows) * spared
+
+    @cached_property
+    def least_chunk(self) -> int:
+        """Tokens to which chunks of a prompt that is pruned meanwhile are cut down where pages are short."""
+        return min(self.max_batch_tokens, max(self.page_size, self.max_batch_tokens // 4))
+
     @cached_property
     def max_length(self) -> int:
-        """Most tokens of a sequence, prompt and output, that context and pool allow.
+        """Most tokens of an unpruned sequence, prompt and output, that context and pool allow.
 
         The last token needs no page: it is never computed.
         """

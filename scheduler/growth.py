@@ -146,6 +146,17 @@ class Growth:
         slots = np.full(len(ids), sequence.slot, np.int32)
         draft.change_pages(sequence, drops, PageGrants(slots, rows, columns, ids))
 
+    def affordable(self, sequence: SequenceState, count: int) -> int:
+        """How many of `count` tokens of a prompt to compute: fewer where pages are short and pruning gives some back.
+
+        So such a prompt takes no more than it keeps and a small chunk, and nobody has to go for a large one.
+        """
+        prune, least, room = sequence.prune, self._config.least_chunk, sequence.table.room
+        if prune is None or not prune.bounded or count <= max(least, room):
+            return count
+        spare = max(self._cache.available - self._cache.watermark, 0) // self._config.num_rows
+        return max(least, min(count, room + spare * self._config.page_size))
+
     def grow(self, sequence: SequenceState, count: int, draft: BatchDraft) -> bool:
         """Make room for `count` entries; False if the sequence had to go itself, or to wait a step."""
         drops, lacking = self._drop_unseen(sequence), sequence.table.lacking(count)
@@ -158,6 +169,9 @@ class Growth:
                 return False
             if len(self._running) == 1:
                 enough = self._cache.drop_pins(needed)
+                if not enough and self._pruning.relieve_alone(sequence, draft):
+                    draft.wait(sequence, drops)
+                    return False
                 assert enough, "a sequence that was admitted does not fit the pool alone"
                 break
             victim = self._victim(draft)

@@ -121,8 +121,6 @@ class Pruning:
         Least harmed is who holds most in proportion to what it must keep. True if pages will come: then the sequence
         that needs them waits a step. Each such prune leaves less to forget, so waiting ends.
         """
-        if not self._config.prunes_under_pressure:
-            return False
         missing = draft.reserved + needed - self._cache.available - draft.relief
         for sequence, state in self._candidates(running, draft):
             if missing <= 0:
@@ -132,6 +130,17 @@ class Pruning:
             return False
         draft.reserved += needed
         draft.owed += needed
+        return True
+
+    def relieve_alone(self, sequence: SequenceState, draft: BatchDraft) -> bool:
+        """Prune the only one that runs, which does not fit unpruned; False if it is not such a one, or fits nothing.
+
+        Its prune was put off: what was chosen is forgotten when it gives its slot back.
+        """
+        state = sequence.prune
+        if state is None or not state.bounded or self._ratio(sequence, state) <= 1:
+            return False
+        self._order(sequence, state, "pressure", draft)
         return True
 
     def commit(self, sequences: Sequence[SequenceState], kept: Sequence[IntArray], seconds: Sequence[float]) -> None:
@@ -167,7 +176,7 @@ class Pruning:
         found: list[tuple[float, SequenceState, PruneState]] = []
         for sequence in running:
             state = sequence.prune
-            if state is None or sequence.done or sequence in draft.prunes:
+            if state is None or sequence.done or sequence in draft.prunes or not self._may_be_pruned(state):
                 continue
             computed = sequence.num_stored
             repeats = self._config.policies[state.params.policy].repeats
@@ -179,6 +188,11 @@ class Pruning:
                 found.append((ratio, sequence, state))
         found.sort(key=lambda candidate: -candidate[0])
         return [(sequence, state) for _, sequence, state in found]
+
+    def _may_be_pruned(self, state: PruneState) -> bool:
+        """Whether pages may be had from it between its own prunes: if it has such, they only come a little earlier."""
+        params = state.params
+        return self._config.prunes_under_pressure or (params.when == "always" and params.every > 0)
 
     def _order(self, sequence: SequenceState, state: PruneState, reason: str, draft: BatchDraft) -> int:
         """Returns how many pages that will surely make available."""

@@ -263,7 +263,7 @@ class Scheduler:
         if self._pruning.repeats(sequence):
             self._repeat(sequence, draft)
             return
-        count = sequence.next_chunk(draft.budget)
+        count = self._growth.affordable(sequence, sequence.next_chunk(draft.budget))
         if count > sequence.table.room and not self._growth.grow(sequence, count, draft):
             return
         if sequence.steady:
@@ -273,8 +273,7 @@ class Scheduler:
         draft.add(sequence, sequence.plan(count))
         self._pruning.order_if_due(sequence, draft)
         if count < sequence.num_pending:
-            most = self.config.pages_needed(sequence.most_entries(self.config))
-            draft.owed += max(most - sequence.table.num_pages, 0)
+            draft.owed += max(sequence.most_pages(self.config) - sequence.table.num_pages, 0)
 
     def _repeat(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan what the model repeats of a sequence, for its policy to see, if it can get the pages for that."""

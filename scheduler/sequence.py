@@ -9,6 +9,7 @@ from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
 from ..core.pruning import CacheUse, PruneParams
 from ..core.request import Request
 from .config import SchedulerConfig
+from .footprint import longest, most_entries, stays_bounded
 from .prefix import BlockHashes, Bundle
 from .swap import SwappedTable
 from .table import NO_WINDOW, PageTable
@@ -40,6 +41,8 @@ class PruneState:
     params: PruneParams
     repeats: bool = False
     """As `PolicyInfo.repeats`."""
+    bounded: bool = False
+    """As `footprint.stays_bounded`."""
     prefill_end: int = 0
     """Tokens that are pruned as a prompt: those known when it (re-)entered, or the context if that is shorter."""
     last: int = 0
@@ -90,7 +93,7 @@ def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None
     params = request.prune
     if params is None or not params.forgets or config.policies[params.policy].selects:
         return None
-    return PruneState(params, config.policies[params.policy].repeats)
+    return PruneState(params, config.policies[params.policy].repeats, stays_bounded(params, config))
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +143,7 @@ class SequenceState:
     """Of each full block of the table whether it is in the prefix cache; None: its pages are the sequence's own."""
     shares: bool = False
     """Whether it publishes its blocks and begins with others': not with sliding windows, whose pages go one head at a
-    time; without prefix cache only among the choices of one request."""
+    time; not if it would not fit the pool unpruned; without prefix cache only among the choices of one request."""
     pinned_tokens: int | None = None
     """Prompt tokens pinned for after its end; None: not decided yet."""
     swapped: SwappedTable | None = None
@@ -158,7 +161,11 @@ class SequenceState:
         params = request.params
         ends = () if params.ignore_eos else config.eos_token_ids
         num_prompt, tokens = len(request.prompt_ids), list(request.prompt_ids)
-        max_length = config.max_length if params.max_tokens is None else num_prompt + params.max_tokens
+        # What fits only because it is pruned gets as long as that only where it is asked for.
+        most = config.max_length if num_prompt < config.max_length else longest(request, config)
+        max_length = most if params.max_tokens is None else num_prompt + params.max_tokens
+        # Then all its pages are its own, so that none of its prunes is ever denied.
+        fits_whole = max_length <= config.max_length
         # Sequences whose keys are rotated differently must not share them.
         rotation = max(config.rope_length, max_length) if config.rope_length else None
         namespace = (config.model, request.namespace, request.cache_salt, rotation)
@@ -176,7 +183,7 @@ class SequenceState:
                 namespace if config.prefix_cache else (*namespace, request.id), tokens, config.page_size
             ),
             num_prompt=num_prompt,
-            shares=config.row_windows is None and (config.prefix_cache or params.n > 1),
+            shares=fits_whole and config.row_windows is None and (config.prefix_cache or params.n > 1),
             prune=_prune_state(request, config),
         )
 
@@ -218,19 +225,18 @@ class SequenceState:
         return self.prune is None or not self.prune.pruned
 
     def most_entries(self, config: SchedulerConfig) -> int:
-        """Most entries that a head holds until all known tokens are computed, if no prune is denied."""
+        """Most entries that a head holds, on average, until all known tokens are computed, if no prune is denied."""
         known = len(self.tokens)
         if self.swapped is not None and self.prune is not None and config.policies[self.prune.params.policy].repeats:
             # It may go on with repeating, behind its own tokens.
             return max(known, min(config.max_length - 1, self.swapped.num_computed + config.max_batch_tokens))
-        if self.prune is None or self.prune.params.when == "pressure" or not self.prune.params.chunked:
+        if self.prune is None or not self.prune.bounded:
             return known
-        info = config.policies[self.prune.params.policy]
-        if info.repeats or self.prune.params.budget == "threshold":
-            return known
-        behind = known - self.prune.context(known)
-        # Heads of unequal length begin a page more than their mean.
-        return min(known, self.prune.params.target(known) + behind + config.max_batch_tokens + config.page_size)
+        return most_entries(self.prune.params, config, known, self.prune.context(known))
+
+    def most_pages(self, config: SchedulerConfig) -> int:
+        """Most pages that it holds until all known tokens are computed, if no prune is denied."""
+        return config.pages_pruned(self.most_entries(config), len(self.tokens))
 
     def reusable_blocks(self, config: SchedulerConfig) -> int:
         """How many leading blocks may come from the prefix cache.

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from quire.core.config import EngineConfig
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, ContextLengthError
 from quire.core.ids import RequestId
 from quire.core.messages import Failed, Finished, Tokens, single_events
 from quire.core.pruning import PruneParams
@@ -182,6 +182,21 @@ def test_heads_of_unequal_length(models: dict[str, Path], budget: Any) -> None:
     counts = [len([key for key in life.forgotten if key[:2] == (layer, head)])
               for life in lives for layer in range(3) for head in range(2)]  # fmt: skip
     assert len(set(counts)) > 1
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("knorm", "uniform"), ("snapkv", "global"), ("expected", "ada")])
+def test_a_prompt_larger_than_the_pool(models: dict[str, Path], policy: str, budget: Any) -> None:
+    serving = Serving(models["gqa"], kv_memory=6 * 14 * PAGE_BYTES)  # 56 entries per head
+    serving.submit("large", prompt(120), params(policy, keep=0.2, budget=budget), max_tokens=16)
+    for number in range(3):
+        serving.submit(f"small{number}", prompt(20, number), None)
+    serving.run()
+    serving.check()
+    assert len(serving.tokens["large", 0]) == 16 and not serving.failed
+    with pytest.raises(ContextLengthError):
+        serving.loop.scheduler.add(
+            Request(id=RequestId("whole"), prompt_ids=tuple(prompt(120)), params=SamplingParams(max_tokens=16), seed=1)
+        )
 
 
 @pytest.mark.parametrize(("policy", "chunked"), [("snapkv", True), ("knorm", False), ("kvzip", True)])

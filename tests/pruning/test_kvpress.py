@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quire.core.pruning import PruneParams
+from quire.kernels.backend import resolve_backend
 from quire.pruning.policy import LayerView
 from quire.pruning.refine import CHUNK
 from quire.pruning.select import select
@@ -88,6 +89,7 @@ def observe(count: int, window: int) -> list[LayerView]:
                 values=values,
                 positions=torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1),
                 lengths=torch.full((KV_HEADS,), count),
+                backend=resolve_backend(keys.device, keys.dtype),
                 valid=torch.ones(KV_HEADS, count, dtype=torch.bool),
                 num_tokens=count,
                 scale=DIM**-0.5,

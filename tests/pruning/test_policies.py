@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.core.pruning import Budget, PruneParams, Refinement
+from quire.kernels.backend import resolve_backend
 from quire.pruning.expected import HORIZON
 from quire.pruning.lagkv import PARTITION
 from quire.pruning.policy import LayerView, Limits, Policy
@@ -42,6 +43,7 @@ def observed_view(
     factors = torch.randn(heads, DIM, DIM, generator=generator)
     return replace(
         view,
+        backend=resolve_backend(view.keys.device, view.keys.dtype),
         queries=torch.randn(window, heads, DIM, generator=generator) * 3,
         query_positions=torch.arange(num_tokens - window, num_tokens),
         seen=torch.randint(1, 9, view.valid.shape, generator=generator).float(),

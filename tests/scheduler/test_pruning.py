@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from quire.core.errors import ContextLengthError
 from quire.core.messages import single_events
 from quire.core.plan import BatchPlan
-from quire.core.pruning import PolicyInfo, PruneParams
+from quire.core.pruning import PolicyInfo, PruneCounts, PruneParams
 from quire.core.request import Request
 
 from .fake_engine import expected_output
@@ -192,3 +193,98 @@ def test_pruned_sequences_are_preempted_last_and_that_is_counted():
     stats = world.scheduler.stats()
     assert stats.preemptions_total >= stats.lossy_preemptions_total >= 1
     assert len(world.finished) == 2
+
+
+def oversize(**changes: Any) -> Request:
+    """60 tokens for a pool of 36 entries a head: 12 stay, and there is room for a chunk of 8."""
+    return pruned("large", range(1, 49), max_tokens=12, **{"keep": 0.2, "floor": 3} | changes)
+
+
+SMALL_POOL: dict[str, Any] = {"num_pages": 18, "max_batch_tokens": 8}
+
+
+def test_a_prompt_that_fits_because_it_is_pruned_is_taken():
+    world = world_of(**SMALL_POOL)
+    world.scheduler.add(oversize())
+    world.run()
+    assert len(world.tokens["large", 0]) == 12
+    with pytest.raises(ContextLengthError, match="the KV cache"):
+        world.scheduler.add(make_request("whole", range(1, 49), max_tokens=12))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"keep": 0.9},
+        {"chunked": False},
+        {"when": "pressure"},
+        {"policy": "repeating"},
+        {"budget": "threshold", "threshold": 0.5},
+        {"context": 12, "every": 0},
+    ],
+)
+def test_one_that_may_not_fit_is_refused(changes: dict[str, Any]):
+    with pytest.raises(ContextLengthError, match="the KV cache"):
+        world_of(**SMALL_POOL).scheduler.add(oversize(**changes))
+
+
+def test_without_a_length_it_gets_as_long_as_it_fits():
+    world = world_of(**SMALL_POOL)
+    world.scheduler.add(msgspec.structs.replace(oversize(), params=make_request(max_tokens=None).params))
+    world.run()
+    assert world.finished["large", 0].reason == "length"
+    assert len(world.tokens["large", 0]) == 64 - 48
+
+
+def test_it_goes_on_beside_others_and_after_preemption():
+    for num_host_pages in (0, 40):
+        world = world_of(**SMALL_POOL, num_host_pages=num_host_pages, policy="priority")
+        world.scheduler.add(oversize())
+        for turn in range(6):
+            for _ in range(5):
+                world.step()
+            world.scheduler.add(make_request(f"small{turn}", range(1 + turn, 9 + turn), max_tokens=9, priority=-turn))
+        world.run()
+        assert len(world.tokens["large", 0]) == 12 and not world.failed
+
+
+def test_alone_it_is_pruned_before_it_does_not_fit():
+    """Even if what was chosen is lost, as by a preemption just then."""
+    world = world_of(**SMALL_POOL)
+    world.scheduler.add(oversize())
+    while not world.tokens["large", 0]:
+        step(world)
+        (state,) = (sequence.prune for sequence in world.scheduler._running)
+        assert state is not None
+        if (
+            "pressure" not in world.scheduler.stats().prunes.get("any", PruneCounts()).prunes
+            and state.reason == "prompt"
+        ):
+            state.cancel()
+    world.run()
+    assert world.scheduler.stats().prunes["any"].prunes["pressure"] >= 1
+    assert len(world.tokens["large", 0]) == 12
+
+
+def test_what_prunes_itself_is_pruned_early_before_anyone_is_preempted():
+    for every, preemptions in ((100, False), (0, True)):
+        world = world_of(num_pages=24, prefix_cache=False)
+        for name in "ab":
+            world.scheduler.add(pruned(name, range(1, 17), max_tokens=24, every=every))
+        world.run()
+        stats = world.scheduler.stats()
+        assert bool(stats.preemptions_total) == preemptions
+        assert ("pressure" in stats.prunes["any"].prunes) != preemptions
+
+
+def test_a_prompt_that_is_pruned_takes_smaller_chunks_where_pages_are_short():
+    world = world_of(num_pages=20, max_batch_tokens=16, prefix_cache=False)
+    world.scheduler.add(make_request("first", range(1, 13), max_tokens=8))
+    world.scheduler.add(pruned("large", range(1, 49), keep=0.2))
+    sizes = []
+    while world.scheduler.has_work:
+        plan = step(world)
+        sizes += [len(part.token_ids) for part in plan.sequences if len(part.token_ids) > 1]
+    assert sizes == [12, 4, 15, 10, 11, 8], "beside one that decodes 15 could be computed: pages were short"
+    assert not world.scheduler.stats().preemptions_total
+    assert len(world.tokens["large", 0]) == 8
