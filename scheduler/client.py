@@ -40,6 +40,8 @@ HEART_STOPPED_SECONDS = 240.0
 of a large model on a slow CPU may take a minute."""
 SNAPSHOT_SECONDS = 600.0
 """The longest time an engine may take to write its computed prefixes before it ends."""
+_LAST_WORDS_SECONDS = 5.0
+"""How long to wait for why an engine ended that never was ready, on a machine that is busy with other things."""
 MAX_DEATHS = 5
 STABLE_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 30.0
@@ -186,7 +188,8 @@ class ProcessClient:
                     return receiving.result()
                 if self._engine.exit_code is not None:
                     # Its last words may still be in the socket: StartFailed says more than an exit code.
-                    done, _ = await asyncio.wait({receiving}, timeout=0.5)
+                    patience = 0.5 if self.ready.is_set() else _LAST_WORDS_SECONDS
+                    done, _ = await asyncio.wait({receiving}, timeout=patience)
                     return receiving.result() if done else self._death()
                 if self.heartbeat_age > HEART_STOPPED_SECONDS and self.status == "ready":
                     return EngineUnavailableError(f"the engine gave no sign of life for {self.heartbeat_age:.0f} s")
