@@ -1,0 +1,288 @@
+"""One distillation from beginning to end: what `quire distill` runs, without its command line.
+
+Everything is in the folder of the run: `settings.json`, `held_out.json`, `log.jsonl`, `state.pt` and the rounds' rows
+while it runs, `draft/` and the report at its end. The target's text comes from the serving engine; its distributions
+come from a forward pass of the same weights by transformers, because the engine hands out no more than the 20 most
+likely tokens of a position.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.errors import ConfigError
+from .divergences import Divergence
+from .draft_export import copy_generation_config, export_draft
+from .draft_init import Init, load_model, make_draft
+from .draft_report import write_report
+from .draft_trainer import DraftTrainer, Schedule
+from .held_out import ALL, HeldText, Measured, choose, make_held_texts, measure
+from .prompts import Example, hold_out, load_tokenizer, read_examples, self_examples
+from .rounds import Engines, Mixture, RowMaker
+from .target_rows import Recorder
+
+SELF_EXAMPLES = 1000
+CALIBRATION_ROWS = 16
+LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """One distillation."""
+
+    target: str
+    """Checkpoint folder."""
+    out: Path
+    init: Init
+    schedule: Schedule
+    data: tuple[Path, ...] = ()
+    """Files of prompts; none: texts that the target begins by itself."""
+    held_out: tuple[Path, ...] = ()
+    """Files of prompts to measure on; none: some of the others."""
+    divergence: Divergence = "kl"
+    mixture: Mixture = field(default_factory=Mixture)
+    temperatures: tuple[float, ...] = (1.0, 0.0)
+    """Of continuations."""
+    temperature: float = 1.0
+    """Of the distributions compared."""
+    length: int = 512
+    """Most tokens of a row."""
+    kept: int = 64
+    """Tokens of each of the target's distributions that are stored."""
+    held_texts: int = 96
+    held_tokens: int = 128
+    draft_tokens: int = 4
+    """Most tokens of a proposal, in the measurements."""
+    save_minutes: float = 5.0
+    seed: int = 0
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+class Interrupts:
+    """SIGINT and SIGTERM: at once, except within optimizer steps, which are finished first."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.waits = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_: object) -> None:
+        self.requested = True
+        if not self.waits:
+            raise KeyboardInterrupt
+
+
+class Distillation:
+    """Owns target, draft and data of one run."""
+
+    def __init__(self, settings: Settings, engines: Engines, say: Callable[[str], None] = print) -> None:
+        """Load everything. Raises `QuireError` for what cannot be."""
+        self.settings = settings
+        self.engines = engines
+        self.say = say
+        self.device = torch.device(settings.device)
+        claim_folder(settings)
+        self.target = load_model(settings.target, "auto", settings.trust_remote_code).to(self.device)
+        self.target.requires_grad_(False)
+        self.tokenizer = load_tokenizer(settings.target, settings.trust_remote_code)
+        train, held = self._examples()
+        rows = RowMaker(train, settings.mixture, settings.length, settings.temperatures, settings.seed, settings.target)
+        self.rows = rows
+        self.texts = self._held_texts(held)
+        torch.manual_seed(settings.seed)
+        self.draft = make_draft(settings.init, self.target, self._calibration())
+        self.trainer = DraftTrainer(
+            self.draft,
+            settings.schedule,
+            settings.out,
+            divergence=settings.divergence,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the target's logits."""
+        size: int = self.target.get_output_embeddings().weight.shape[0]
+        return size
+
+    def run(self) -> None:
+        """Train what is left, write the draft and the report. KeyboardInterrupt leaves a state to go on from."""
+        interrupts = Interrupts()
+        if self.trainer.resume():
+            self.say(f"going on at step {self.trainer.progress.step} of {self.settings.schedule.steps}")
+        while not self.trainer.done:
+            self._note(self.measure(self.texts[::3]))
+            self._train_round(interrupts)
+        folder = self.settings.out / "draft"
+        self._export(folder, complete=False)
+        write_report(self.settings, self.initial(), self.measure(self.texts), self._costs(), self.trainer.progress)
+        self.say(f"wrote {folder} and {self.settings.out / 'report.md'}")
+
+    def measure(self, texts: list[HeldText]) -> Measured:
+        """Acceptance of the draft as it is."""
+        settings = self.settings
+        return measure(
+            texts,
+            _logits(self.target),
+            _logits(self.draft),
+            most=settings.draft_tokens,
+            temperature=settings.temperature,
+            device=self.device,
+        )
+
+    def initial(self) -> Measured:
+        """What the draft gave before its first step, on all texts."""
+        return msgspec.json.decode((self.settings.out / "initial.json").read_bytes(), type=Measured)
+
+    def _train_round(self, interrupts: Interrupts) -> None:
+        """One round's steps, with log lines and saves; raises KeyboardInterrupt when asked to stop."""
+        trainer, spoken, saved = self.trainer, time.monotonic(), time.monotonic()
+        trainer.save()
+        steps = trainer.train_round(self._make_shard, lambda: interrupts.requested)
+        for _ in steps:
+            interrupts.waits = True
+            if time.monotonic() - spoken > LOG_SECONDS:
+                spoken = time.monotonic()
+                self.say(self._line())
+            if time.monotonic() - saved > 60 * self.settings.save_minutes:
+                saved = time.monotonic()
+                trainer.save()
+        interrupts.waits = False
+        trainer.save()
+        trainer.drop_old_shards()
+        if interrupts.requested:
+            self.say(f"stopped at step {trainer.progress.step}; the same command goes on from there")
+            raise KeyboardInterrupt
+
+    def _make_shard(self, number: int, path: Path) -> None:
+        """Rows of a round and what the target says of them."""
+        settings, started = self.settings, time.monotonic()
+        sampler = settings.out / "sampler"
+        self._export(sampler, complete=True)
+        rows = self.rows.rows(number, settings.schedule.round_rows, str(sampler), self.engines)
+        generated = time.monotonic()
+        recorder = Recorder(
+            _logits(self.target),
+            self.vocab_size,
+            min(settings.kept, self.vocab_size),
+            settings.temperature,
+            self.device,
+        )
+        recorder.write(path, rows)
+        tokens, now = sum(map(len, rows)), time.monotonic()
+        self.say(
+            f"round {number}: {len(rows)} rows, {tokens} tokens; "
+            f"written in {generated - started:.0f} s, scored in {now - generated:.0f} s"
+        )
+
+    def _export(self, folder: Path, complete: bool) -> None:
+        tokenizer = self.tokenizer if complete else None
+        export_draft(self.draft, folder, self.target.dtype, complete=complete, tokenizer=tokenizer)
+        copy_generation_config(self.settings.target, folder)
+
+    def _examples(self) -> tuple[list[Example], list[Example]]:
+        """To train on, and held out."""
+        settings = self.settings
+        if settings.data:
+            found = [e for path in settings.data for e in read_examples(path, self.tokenizer, self.vocab_size)]
+        else:
+            start = self.tokenizer.bos_token_id
+            found = self_examples(SELF_EXAMPLES, start, self.vocab_size, settings.seed)
+        if not settings.held_out:
+            return hold_out(found)
+        return found, [e for path in settings.held_out for e in read_examples(path, self.tokenizer, self.vocab_size)]
+
+    def _held_texts(self, held: list[Example]) -> list[HeldText]:
+        settings = self.settings
+        return make_held_texts(
+            settings.out / "held_out.json",
+            choose(held, settings.held_texts),
+            settings.target,
+            self.engines,
+            length=settings.length,
+            new_tokens=settings.held_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed,
+        )
+
+    def _calibration(self) -> list[Tensor]:
+        """Some rows of known text and the target's answers, to rank what the draft keeps."""
+        few = self.texts[:CALIBRATION_ROWS]
+        return [torch.tensor([text.prompt + text.sampled], device=self.device) for text in few]
+
+    def _costs(self) -> dict[str, dict[int, float]]:
+        """Seconds of a step of target and draft by number of sequences, on this machine as it is now."""
+        batches = (1, 4, 16, 64)
+        sampler = self.settings.out / "sampler"
+        self._export(sampler, complete=True)
+        verified = [batch * (self.settings.draft_tokens + 1) for batch in batches]
+        return {
+            "target": self.engines.step_seconds(self.settings.target, sorted({*batches, *verified})),
+            "draft": self.engines.step_seconds(str(sampler), batches),
+        }
+
+    def _note(self, found: Measured) -> None:
+        """A measurement, for people and for `log.jsonl`."""
+        progress = self.trainer.progress
+        if progress.step == 0:
+            (self.settings.out / "initial.json").write_bytes(msgspec.json.encode(self.measure(self.texts)))
+        entry: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "loss": progress.loss}
+        with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry | msgspec.to_builtins(found)) + "\n")
+        self.say(
+            f"step {progress.step}: held-out acceptance {found.acceptance[ALL]:.3f}, same most likely token "
+            f"{found.agreement[ALL]:.3f}, accepted of {found.most} greedy drafts {found.accepted_length[ALL]:.2f}"
+        )
+
+    def _line(self) -> str:
+        progress, schedule = self.trainer.progress, self.settings.schedule
+        speed = progress.tokens / max(progress.seconds, 1e-9)
+        left = (schedule.steps - progress.step) * progress.seconds / max(1, progress.step)
+        return (
+            f"step {progress.step}/{schedule.steps} loss {progress.loss:.4f} {speed:,.0f} tokens/s, "
+            f"{left / 60:.0f} min of steps left"
+        )
+
+
+def claim_folder(settings: Settings) -> None:
+    """Make the folder, or find the same run in it. Raises `ConfigError` if another one is there."""
+    path = settings.out / "settings.json"
+    free = {"device", "save_minutes"}
+    mine = {
+        name: value
+        for name, value in json.loads(msgspec.json.encode(settings, enc_hook=str)).items()
+        if name not in free
+    }
+    try:
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != mine:
+                raise ConfigError(f"{settings.out} holds a run of other settings; choose another --out", param="out")
+            return
+        settings.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot use {settings.out}: {error}", param="out") from error
+
+
+def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Whole logits [B, T, V] of ids [B, T]."""
+
+    @torch.inference_mode()
+    def logits(ids: Tensor) -> Tensor:
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.float32):
+            found: Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    return logits

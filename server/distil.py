@@ -1,0 +1,92 @@
+"""`quire distill`: from options to a distillation, whose text comes from this server's own engine."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..core.config import embedded_model
+from ..core.request import SamplingParams
+from .llm import LLM
+
+SEQUENCES_AT_ONCE = 64
+FEW_STEPS, MORE_STEPS = 8, 40
+"""A step's time is what the longer of two runs takes more, per step."""
+TIMED_RUNS = 3
+PROMPT_TOKENS = 64
+
+
+class OfflineEngines:
+    """`distill.rounds.Engines`: the offline API, with the newest checkpoint kept loaded."""
+
+    def __init__(self, settings: dict[str, Any], target: str) -> None:
+        """settings: fields of `core.config.EngineConfig` for all checkpoints."""
+        self._settings = settings
+        self._target = target
+        self._llm: LLM | None = None
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        """The generated tokens of each prompt, in order."""
+        llm = self._load(checkpoint, SEQUENCES_AT_ONCE)
+        return [done.choices[0].token_ids for done in llm.generate(prompts, params, progress=False)]
+
+    def step_seconds(self, checkpoint: str, sizes: Sequence[int]) -> dict[int, float]:
+        """Seconds of a decode step of each number of sequences, the least of a few runs."""
+        llm = LLM(checkpoint, max_num_seqs=max(sizes), prefix_cache=False, **self._settings)
+        return {size: _step_seconds(llm, size) for size in sizes}
+
+    def _load(self, checkpoint: str, sequences: int) -> LLM:
+        """The target stays loaded; a draft changes from call to call."""
+        if checkpoint != self._target:
+            return LLM(checkpoint, max_num_seqs=sequences, **self._settings)
+        if self._llm is None:
+            self._llm = LLM(checkpoint, max_num_seqs=sequences, **self._settings)
+        return self._llm
+
+
+def _step_seconds(llm: LLM, size: int) -> float:
+    """Seconds of a decode step of `size` sequences."""
+    vocab = llm.info.model.vocab_size
+    prompts = [[(7 * i + 3 * j) % vocab for j in range(PROMPT_TOKENS)] for i in range(size)]
+    seconds = {}
+    for steps in (FEW_STEPS, MORE_STEPS):
+        params = SamplingParams(temperature=0.0, max_tokens=steps, ignore_eos=True)
+        seconds[steps] = min(_seconds(llm, prompts, params) for _ in range(TIMED_RUNS))
+    return max(1e-9, (seconds[MORE_STEPS] - seconds[FEW_STEPS]) / (MORE_STEPS - FEW_STEPS))
+
+
+def _seconds(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams) -> float:
+    started = time.perf_counter()
+    llm.generate(prompts, params, progress=False)
+    return time.perf_counter() - started
+
+
+def distil(options: dict[str, Any]) -> None:
+    """Run the command with its options by name. Raises `QuireError`."""
+    from ..distill.distillation import Distillation, Settings  # torch and transformers: seconds
+    from ..distill.draft_init import Init
+    from ..distill.draft_trainer import Schedule
+    from ..distill.rounds import Mixture
+
+    rest = dict(options)
+    target = str(rest.pop("target") or embedded_model())
+    engine = {name: rest[name] for name in ("device", "trust_remote_code")}
+    device = pick_device(rest.pop("device"))
+    init = Init(rest.pop("init"), rest.pop("mlp"), rest.pop("share_embedding"))
+    schedule = Schedule(**{name: rest.pop(name) for name in SCHEDULE})
+    mixture = Mixture(*shares(rest.pop("mix")))
+    temperatures = tuple(items(rest.pop("temperatures"), float, "--temperatures"))
+    settings = Settings(
+        target=target,
+        init=init,
+        schedule=schedule,
+        mixture=mixture,
+        temperatures=temperatures,
+        data=tuple(rest.pop("data") or ()),
+        held_out=tuple(rest.pop("held_out") or ()),
+        device=device,
+        **rest,
+    )
+    engines = OfflineEngines(engine | {"max_model_len": settings.length}, target)
+    Distillation(settings, engines).run()
