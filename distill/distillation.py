@@ -10,7 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +20,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.errors import ConfigError
-from .divergences import Divergence
+from ..models.checkpoint import open_checkpoint
 from .draft_export import copy_generation_config, export_draft
-from .draft_init import Init, load_model, make_draft
-from .draft_report import write_report
-from .draft_trainer import DraftTrainer, Schedule
+from .draft_init import load_model, make_draft
+from .draft_report import Costs, write_report
+from .draft_trainer import DraftTrainer
 from .held_out import ALL, HeldText, Measured, choose, make_held_texts, measure
 from .prompts import Example, hold_out, load_tokenizer, read_examples, self_examples
-from .rounds import Engines, Mixture, RowMaker
+from .rounds import Engines, RowMaker
+from .run_settings import Settings, claim_folder
 from .target_rows import Recorder
 
 SELF_EXAMPLES = 1000
 CALIBRATION_ROWS = 16
 LOG_SECONDS = 10.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """One distillation."""
-
-    target: str
-    """Checkpoint folder."""
-    out: Path
-    init: Init
-    schedule: Schedule
-    data: tuple[Path, ...] = ()
-    """Files of prompts; none: texts that the target begins by itself."""
-    held_out: tuple[Path, ...] = ()
-    """Files of prompts to measure on; none: some of the others."""
-    divergence: Divergence = "kl"
-    mixture: Mixture = field(default_factory=Mixture)
-    temperatures: tuple[float, ...] = (1.0, 0.0)
-    """Of continuations."""
-    temperature: float = 1.0
-    """Of the distributions compared."""
-    length: int = 512
-    """Most tokens of a row."""
-    kept: int = 64
-    """Tokens of each of the target's distributions that are stored."""
-    held_texts: int = 96
-    held_tokens: int = 128
-    draft_tokens: int = 4
-    """Most tokens of a proposal, in the measurements."""
-    save_minutes: float = 5.0
-    seed: int = 0
-    device: str = "cpu"
-    trust_remote_code: bool = False
+BATCHES = (1, 4, 16, 64)
+"""Sequences at once for which a speed-up is worked out."""
 
 
 class Interrupts:
@@ -91,7 +61,8 @@ class Distillation:
         self.settings = settings
         self.engines = engines
         self.say = say
-        self.device = torch.device(settings.device)
+        self.device = torch.device(pick_device(settings.device))
+        self.folder = open_checkpoint(settings.target, with_code=settings.trust_remote_code).folder
         claim_folder(settings)
         self.target = load_model(settings.target, "auto", settings.trust_remote_code).to(self.device)
         self.target.requires_grad_(False)
@@ -127,8 +98,10 @@ class Distillation:
             self._train_round(interrupts)
         folder = self.settings.out / "draft"
         self._export(folder, complete=False)
-        write_report(self.settings, self.initial(), self.measure(self.texts), self._costs(), self.trainer.progress)
-        self.say(f"wrote {folder} and {self.settings.out / 'report.md'}")
+        about = {"settings": self.settings, "progress": asdict(self.trainer.progress)}
+        about = json.loads(msgspec.json.encode(about, enc_hook=str))
+        paths = write_report(self.settings.out, about, self.initial(), self.measure(self.texts), self._costs())
+        self.say(f"wrote {', '.join(map(str, [folder, *paths]))}")
 
     def measure(self, texts: list[HeldText]) -> Measured:
         """Acceptance of the draft as it is."""
@@ -190,7 +163,7 @@ class Distillation:
     def _export(self, folder: Path, complete: bool) -> None:
         tokenizer = self.tokenizer if complete else None
         export_draft(self.draft, folder, self.target.dtype, complete=complete, tokenizer=tokenizer)
-        copy_generation_config(self.settings.target, folder)
+        copy_generation_config(self.folder, folder)
 
     def _examples(self) -> tuple[list[Example], list[Example]]:
         """To train on, and held out."""
@@ -222,16 +195,15 @@ class Distillation:
         few = self.texts[:CALIBRATION_ROWS]
         return [torch.tensor([text.prompt + text.sampled], device=self.device) for text in few]
 
-    def _costs(self) -> dict[str, dict[int, float]]:
-        """Seconds of a step of target and draft by number of sequences, on this machine as it is now."""
-        batches = (1, 4, 16, 64)
+    def _costs(self) -> Costs:
+        """Seconds of steps of target and draft, on this machine as it is now."""
         sampler = self.settings.out / "sampler"
         self._export(sampler, complete=True)
-        verified = [batch * (self.settings.draft_tokens + 1) for batch in batches]
-        return {
-            "target": self.engines.step_seconds(self.settings.target, sorted({*batches, *verified})),
-            "draft": self.engines.step_seconds(str(sampler), batches),
-        }
+        verified = [batch * (self.settings.draft_tokens + 1) for batch in BATCHES]
+        return Costs(
+            self.engines.step_seconds(self.settings.target, sorted({*BATCHES, *verified})),
+            self.engines.step_seconds(str(sampler), BATCHES),
+        )
 
     def _note(self, found: Measured) -> None:
         """A measurement, for people and for `log.jsonl`."""
@@ -256,26 +228,6 @@ class Distillation:
         )
 
 
-def claim_folder(settings: Settings) -> None:
-    """Make the folder, or find the same run in it. Raises `ConfigError` if another one is there."""
-    path = settings.out / "settings.json"
-    free = {"device", "save_minutes"}
-    mine = {
-        name: value
-        for name, value in json.loads(msgspec.json.encode(settings, enc_hook=str)).items()
-        if name not in free
-    }
-    try:
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != mine:
-                raise ConfigError(f"{settings.out} holds a run of other settings; choose another --out", param="out")
-            return
-        settings.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot use {settings.out}: {error}", param="out") from error
-
-
 def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Whole logits [B, T, V] of ids [B, T]."""
 
@@ -286,3 +238,12 @@ def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
         return found
 
     return logits
+
+
+def pick_device(name: str) -> str:
+    """A GPU for `auto` if there is one; raises `ConfigError` if one was asked for in vain."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no CUDA device was found", param="device")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name

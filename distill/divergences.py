@@ -3,7 +3,7 @@
 Both are given over K + 1 events: the K tokens that the target holds most likely, one by one, and all other tokens
 lumped together. On these events every formula is exact. Lumping never makes a divergence larger, so what is measured
 over lumped rows is a bound; `acceptance` over whole rows is exact. Sources: DistillSpec (Zhou et al. 2023, section 4)
-for kl, rkl, jsd and tvd; the acceptance rate of speculative sampling is sum min(p, q) = 1 - tvd (Leviathan et al. 2022).
+for kl, rkl, jsd and tvd; sum min(p, q) = 1 - tvd is the acceptance rate (Leviathan et al. 2022).
 Letters: N rows, V vocabulary, K tokens kept of each row.
 """
 

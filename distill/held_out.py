@@ -1,4 +1,4 @@
-"""Held-out texts: prompts the draft is not trained on, continued by the target once, and measured on again and again."""
+"""Held-out texts: prompts the draft is not trained on, continued by the target once and then measured on."""
 
 import os
 from collections import defaultdict

@@ -5,14 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..core.config import embedded_model
+from ..core.errors import ConfigError
 from ..core.request import SamplingParams
+from .lists import items
 from .llm import LLM
 
 SEQUENCES_AT_ONCE = 64
-FEW_STEPS, MORE_STEPS = 8, 40
+FEW_STEPS, MORE_STEPS = 4, 20
 """A step's time is what the longer of two runs takes more, per step."""
-TIMED_RUNS = 3
+TIMED_RUNS = 2
 PROMPT_TOKENS = 64
+_SCHEDULE = ("steps", "batch_rows", "micro_rows", "round_rows", "passes", "rate")
 
 
 class OfflineEngines:
@@ -63,30 +66,32 @@ def _seconds(llm: LLM, prompts: Sequence[Sequence[int]], params: SamplingParams)
 
 
 def distil(options: dict[str, Any]) -> None:
-    """Run the command with its options by name. Raises `QuireError`."""
-    from ..distill.distillation import Distillation, Settings  # torch and transformers: seconds
+    """Run the command with its options by name. Raises `QuireError`; `KeyboardInterrupt` when it was stopped."""
+    from ..distill.distillation import Distillation  # torch and transformers: seconds
     from ..distill.draft_init import Init
     from ..distill.draft_trainer import Schedule
     from ..distill.rounds import Mixture
+    from ..distill.run_settings import Settings
 
     rest = dict(options)
     target = str(rest.pop("target") or embedded_model())
     engine = {name: rest[name] for name in ("device", "trust_remote_code")}
-    device = pick_device(rest.pop("device"))
-    init = Init(rest.pop("init"), rest.pop("mlp"), rest.pop("share_embedding"))
-    schedule = Schedule(**{name: rest.pop(name) for name in SCHEDULE})
-    mixture = Mixture(*shares(rest.pop("mix")))
-    temperatures = tuple(items(rest.pop("temperatures"), float, "--temperatures"))
+    engines = OfflineEngines(engine | {"max_model_len": rest["length"]}, target)
+    traffic = rest.pop("from_traffic")
+    files = [*(rest.pop("data") or ()), *([traffic] if traffic else ())]
+    if rest.pop("self_data") and files:
+        raise ConfigError("--self takes no prompts: leave it out, or --data and --from-traffic")
+    shares = items(rest.pop("mix"), float, "--mix")
+    if len(shares) != 3:
+        raise ConfigError(f"--mix must be three shares, got {len(shares)}", param="mix")
     settings = Settings(
         target=target,
-        init=init,
-        schedule=schedule,
-        mixture=mixture,
-        temperatures=temperatures,
-        data=tuple(rest.pop("data") or ()),
+        init=Init(rest.pop("init"), rest.pop("mlp"), rest.pop("share_embedding")),
+        schedule=Schedule(**{name: rest.pop(name) for name in _SCHEDULE}),
+        mixture=Mixture(*shares),
+        temperatures=tuple(items(rest.pop("temperatures"), float, "--temperatures")),
+        data=tuple(files),
         held_out=tuple(rest.pop("held_out") or ()),
-        device=device,
         **rest,
     )
-    engines = OfflineEngines(engine | {"max_model_len": settings.length}, target)
     Distillation(settings, engines).run()
