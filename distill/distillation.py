@@ -18,6 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from ..core.errors import ConfigError
 from ..models.checkpoint import open_checkpoint
@@ -64,6 +65,7 @@ class Distillation:
         self.device = torch.device(pick_device(settings.device))
         self.folder = open_checkpoint(settings.target, with_code=settings.trust_remote_code).folder
         claim_folder(settings)
+        disable_progress_bar()  # of the library's loading and saving: round after round, between our own lines
         self.target = load_model(settings.target, "auto", settings.trust_remote_code).to(self.device)
         self.target.requires_grad_(False)
         self.tokenizer = load_tokenizer(settings.target, settings.trust_remote_code)

@@ -63,16 +63,19 @@ def make_held_texts(
     temperature: float,
     seed: int,
 ) -> list[HeldText]:
-    """The texts stored at `path`, made there if they are missing; prompts are cut to fit `length` with their answer."""
+    """The texts stored at `path`, made there if they are missing.
+
+    Prompts are cut to fit `length` with their answer, which is half of it at most.
+    """
     if path.exists():
         return msgspec.json.decode(path.read_bytes(), type=list[HeldText])
+    new_tokens = min(new_tokens, length // 2)
     prompts = [list(example.prompt[-max(1, length - new_tokens) :]) for example in examples]
     sampled = [
         SamplingParams(temperature=temperature, max_tokens=new_tokens, seed=seed + index)
         for index in range(len(prompts))
     ]
-    # Past end tokens: chains of drafts are measured in the text, not at its end.
-    greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True)
+    greedy = SamplingParams(temperature=0.0, max_tokens=new_tokens)
     answers = engines.generate(target, prompts * 2, sampled + [greedy] * len(prompts))
     half = len(prompts)
     texts = [

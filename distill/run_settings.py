@@ -1,12 +1,14 @@
 """What one distillation is asked to do, and the folder that remembers it."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from ..core.errors import ConfigError
+from ..core.speculation import MAX_DRAFT_TOKENS
 from .divergences import Divergence
 from .draft_init import Init
 from .draft_trainer import Schedule
@@ -45,8 +47,24 @@ class Settings:
     """Most tokens of a proposal, in the measurements."""
     save_minutes: float = 5.0
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for what cannot be."""
+        schedule, shares = self.schedule, (self.mixture.fixed, self.mixture.target, self.mixture.draft)
+        for name in ("steps", "batch_rows", "micro_rows", "round_rows"):
+            _check(getattr(schedule, name) >= 1, name, "at least 1", getattr(schedule, name))
+        for name, number in (("temperature", self.temperature), ("rate", schedule.rate), ("passes", schedule.passes)):
+            _check(0 < number < math.inf, name, "a positive number", number)
+        _check(self.kept >= 1, "kept", "at least 1", self.kept)
+        _check(self.length >= SHORTEST_ROW, "length", f"at least {SHORTEST_ROW}", self.length)
+        drafts = f"from 1 to {MAX_DRAFT_TOKENS}"
+        _check(1 <= self.draft_tokens <= MAX_DRAFT_TOKENS, "draft_tokens", drafts, self.draft_tokens)
+        hot = all(0 <= temperature <= 100 for temperature in self.temperatures)
+        _check(bool(self.temperatures) and hot, "temperatures", "numbers from 0 to 100", self.temperatures)
+        mixes = all(0 <= share < math.inf for share in shares) and sum(shares) > 0
+        _check(mixes, "mix", "shares of 0 or more, not all of them 0", shares)
 
 
 def _check(holds: bool, name: str, wanted: str, got: object) -> None:

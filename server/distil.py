@@ -36,7 +36,8 @@ class OfflineEngines:
 
     def step_seconds(self, checkpoint: str, sizes: Sequence[int]) -> dict[int, float]:
         """Seconds of a decode step of each number of sequences, the least of a few runs."""
-        llm = LLM(checkpoint, max_num_seqs=max(sizes), prefix_cache=False, **self._settings)
+        settings = self._settings | {"max_model_len": PROMPT_TOKENS + MORE_STEPS, "max_num_seqs": max(sizes)}
+        llm = LLM(checkpoint, prefix_cache=False, **settings)
         return {size: _step_seconds(llm, size) for size in sizes}
 
     def _load(self, checkpoint: str, sequences: int) -> LLM:
