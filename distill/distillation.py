@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..core.errors import ConfigError
 from ..models.checkpoint import open_checkpoint
 from .draft_export import copy_generation_config, export_draft
-from .draft_init import load_model, make_draft
+from .draft_init import load_model, make_draft, place
 from .draft_report import Costs, write_report
 from .draft_trainer import DraftTrainer
 from .held_out import ALL, HeldText, Measured, choose, make_held_texts, measure
@@ -66,7 +66,8 @@ class Distillation:
         self.folder = open_checkpoint(settings.target, with_code=settings.trust_remote_code).folder
         claim_folder(settings)
         disable_progress_bar()  # of the library's loading and saving: round after round, between our own lines
-        self.target = load_model(settings.target, "auto", settings.trust_remote_code).to(self.device)
+        self.target = load_model(settings.target, "auto", settings.trust_remote_code)
+        place(self.target, self.device)
         self.target.requires_grad_(False)
         self.tokenizer = load_tokenizer(settings.target, settings.trust_remote_code)
         train, held = self._examples()

@@ -57,8 +57,8 @@ def _describe(path: Path, dtype: torch.dtype, omits: bool) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_generation_config(target: str, folder: Path) -> None:
+def copy_generation_config(target: Path, folder: Path) -> None:
     """The target's end tokens are the draft's."""
-    source = Path(target) / "generation_config.json"
+    source = target / "generation_config.json"
     if source.is_file():
         shutil.copyfile(source, folder / source.name)

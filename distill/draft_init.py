@@ -45,6 +45,11 @@ def load_model(folder: str, dtype: torch.dtype | str, trust_remote_code: bool = 
     return loaded
 
 
+def place(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a model's weights."""
+    nn.Module.to(model, device)  # the library's own method takes more, and is typed for none of it
+
+
 def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> PreTrainedModel:
     """The draft in float32 on the target's device; rows of ids [1, T] calibrate what is kept.
 
@@ -84,7 +89,8 @@ def continue_draft(folder: str, target: PreTrainedModel, shares_embedding: bool)
         raise ConfigError(
             f"a draft begins as layers:N, layers:I,J,..., random:N or a checkpoint folder, not {folder!r}", param="init"
         )
-    draft = load_model(folder, torch.float32).to(target.device)
+    draft = load_model(folder, torch.float32)
+    place(draft, target.device)
     if getattr(draft.config, SHARES_EMBEDDING, False):
         _share(target, draft)
     elif _table(draft).shape[0] != _table(target).shape[0]:
@@ -111,7 +117,8 @@ def _empty_draft(target: PreTrainedModel, layers: Sequence[int], mlp: int | None
             raise ConfigError(f"the draft's feed-forward cannot be {mlp} wide, the target's is {width}", param="mlp")
         text.intermediate_size = mlp
     draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return draft.to(target.device).eval()
+    place(draft, target.device)
+    return draft.eval()
 
 
 @torch.no_grad()
@@ -120,16 +127,14 @@ def _copy_weights(
 ) -> None:
     """Give the draft the target's layers, the strongest of their neurons, and all that stands beside the layers."""
     theirs, ours = decoder_layers(target), decoder_layers(draft)
-    narrow = _mlp_width(draft) != _mlp_width(target)
-    scores = neuron_importance(target, rows, layers) if narrow else []
-    for place, index in enumerate(layers):
+    width = _mlp_width(draft)
+    narrower = width if width != _mlp_width(target) else None
+    scores = neuron_importance(target, rows, layers) if narrower else []
+    for number, index in enumerate(layers):
         state = dict(theirs[index].state_dict())
-        if narrow:
-            mlp = gated_mlp(theirs[index])
-            prefix = next(name for name, module in theirs[index].named_modules() if module is mlp)
-            keep = scores[place].topk(_mlp_width(draft)).indices.sort().values
-            _narrow(state, prefix, keep)
-        ours[place].load_state_dict(state)
+        if narrower:
+            _narrow(state, gated_mlp(theirs[index])[0], scores[number].topk(narrower).indices.sort().values)
+        ours[number].load_state_dict(state)
     inner = {id(p) for p in theirs.parameters()}
     beside = {n: p for n, p in target.named_parameters() if id(p) not in inner}
     for name, parameter in beside.items():

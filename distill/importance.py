@@ -5,7 +5,7 @@ Neurons of a gated feed-forward: mean square of what each adds to the residual s
 its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by activations alone).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +49,8 @@ def neuron_importance(model: nn.Module, rows: Sequence[Tensor], layers: Sequence
 
     Raises `ModelLoadError` for layers without gate_proj, up_proj and down_proj.
     """
-    downs = nn.ModuleList([gated_mlp(decoder_layers(model)[index]).down_proj for index in layers])  # type: ignore[list-item]
-    sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]  # type: ignore[arg-type, union-attr]
+    downs = [gated_mlp(decoder_layers(model)[index])[1] for index in layers]
+    sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]
 
     def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         sums[index] += inputs[0].float().square().flatten(0, -2).sum(0)
@@ -59,20 +59,24 @@ def neuron_importance(model: nn.Module, rows: Sequence[Tensor], layers: Sequence
         for row in rows:
             model(input_ids=row, use_cache=False)
     tokens = sum(row.numel() for row in rows)
-    norms = [down.weight.float().square().sum(0) for down in downs]  # type: ignore[union-attr, operator]
+    norms = [down.weight.float().square().sum(0) for down in downs]
     return [total / tokens * norm for total, norm in zip(sums, norms, strict=True)]
 
 
-def gated_mlp(layer: nn.Module) -> nn.Module:
-    """The gated feed-forward of a decoder layer; raises `ModelLoadError` if it has none."""
-    for module in layer.modules():
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
-            return module
+def gated_mlp(layer: nn.Module) -> tuple[str, nn.Linear]:
+    """The name within a decoder layer of its gated feed-forward, and its down projection.
+
+    Raises `ModelLoadError` if there is none.
+    """
+    for name, module in layer.named_modules():
+        down = getattr(module, "down_proj", None)
+        if isinstance(down, nn.Linear) and hasattr(module, "gate_proj") and hasattr(module, "up_proj"):
+            return name, down
     raise ModelLoadError("only a gated feed-forward (gate_proj, up_proj, down_proj) can be made narrower")
 
 
 @contextmanager
-def _hooked(modules: nn.ModuleList, watch: Any) -> Iterator[None]:
+def _hooked(modules: Iterable[nn.Module], watch: Any) -> Iterator[None]:
     """Call `watch(index, inputs, kwargs, output)` after each forward pass of each module."""
 
     def hook(index: int) -> Any:

@@ -45,6 +45,7 @@ def serve(
     served_model_name: opt.ServedModelName = None,
     api_key: opt.ApiKeys = None,
     isolate_keys: opt.IsolateKeys = False,
+    distill_log: opt.DistillLog = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     runner: opt.Runner = "auto",

@@ -32,9 +32,9 @@ def test_all_forms(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
         {"prompt_ids": [5, 6, 7], "output_ids": [8]},
     ]
     one, two, three = read(tmp_path, fast, *(json.dumps(line) for line in lines), "")
-    assert fast.decode(one.prompt) == "def f(x):" and fast.decode(one.output) == "\n    return x\n"
+    assert fast.decode(list(one.prompt)) == "def f(x):" and fast.decode(list(one.output)) == "\n    return x\n"
     assert one.domain == "code" and two.domain == "text"
-    assert fast.decode(two.prompt) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert fast.decode(list(two.prompt)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert three == Example((5, 6, 7), (8,))
 
 
