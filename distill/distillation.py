@@ -7,6 +7,7 @@ likely tokens of a position.
 """
 
 import json
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -62,6 +63,8 @@ class Distillation:
         self.settings = settings
         self.engines = engines
         self.say = say
+        self.acceptance = math.nan
+        """As last measured."""
         self.device = torch.device(pick_device(settings.device))
         self.folder = open_checkpoint(settings.target, with_code=settings.trust_remote_code).folder
         claim_folder(settings)
@@ -97,7 +100,9 @@ class Distillation:
         if self.trainer.resume():
             self.say(f"going on at step {self.trainer.progress.step} of {self.settings.schedule.steps}")
         while not self.trainer.done:
-            self._note(self.measure(self.texts[::3]))
+            started = time.monotonic()
+            self._note(self.measure(self.texts[: max(1, len(self.texts) // 3)]))
+            self.trainer.progress.round_seconds += time.monotonic() - started
             self._train_round(interrupts)
         folder = self.settings.out / "draft"
         self._export(folder, complete=False)
@@ -129,7 +134,7 @@ class Distillation:
         steps = trainer.train_round(self._make_shard, lambda: interrupts.requested)
         for _ in steps:
             interrupts.waits = True
-            if time.monotonic() - spoken > LOG_SECONDS:
+            if time.monotonic() - spoken > LOG_SECONDS or trainer.done:
                 spoken = time.monotonic()
                 self.say(self._line())
             if time.monotonic() - saved > 60 * self.settings.save_minutes:
@@ -158,6 +163,7 @@ class Distillation:
         )
         recorder.write(path, rows)
         tokens, now = sum(map(len, rows)), time.monotonic()
+        self.trainer.progress.round_seconds += now - started
         self.say(
             f"round {number}: {len(rows)} rows, {tokens} tokens; "
             f"written in {generated - started:.0f} s, scored in {now - generated:.0f} s"
@@ -216,6 +222,7 @@ class Distillation:
         entry: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "loss": progress.loss}
         with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry | msgspec.to_builtins(found)) + "\n")
+        self.acceptance = found.acceptance[ALL]
         self.say(
             f"step {progress.step}: held-out acceptance {found.acceptance[ALL]:.3f}, same most likely token "
             f"{found.agreement[ALL]:.3f}, accepted of {found.most} greedy drafts {found.accepted_length[ALL]:.2f}"
@@ -224,10 +231,12 @@ class Distillation:
     def _line(self) -> str:
         progress, schedule = self.trainer.progress, self.settings.schedule
         speed = progress.tokens / max(progress.seconds, 1e-9)
-        left = (schedule.steps - progress.step) * progress.seconds / max(1, progress.step)
+        rounds, begun = -(-schedule.steps // schedule.round_steps), -(-progress.step // schedule.round_steps)
+        left = (schedule.steps - progress.step) * progress.seconds / progress.step
+        left += (rounds - begun) * progress.round_seconds / begun
         return (
-            f"step {progress.step}/{schedule.steps} loss {progress.loss:.4f} {speed:,.0f} tokens/s, "
-            f"{left / 60:.0f} min of steps left"
+            f"step {progress.step}/{schedule.steps}: loss {progress.loss:.4f}, acceptance {self.acceptance:.3f}, "
+            f"{speed:,.0f} tokens/s, {left / 60:.0f} min left"
         )
 
 

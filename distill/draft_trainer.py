@@ -67,6 +67,9 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    """In steps."""
+    round_seconds: float = 0.0
+    """In making rows and measuring, between steps."""
     loss: float = math.nan
     """Smoothed."""
 
