@@ -66,7 +66,8 @@ class Distillation:
         self.acceptance = math.nan
         """As last measured."""
         self.device = torch.device(pick_device(settings.device))
-        self.folder = open_checkpoint(settings.target, with_code=settings.trust_remote_code).folder
+        checkpoint = open_checkpoint(settings.target, with_code=settings.trust_remote_code)
+        self.folder, init = checkpoint.folder, settings.init.settled(checkpoint)
         claim_folder(settings)
         disable_progress_bar()  # of the library's loading and saving: round after round, between our own lines
         self.target = load_model(settings.target, "auto", settings.trust_remote_code)
@@ -78,7 +79,7 @@ class Distillation:
         self.rows = rows
         self.texts = self._held_texts(held)
         torch.manual_seed(settings.seed)
-        self.draft = make_draft(settings.init, self.target, self._calibration())
+        self.draft = make_draft(init, self.target, self._calibration())
         self.trainer = DraftTrainer(
             self.draft,
             settings.schedule,

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .draft_init import SHARES_EMBEDDING, shared_names
+from ..models.native import SHARES_EMBEDDING
+from .draft_init import shared_names
 
 
 def export_draft(

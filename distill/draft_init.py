@@ -7,7 +7,7 @@ that below about 1,000), and for a small model it is most of the bytes.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..core.errors import ConfigError, ModelLoadError
+from ..models.checkpoint import Checkpoint
+from ..models.native import SHARES_EMBEDDING, native_obstacle
 from .importance import decoder_layers, gated_mlp, layer_importance, neuron_importance
-
-SHARES_EMBEDDING = "quire_shares_embedding"
-"""In a draft's config.json: embedding and head are the target's and not among the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,15 @@ class Init:
     """`layers:N` (the N most important ones), `layers:I,J,...` (these), `random:N` (as many new ones), or a folder."""
     mlp: int | None = None
     """Width of the feed-forward; None: the target's."""
-    shares_embedding: bool = True
+    shares_embedding: bool | None = None
+    """None: if the target is of an architecture whose drafts can."""
+
+    def settled(self, checkpoint: Checkpoint) -> "Init":
+        """With sharing decided for the target's checkpoint; raises `ConfigError` where it is asked for in vain."""
+        obstacle = native_obstacle(checkpoint)
+        if self.shares_embedding and obstacle is not None:
+            raise ConfigError(f"the draft cannot share its target's embedding: {obstacle}", param="share_embedding")
+        return self if self.shares_embedding is not None else replace(self, shares_embedding=obstacle is None)
 
 
 def load_model(folder: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -57,7 +64,7 @@ def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> P
     """
     kind, _, what = init.source.partition(":")
     if kind not in ("layers", "random") or not re.fullmatch(r"\d+(,\d+)*", what):
-        return continue_draft(init.source, target, init.shares_embedding)
+        return continue_draft(init.source, target, bool(init.shares_embedding))
     numbers = [int(number) for number in what.split(",")]
     count = len(decoder_layers(target))
     if kind == "random":
@@ -75,7 +82,7 @@ def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> P
         _copy_weights(target, draft, layers, rows)
     elif init.shares_embedding:
         _share(target, draft)
-    return _freeze_shared(draft, init.shares_embedding)
+    return _freeze_shared(draft, bool(init.shares_embedding))
 
 
 def most_important(importance: Sequence[float], count: int) -> list[int]:

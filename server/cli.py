@@ -174,7 +174,7 @@ def distill(
     target: dis.Target = None,
     init: dis.Init = "layers:2",
     mlp: dis.Mlp = None,
-    share_embedding: dis.ShareEmbedding = True,
+    share_embedding: dis.ShareEmbedding = None,
     data: dis.Data = None,
     from_traffic: dis.FromTraffic = None,
     self_data: dis.SelfData = False,

@@ -30,7 +30,13 @@ Init = Annotated[
 ]
 Mlp = Annotated[int | None, _option("Feed-forward width of the draft; its most active neurons stay.", _DRAFT)]
 ShareEmbedding = Annotated[
-    bool, _option("Use the target's embedding and head, untrained and not stored with the draft.", _DRAFT)
+    bool | None,
+    _option(
+        "Use the target's embedding and head, untrained and not stored with the draft; default: where Quire's own "
+        "model code runs the target.",
+        _DRAFT,
+        "--share-embedding/--no-share-embedding",
+    ),
 ]
 
 Data = Annotated[

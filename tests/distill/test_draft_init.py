@@ -9,8 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from quire.core.errors import ConfigError, ModelLoadError
 from quire.distill.draft_export import export_draft
-from quire.distill.draft_init import SHARES_EMBEDDING, Init, make_draft, most_important
+from quire.distill.draft_init import Init, make_draft, most_important
 from quire.distill.importance import layer_importance
+from quire.models.checkpoint import open_checkpoint
+from quire.models.native import SHARES_EMBEDDING
 
 from .drafting import VOCAB, tiny_target
 
@@ -44,7 +46,7 @@ def test_a_layer_that_changes_nothing_has_no_influence(target: PreTrainedModel) 
 
 @pytest.mark.parametrize("source", ["layers:2", "layers:0,2"])
 def test_dropping_what_does_nothing_changes_nothing(target: PreTrainedModel, source: str) -> None:
-    draft = make_draft(Init(source, mlp=12), target, ROWS)
+    draft = make_draft(Init(source, 12, True), target, ROWS)
     assert draft.config.num_hidden_layers == 2 and draft.model.layers[0].mlp.up_proj.weight.shape == (12, 32)
     assert torch.allclose(logits(draft), logits(target), atol=1e-5)
     frozen = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
@@ -52,7 +54,7 @@ def test_dropping_what_does_nothing_changes_nothing(target: PreTrainedModel, sou
 
 
 def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTrainedModel) -> None:
-    draft = make_draft(Init("layers:0,2", shares_embedding=False), target, ROWS)
+    draft = make_draft(Init("layers:0,2", None, False), target, ROWS)
     assert all(parameter.requires_grad for parameter in draft.parameters())
     export_draft(draft, tmp_path / "draft", torch.float32, complete=False)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32).eval()
@@ -62,12 +64,12 @@ def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTra
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_sharing_draft_stores_neither_embedding_nor_head(tmp_path: Path, tied: bool) -> None:
     target = tiny_target(tied=tied)
-    draft = make_draft(Init("layers:1"), target, ROWS)
+    draft = make_draft(Init("layers:1", None, True), target, ROWS)
     export_draft(draft, tmp_path / "draft", torch.bfloat16, complete=False)
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert config[SHARES_EMBEDDING] is True and config["dtype"] == "bfloat16"
     assert (tmp_path / "draft" / "model.safetensors").stat().st_size < 2 * 32 * VOCAB
-    again = make_draft(Init(str(tmp_path / "draft")), target, [])
+    again = make_draft(Init(str(tmp_path / "draft"), None, True), target, [])
     assert torch.allclose(logits(again), logits(draft), atol=0.05)
     export_draft(draft, tmp_path / "whole", torch.float32, complete=True)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
@@ -76,7 +78,7 @@ def test_a_sharing_draft_stores_neither_embedding_nor_head(tmp_path: Path, tied:
 
 
 def test_random_layers_under_the_targets_embedding(target: PreTrainedModel) -> None:
-    draft = make_draft(Init("random:1"), target, ROWS)
+    draft = make_draft(Init("random:1", None, True), target, ROWS)
     assert torch.equal(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
     assert not torch.equal(draft.model.layers[0].mlp.up_proj.weight, target.model.layers[0].mlp.up_proj.weight)
 
@@ -99,3 +101,15 @@ def test_what_cannot_be_narrowed_or_shared_is_refused(tmp_path: Path, target: Pr
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelLoadError):
         make_draft(Init(str(tmp_path)), target, ROWS)
+
+
+def test_sharing_is_for_targets_of_our_own_model_code(tmp_path: Path) -> None:
+    tiny_target().save_pretrained(tmp_path / "llama")
+    ours = open_checkpoint(str(tmp_path / "llama"))
+    assert Init("layers:1").settled(ours).shares_embedding is True
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "GemmaForCausalLM"))
+    other = open_checkpoint(str(tmp_path / "llama"))
+    assert Init("layers:1").settled(other).shares_embedding is False
+    with pytest.raises(ConfigError, match="share"):
+        Init("layers:1", shares_embedding=True).settled(other)

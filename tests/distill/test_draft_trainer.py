@@ -28,7 +28,7 @@ class Run:
         self.rows = RowMaker(examples, Mixture(), 16, (1.0,), 0, str(folder))
         self.folder = folder
         self.target = target
-        draft = make_draft(Init("layers:1"), target, [torch.arange(3, 20)[None]])
+        draft = make_draft(Init("layers:1", None, True), target, [torch.arange(3, 20)[None]])
         self.trainer = DraftTrainer(draft, SCHEDULE, folder, divergence="kl", temperature=1.0, seed=0)
         self.made: list[int] = []
 
