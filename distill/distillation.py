@@ -153,7 +153,7 @@ class Distillation:
         settings, started = self.settings, time.monotonic()
         sampler = settings.out / "sampler"
         self._export(sampler, complete=True)
-        rows = self.rows.rows(number, settings.schedule.round_rows, str(sampler), self.engines)
+        rows = self.rows.rows(number, settings.schedule.rows_of(number), str(sampler), self.engines)
         generated = time.monotonic()
         recorder = Recorder(
             _logits(self.target),

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..core.errors import ConfigError, ModelLoadError
-from ..models.checkpoint import Checkpoint
+from ..models.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from ..models.native import SHARES_EMBEDDING, native_obstacle
 from .importance import decoder_layers, gated_mlp, layer_importance, neuron_importance
 
@@ -30,14 +30,21 @@ class Init:
     mlp: int | None = None
     """Width of the feed-forward; None: the target's."""
     shares_embedding: bool | None = None
-    """None: if the target is of an architecture whose drafts can."""
+    """None: as the folder has it; where there is none, if the target is of an architecture whose drafts can."""
 
     def settled(self, checkpoint: Checkpoint) -> "Init":
         """With sharing decided for the target's checkpoint; raises `ConfigError` where it is asked for in vain."""
         obstacle = native_obstacle(checkpoint)
         if self.shares_embedding and obstacle is not None:
             raise ConfigError(f"the draft cannot share its target's embedding: {obstacle}", param="share_embedding")
-        return self if self.shares_embedding is not None else replace(self, shares_embedding=obstacle is None)
+        if self.shares_embedding is not None or not self.is_cut:
+            return self
+        return replace(self, shares_embedding=obstacle is None)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether `source` is a kind of beginning, not a folder."""
+        return re.fullmatch(r"(layers|random):\d+(,\d+)*", self.source) is not None
 
 
 def load_model(folder: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -62,9 +69,9 @@ def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> P
 
     Raises `ConfigError` for an unknown or impossible `source`, `ModelLoadError` where the target cannot be cut.
     """
+    if not init.is_cut:
+        return continue_draft(init.source, target, init.shares_embedding)
     kind, _, what = init.source.partition(":")
-    if kind not in ("layers", "random") or not re.fullmatch(r"\d+(,\d+)*", what):
-        return continue_draft(init.source, target, bool(init.shares_embedding))
     numbers = [int(number) for number in what.split(",")]
     count = len(decoder_layers(target))
     if kind == "random":
@@ -90,19 +97,40 @@ def most_important(importance: Sequence[float], count: int) -> list[int]:
     return sorted(sorted(range(len(importance)), key=lambda index: -importance[index])[:count])
 
 
-def continue_draft(folder: str, target: PreTrainedModel, shares_embedding: bool) -> PreTrainedModel:
+def continue_draft(folder: str, target: PreTrainedModel, shares_embedding: bool | None) -> PreTrainedModel:
     """A draft as a checkpoint left it; raises `ConfigError` or `ModelLoadError`."""
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(
             f"a draft begins as layers:N, layers:I,J,..., random:N or a checkpoint folder, not {folder!r}", param="init"
         )
-    draft = load_model(folder, torch.float32)
+    checkpoint = open_checkpoint(folder)
+    shared = bool(checkpoint.config.get(SHARES_EMBEDDING))
+    draft = _load_sharing(checkpoint) if shared else load_model(folder, torch.float32)
     place(draft, target.device)
-    if getattr(draft.config, SHARES_EMBEDDING, False):
+    shares = shared if shares_embedding is None else shares_embedding
+    if shared or shares:
         _share(target, draft)
     elif _table(draft).shape[0] != _table(target).shape[0]:
         raise ConfigError(f"{folder} has another vocabulary than the target", param="init")
-    return _freeze_shared(draft, shares_embedding)
+    return _freeze_shared(draft, shares)
+
+
+def _load_sharing(checkpoint: Checkpoint) -> PreTrainedModel:
+    """A draft whose checkpoint lacks embedding and head: the library would take it for a broken one."""
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    reader = TensorReader(checkpoint, lambda phase, done, total: None)
+    try:
+        state = {name: reader.read(name) for name in checkpoint.tensors}
+    finally:
+        reader.close()
+    try:
+        missing = set(draft.load_state_dict(state, strict=False).missing_keys) - shared_names(draft)
+    except RuntimeError as error:
+        raise ModelLoadError(f"{checkpoint.name}: {' '.join(str(error).split())[:300]}") from error
+    if missing:
+        raise ModelLoadError(f"{checkpoint.name} lacks the tensor {min(missing)} ({len(missing)} missing in all)")
+    return draft
 
 
 def shared_names(draft: PreTrainedModel) -> set[str]:

@@ -53,6 +53,11 @@ class Schedule:
         """Steps between two rounds of new rows."""
         return max(1, round(self.round_rows * self.passes / self.batch_rows))
 
+    def rows_of(self, number: int) -> int:
+        """Rows to make for a round: fewer for a last one that is cut short."""
+        steps = min(self.round_steps, self.steps - number * self.round_steps)
+        return min(self.round_rows, max(self.batch_rows, math.ceil(steps * self.batch_rows / self.passes)))
+
     def rate_at(self, step: int) -> float:
         """Factor on the optimizer's peak rates in step number `step`, from 0."""
         rise = min(1.0, (step + 1) / max(1, self.warmup))

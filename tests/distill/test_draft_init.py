@@ -59,6 +59,13 @@ def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTra
     export_draft(draft, tmp_path / "draft", torch.float32, complete=False)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32).eval()
     assert torch.equal(logits(loaded), logits(draft))
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.add_(1.0)
+    loaded.save_pretrained(tmp_path / "other")
+    again = make_draft(Init(str(tmp_path / "other")), target, [])
+    assert torch.equal(logits(again), logits(loaded)), "what has an embedding of its own keeps it"
+    shared = make_draft(Init(str(tmp_path / "other"), None, True), target, [])
+    assert torch.equal(shared.model.embed_tokens.weight, target.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -69,9 +76,11 @@ def test_a_sharing_draft_stores_neither_embedding_nor_head(tmp_path: Path, tied:
     config = json.loads((tmp_path / "draft" / "config.json").read_text())
     assert config[SHARES_EMBEDDING] is True and config["dtype"] == "bfloat16"
     assert (tmp_path / "draft" / "model.safetensors").stat().st_size < 2 * 32 * VOCAB
-    again = make_draft(Init(str(tmp_path / "draft"), None, True), target, [])
+    again = make_draft(Init(str(tmp_path / "draft")), target, [])
     assert torch.allclose(logits(again), logits(draft), atol=0.05)
     export_draft(draft, tmp_path / "whole", torch.float32, complete=True)
+    own = make_draft(Init(str(tmp_path / "draft"), None, False), target, [])
+    assert all(parameter.requires_grad for parameter in own.parameters())
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
     assert torch.equal(logits(whole), logits(draft))
     assert SHARES_EMBEDDING not in json.loads((tmp_path / "whole" / "config.json").read_text())
@@ -111,5 +120,6 @@ def test_sharing_is_for_targets_of_our_own_model_code(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace("LlamaForCausalLM", "GemmaForCausalLM"))
     other = open_checkpoint(str(tmp_path / "llama"))
     assert Init("layers:1").settled(other).shares_embedding is False
+    assert Init("/some/folder").settled(ours).shares_embedding is None
     with pytest.raises(ConfigError, match="share"):
         Init("layers:1", shares_embedding=True).settled(other)

@@ -34,7 +34,7 @@ class Run:
 
     def make_shard(self, number: int, path: Path) -> None:
         self.made.append(number)
-        rows = self.rows.rows(number, SCHEDULE.round_rows, str(self.folder), Parrot())
+        rows = self.rows.rows(number, SCHEDULE.rows_of(number), str(self.folder), Parrot())
         Recorder(lambda ids: self.target(input_ids=ids).logits, VOCAB, 8, 1.0, CPU).write(path, rows)
 
     def train(self, until: int = SCHEDULE.steps) -> "Run":
@@ -97,3 +97,10 @@ def test_padding_changes_no_loss(tmp_path: Path, target: PreTrainedModel) -> Non
 def test_rate_warms_up_stays_and_falls() -> None:
     schedule = Schedule(steps=100, rate=1.0, warmup=10, decay=0.5, last_rate=0.1)
     assert [schedule.rate_at(step) for step in (0, 4, 9, 50, 75, 99)] == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0.1])
+
+
+def test_a_last_round_that_is_cut_short_makes_fewer_rows() -> None:
+    schedule = Schedule(steps=130, batch_rows=8, round_rows=256, passes=2.0)
+    assert schedule.round_steps == 64
+    assert [schedule.rows_of(number) for number in range(3)] == [256, 256, 8]
+    assert Schedule(steps=74, batch_rows=8, round_rows=256, passes=2.0).rows_of(1) == 40
