@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from quire.core.request import SamplingParams
 from quire.distill.acceptance import Tally, chain_tally, greedy_matches, sampled_tally
 from quire.distill.corpus import Corpus
 from quire.distill.draft_init import Init, load_model, make_draft
@@ -15,9 +16,10 @@ from quire.distill.samples import SampleMaker
 from quire.distill.target_rows import Logits
 from quire.models.loading import load_runner, weight_bytes
 from quire.models.placement import Placement
+from quire.server.llm import LLM
 
 CPU = torch.device("cpu")
-WINDOWS, NEW_TOKENS = 6, 32
+WINDOWS = 8
 
 
 def logits_of(model: PreTrainedModel) -> Logits:
@@ -58,14 +60,14 @@ def test_it_speaks_as_its_target_does(corpus: Corpus, target: PreTrainedModel, d
     assert tally.acceptance > 0.6 and tally.acceptance > 1.25 * undistilled.acceptance
 
 
-def test_greedy_chains_of_four_are_long(corpus: Corpus, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def test_greedy_chains_of_four_are_long(shipped: Path, corpus: Corpus, draft: PreTrainedModel) -> None:
+    llm = LLM(str(shipped), device="cpu", max_model_len=512)
+    prompts = windows(corpus)
     tally = Tally()
-    for ids in windows(corpus):
-        written = list(ids)
-        with torch.inference_mode():
-            while len(written) < len(ids) + NEW_TOKENS:
-                written.append(int(logits_of(target)(torch.tensor([written]))[0, -1].argmax()))
-        tally += chain_tally(greedy_matches(logits_of(draft), ids, written[len(ids) :], CPU), 4)
+    greedy = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    for done in llm.generate(prompts, greedy, progress=False):
+        matches = greedy_matches(logits_of(draft), done.prompt_ids, done.choices[0].token_ids, CPU)
+        tally += chain_tally(matches, 4)
     assert tally.accepted_length > 2.5
 
 
