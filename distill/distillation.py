@@ -41,13 +41,21 @@ BATCHES = (1, 4, 16, 64)
 
 
 class Interrupts:
-    """SIGINT and SIGTERM: at once, except within optimizer steps, which are finished first."""
+    """SIGINT and SIGTERM within a block: at once, except within optimizer steps, which are finished first."""
 
     def __init__(self) -> None:
         self.requested = False
         self.waits = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupts":
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, *_: object) -> None:
         self.requested = True
@@ -97,14 +105,16 @@ class Distillation:
 
     def run(self) -> None:
         """Train what is left, write the draft and the report. KeyboardInterrupt leaves a state to go on from."""
-        interrupts = Interrupts()
         if self.trainer.resume():
             self.say(f"going on at step {self.trainer.progress.step} of {self.settings.schedule.steps}")
-        while not self.trainer.done:
-            started = time.monotonic()
-            self._note(self.measure(self.texts[: max(1, len(self.texts) // 3)]))
-            self.trainer.progress.round_seconds += time.monotonic() - started
-            self._train_round(interrupts)
+        try:
+            with Interrupts() as interrupts:
+                while not self.trainer.done:
+                    self._note()
+                    self._train_round(interrupts)
+        except KeyboardInterrupt:
+            self.say(f"stopped at step {self.trainer.progress.step}; the same command goes on from there")
+            raise
         folder = self.settings.out / "draft"
         self._export(folder, complete=False)
         about = {"settings": self.settings, "progress": asdict(self.trainer.progress)}
@@ -145,7 +155,6 @@ class Distillation:
         trainer.save()
         trainer.drop_old_shards()
         if interrupts.requested:
-            self.say(f"stopped at step {trainer.progress.step}; the same command goes on from there")
             raise KeyboardInterrupt
 
     def _make_shard(self, number: int, path: Path) -> None:
@@ -171,7 +180,8 @@ class Distillation:
         )
 
     def _export(self, folder: Path, complete: bool) -> None:
-        tokenizer = self.tokenizer if complete else None
+        """The draft as it is; with a tokenizer if it can be served by itself."""
+        tokenizer = self.tokenizer if complete or not self.draft.config.quire_shares_embedding else None
         export_draft(self.draft, folder, self.target.dtype, complete=complete, tokenizer=tokenizer)
         copy_generation_config(self.folder, folder)
 
@@ -215,15 +225,17 @@ class Distillation:
             self.engines.step_seconds(str(sampler), BATCHES),
         )
 
-    def _note(self, found: Measured) -> None:
-        """A measurement, for people and for `log.jsonl`."""
-        progress = self.trainer.progress
+    def _note(self) -> None:
+        """Measure on some of the texts, for people and for `log.jsonl`."""
+        progress, started = self.trainer.progress, time.monotonic()
+        found = self.measure(self.texts[: max(1, len(self.texts) // 3)])
         if progress.step == 0:
             (self.settings.out / "initial.json").write_bytes(msgspec.json.encode(self.measure(self.texts)))
         entry: dict[str, Any] = {"step": progress.step, "tokens": progress.tokens, "loss": progress.loss}
         with (self.settings.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry | msgspec.to_builtins(found)) + "\n")
         self.acceptance = found.acceptance[ALL]
+        progress.round_seconds += time.monotonic() - started
         self.say(
             f"step {progress.step}: held-out acceptance {found.acceptance[ALL]:.3f}, same most likely token "
             f"{found.agreement[ALL]:.3f}, accepted of {found.most} greedy drafts {found.accepted_length[ALL]:.2f}"

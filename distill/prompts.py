@@ -52,7 +52,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         if line.strip():
             try:
                 found.append(_example(json.loads(line), tokenizer, vocab_size))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, LookupError) as error:
                 raise ConfigError(f"{path}, line {number}: {error}", param="data") from error
     if not found:
         raise ConfigError(f"{path} holds no prompts", param="data")
@@ -62,16 +62,15 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: in
 def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Example:
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
+    output = content.get("output_ids", [])
     if "prompt_ids" in content:
         prompt = content["prompt_ids"]
     elif "messages" in content:
-        rendered = tokenizer.apply_chat_template(content["messages"], tokenize=False, add_generation_prompt=True)
-        prompt = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        prompt, output = _conversation(content["messages"], tokenizer)
     elif isinstance(content.get("prompt"), str):
         prompt = tokenizer(content["prompt"])["input_ids"]
     else:
         raise ValueError("it has neither prompt, messages nor prompt_ids")
-    output = content.get("output_ids", [])
     if "completion" in content:
         output = tokenizer(content["completion"], add_special_tokens=False)["input_ids"]
     for token in (*prompt, *output):
@@ -80,6 +79,21 @@ def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
     if not prompt:
         raise ValueError("its prompt is empty")
     return Example(tuple(prompt), tuple(output), str(content.get("domain", "text")))
+
+
+def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens up to where the assistant speaks last, and of what it says if it does."""
+    answered = messages[-1]["role"] == "assistant"
+    asked = messages[:-1] if answered else messages
+    try:
+        prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False)) if answered else prompt
+    except Exception as error:  # a template is a program: what it raises is its way of refusing
+        raise ValueError(f"the chat template refuses the messages: {str(error)[:300]}") from error
+    # A template may show earlier turns otherwise once there is a later one.
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+    return first, second
 
 
 def self_examples(count: int, start: int | None, vocab_size: int, seed: int) -> list[Example]:

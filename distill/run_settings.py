@@ -73,19 +73,15 @@ def _check(holds: bool, name: str, wanted: str, got: object) -> None:
 
 
 def claim_folder(settings: Settings) -> None:
-    """Make the folder, or find the same run in it. Raises `ConfigError` if another one is there."""
+    """Make the folder, or find the same run in it. Raises `ConfigError` if another one has begun there."""
     path = settings.out / "settings.json"
-    free = {"device", "save_minutes"}
-    mine = {
-        name: value
-        for name, value in json.loads(msgspec.json.encode(settings, enc_hook=str)).items()
-        if name not in free
-    }
+    described = json.loads(msgspec.json.encode(settings, enc_hook=str))
+    mine = {name: value for name, value in described.items() if name not in ("device", "save_minutes")}
     try:
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != mine:
+        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mine:
+            if (settings.out / "state.pt").exists():
                 raise ConfigError(f"{settings.out} holds a run of other settings; choose another --out", param="out")
-            return
+            (settings.out / "held_out.json").unlink(missing_ok=True)
         settings.out.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
     except (OSError, ValueError) as error:

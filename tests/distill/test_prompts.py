@@ -31,16 +31,20 @@ def test_all_forms(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
         {"messages": messages},
         {"prompt_ids": [5, 6, 7], "output_ids": [8]},
     ]
-    one, two, three = read(tmp_path, fast, *(json.dumps(line) for line in lines), "")
+    lines.append({"messages": [*messages, {"role": "assistant", "content": "ho"}]})
+    one, two, three, four = read(tmp_path, fast, *(json.dumps(line) for line in lines), "")
     assert fast.decode(list(one.prompt)) == "def f(x):" and fast.decode(list(one.output)) == "\n    return x\n"
     assert one.domain == "code" and two.domain == "text"
     assert fast.decode(list(two.prompt)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert three == Example((5, 6, 7), (8,))
+    assert four.prompt == two.prompt and fast.decode(list(four.output)) == "ho<|im_end|>\n"
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
-)
+BROKEN = ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
+BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}']
+
+
+@pytest.mark.parametrize("line", BROKEN)
 def test_a_broken_line_is_named(tmp_path: Path, fast: PreTrainedTokenizerBase, line: str) -> None:
     with pytest.raises(ConfigError, match="line 2") as caught:
         read(tmp_path, fast, '{"prompt": "x"}', line)

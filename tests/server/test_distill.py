@@ -53,6 +53,7 @@ def test_a_draft_and_its_report(tmp_path: Path, target: Path, prompts: Path) -> 
     said = run(target, out, "--data", str(prompts), "--no-share-embedding")
     assert "round 0: 8 rows" in said and "round 1: 8 rows" in said and "held-out acceptance" in said
     draft = AutoModelForCausalLM.from_pretrained(out / "draft")
+    assert (out / "draft" / "tokenizer.json").is_file(), "it can be served by itself"
     assert draft.config.num_hidden_layers == 1 and draft.config.eos_token_id == 0
     report = json.loads((out / "report.json").read_text())
     assert report["progress"]["step"] == 4 and report["settings"]["schedule"]["steps"] == 4
@@ -67,6 +68,16 @@ def test_a_draft_and_its_report(tmp_path: Path, target: Path, prompts: Path) -> 
     assert "going on at step 4 of 4" in again and "round" not in again, "nothing is left but to report"
     with pytest.raises(ConfigError, match="other settings"):
         run(target, out, "--data", str(prompts))
+
+
+def test_a_run_that_never_began_leaves_the_folder_free(
+    tmp_path: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)
+    for options in (["--data", "nowhere.jsonl"], ["--data", str(prompts), "--init", "layers:9"]):
+        with pytest.raises(ConfigError):
+            run(target, tmp_path / "run", *options)
+    assert "report.md" in run(target, tmp_path / "run", "--data", str(prompts))
 
 
 def test_without_prompts_the_target_begins_itself(
