@@ -23,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..core.errors import ConfigError
 from ..models.checkpoint import open_checkpoint
+from ..models.spec import max_context
 from .draft_export import copy_generation_config, export_draft
 from .draft_init import load_model, make_draft, place
 from .draft_report import Costs, write_report
@@ -79,6 +80,11 @@ class Distillation:
         claim_folder(settings)
         disable_progress_bar()  # of the library's loading and saving: round after round, between our own lines
         self.target = load_model(settings.target, "auto", settings.trust_remote_code)
+        context = max_context(self.target.config.get_text_config(decoder=True))
+        if settings.length > context:
+            raise ConfigError(
+                f"rows of {settings.length} tokens are longer than the target's {context}", param="length"
+            )
         place(self.target, self.device)
         self.target.requires_grad_(False)
         self.tokenizer = load_tokenizer(settings.target, settings.trust_remote_code)

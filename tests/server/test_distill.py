@@ -98,6 +98,8 @@ def test_without_prompts_the_target_begins_itself(
         (["--init", "layers:9"], ConfigError),
         (["--steps", "0"], ConfigError),
         (["--mix", "1,1"], ConfigError),
+        (["--length", "513"], ConfigError),
+        (["--out", "/proc/run"], ConfigError),
         (["--mix", "0,0,0"], ConfigError),
         (["--mix", "a,b,c"], QuireError),
         (["--temperatures", "-1"], ConfigError),
