@@ -5,6 +5,7 @@ afford. A masked-out entry keeps its value exactly: its gradient and its update 
 """
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,20 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 class MaskedMuon:
     """Muon and Adam over named parameters; `state_dict` holds every buffer, so a resumed run goes on bit for bit."""
 
-    def __init__(self, model: nn.Module, masks: dict[str, Tensor], rates: Rates) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: dict[str, Tensor],
+        rates: Rates,
+        tables: Collection[str] = ("embed_tokens.weight",),
+    ) -> None:
+        """tables: names of embeddings and heads, whose rows are tokens. Fixed parameters are left alone."""
         self.rates = rates
         self.masks = masks
-        self.parameters = {n: p for n, p in model.named_parameters() if n not in masks or bool(masks[n].any())}
-        self.matrices = [n for n, p in self.parameters.items() if p.ndim == 2 and n != "embed_tokens.weight"]
+        self.parameters = {
+            n: p for n, p in model.named_parameters() if p.requires_grad and (n not in masks or bool(masks[n].any()))
+        }
+        self.matrices = [n for n, p in self.parameters.items() if p.ndim == 2 and n not in tables]
         self.others = [n for n in self.parameters if n not in self.matrices]
         self.step_count = 0
         self.momentum = {n: torch.zeros_like(self.parameters[n]) for n in self.matrices}

@@ -234,10 +234,14 @@ class SampleMaker:
 
     def chat_piece(self, question: str, answer: str) -> Piece:
         """One chat in the template's form, closed by <|endoftext|>; the answer counts fully."""
+        asked, told = self.chat_ids(question, answer)
+        return Piece(asked + told, [0.3] * len(asked) + [1.0] * len(told))
+
+    def chat_ids(self, question: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of the question, up to where the assistant speaks, and of the answer, <|endoftext|> included."""
         asked = self.tokenizer.encode(f"{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n").ids
         told = self.tokenizer.encode(f"{answer}{TURN_END}\n").ids
-        told.append(self.end)
-        return Piece(asked + told, [0.3] * len(asked) + [1.0] * len(told))
+        return asked, [*told, self.end]
 
 
 def extend(out: Piece, piece: Piece) -> None:

@@ -12,6 +12,7 @@ from .metrics import Metrics
 from .middleware import Gate
 from .settings import ServerSettings, Service
 from .text import Tokenizer
+from .traffic_log import TrafficLog
 
 
 def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
@@ -19,6 +20,8 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSetti
     metrics = Metrics(client, settings.served_model_names[0], settings.metrics_prefix)
     seeds = random.Random(settings.seed)
     service = Service(client, tokenizer, settings, metrics, created=int(time.time()), seeds=seeds)
+    if settings.distill_log is not None:
+        service.traffic_log = TrafficLog(settings.distill_log)
     metrics.open_requests.set_function(lambda: float(service.open_requests))
     app = FastAPI(title="Quire", description="OpenAI-style LLM inference", redirect_slashes=False)
     app.state.service = service

@@ -1,6 +1,7 @@
-"""The command line `quire`: serve, chat, complete, eval-pruning. Each option has an environment name `QUIRE_...`.
+"""The command line `quire`: serve, chat, complete, eval-pruning, distill.
 
-Whatever goes wrong is one line on standard error and a non-zero exit code.
+What configures a server has an environment name `QUIRE_...` too. Whatever goes wrong is one line on standard error
+and a non-zero exit code.
 """
 
 import logging
@@ -13,6 +14,7 @@ import typer
 
 from ..core.config import EngineConfig
 from ..core.errors import QuireError
+from . import distill_options as dis
 from . import options as opt
 from . import sweep_options as sweep
 
@@ -43,6 +45,7 @@ def serve(
     served_model_name: opt.ServedModelName = None,
     api_key: opt.ApiKeys = None,
     isolate_keys: opt.IsolateKeys = False,
+    distill_log: opt.DistillLog = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     runner: opt.Runner = "auto",
@@ -163,6 +166,41 @@ def eval_pruning(
     from .evaluate import eval_options, evaluate
 
     evaluate(eval_options(options))
+
+
+@app.command()
+def distill(
+    out: dis.Out,
+    target: dis.Target = None,
+    init: dis.Init = "layers:2",
+    mlp: dis.Mlp = None,
+    share_embedding: dis.ShareEmbedding = None,
+    data: dis.Data = None,
+    from_traffic: dis.FromTraffic = None,
+    self_data: dis.SelfData = False,
+    held_out: dis.HeldOut = None,
+    mix: dis.Mix = "0.4,0.4,0.2",
+    temperatures: dis.Temperatures = "1,0",
+    length: dis.Length = 512,
+    divergence: dis.Divergence = "kl",
+    temperature: dis.Temperature = 1.0,
+    kept: dis.Kept = 64,
+    steps: dis.Steps = 2000,
+    batch_rows: dis.BatchRows = 8,
+    micro_rows: dis.MicroRows = 4,
+    round_rows: dis.RoundRows = 256,
+    passes: dis.Passes = 2.0,
+    rate: dis.Rate = 0.3,
+    draft_tokens: dis.DraftTokens = 4,
+    seed: dis.RunSeed = 0,
+    device: opt.Device = "auto",
+    trust_remote_code: opt.TrustRemoteCode = False,
+) -> None:
+    """Distil a draft model for speculative decoding from the model that it is to draft for."""
+    options = locals()
+    from .distil import distil
+
+    distil(options)
 
 
 def main() -> None:

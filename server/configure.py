@@ -18,6 +18,7 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
     """
     engine = dict(options)
     host, port, seed = (engine.pop(name) for name in ("host", "port", "seed"))
+    distill_log = engine.pop("distill_log")
     names, keys, isolate = (engine.pop(name) for name in ("served_model_name", "api_key", "isolate_keys"))
     policy, keep, min_keep = (engine.pop(name) for name in ("prune_policy", "prune_keep", "prune_min_keep"))
     if isolate and not keys:
@@ -33,6 +34,7 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
         seed=seed,
         prune=prune,
         prune_min_keep=min_keep,
+        distill_log=distill_log,
     )
     settled = {
         "model": model,

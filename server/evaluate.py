@@ -1,9 +1,8 @@
 """`quire eval-pruning`: load a model, run the sweep with progress, write results, plots and a table."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -19,9 +18,9 @@ from ..evaluation.plots import draw, require_matplotlib
 from ..evaluation.report import describe, read_cells, tables, write_json
 from ..evaluation.sweep import Sweep
 from ..evaluation.tasks import TASKS
+from .lists import items
 from .llm import LLM
 
-Item = TypeVar("Item")
 TABLE_WIDTH = 200
 """Characters; a narrower terminal folds lines, which beats cut figures."""
 
@@ -111,14 +110,6 @@ def default_lengths(context: int) -> list[int]:
     """Powers of two from 512 to half of the context, and seven eighths of it in round numbers."""
     lengths = [2**power for power in range(9, 31) if 2**power <= context // 2]
     return [*lengths, context * 7 // 8 // 100 * 100]
-
-
-def items(text: str, kind: Callable[[str], Item], option: str) -> list[Item]:
-    """The items of a list separated by commas. Raises `InvalidRequestError` naming the option."""
-    try:
-        return [kind(item.strip()) for item in text.split(",") if item.strip()]
-    except ValueError as error:
-        raise InvalidRequestError(f"{option} must be a list separated by commas, got {text!r}") from error
 
 
 def _make_folder(path: Path) -> None:

@@ -201,9 +201,12 @@ async def stream_deltas(service: Service, jobs: Sequence[Job], arrived: float) -
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[list[Delta], None]:
     output = RequestOutput(job, service.tokenizer, partial(SequenceTimer, service.metrics, arrived))
+    entry = service.traffic_log.entry(job.request) if service.traffic_log else None
     try:
         async with aclosing(service.client.generate(job.request)) as events:
             async for event in events:
+                if entry:
+                    entry.take(event)
                 deltas = output.push(event)
                 yield deltas
                 if output.done:
@@ -212,6 +215,9 @@ async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[lis
         if not output.done:
             service.metrics.aborted(output.generating)
         raise
+    finally:
+        if entry:
+            entry.close()
 
 
 async def _merge(streams: Sequence[AsyncGenerator[list[Delta], None]]) -> AsyncGenerator[list[Delta], None]:

@@ -1,5 +1,6 @@
 """The options of `quire serve` that set up model, engine and API; each has an environment name `QUIRE_...`."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -36,6 +37,14 @@ ApiKeys = Annotated[
 IsolateKeys = Annotated[
     bool,
     _option("QUIRE_ISOLATE_KEYS", "Never reuse a computed prefix of another key's tenant.", None, "--isolate-keys"),
+]
+
+DistillLog = Annotated[
+    Path | None,
+    _option(
+        "QUIRE_DISTILL_LOG",
+        "Collect prompts and outputs in this file, for `quire distill --from-traffic`; it holds what users wrote.",
+    ),
 ]
 
 Device = Annotated[

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core.errors import ConfigError, ModelNotFoundError
 from ..core.pruning import PruneParams
@@ -9,6 +10,7 @@ from ..scheduler.client import EngineClient
 from .keys import ApiKey
 from .metrics import Metrics
 from .text import Tokenizer
+from .traffic_log import TrafficLog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class ServerSettings:
     """How the sequences of requests that do not say so themselves are pruned; None: not at all."""
     prune_min_keep: float = 0.0
     """Least share of its entries that a request may ask to keep."""
+    distill_log: Path | None = None
+    """File that collects prompts and outputs to distil a draft from; None: nothing is kept."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_min_keep <= 1:
@@ -55,6 +59,7 @@ class Service:
     """Set when the server is about to stop: /ready turns 503 and new work is refused while open requests end."""
     open_requests: int = 0
     """HTTP requests being worked on."""
+    traffic_log: TrafficLog | None = None
 
     @property
     def max_model_len(self) -> int | None:

@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "speculation": {"models", "kernels", "core"},
     "engine": {"pruning", "speculation", "models", "kernels", "core"},
     "scheduler": {"engine", "core"},
-    "server": {"evaluation", "scheduler", "core"},
+    "server": {"distill", "evaluation", "scheduler", "core"},
     "distill": {"engine", "speculation", "pruning", "models", "kernels", "core"},
     "evaluation": {"distill", "core"},
 }

@@ -1,0 +1,90 @@
+"""Which parts of a decoder matter, by what they do to the hidden states of a few calibration texts.
+
+Layers: block influence BI = 1 - mean cosine of a layer's input and output (ShortGPT, Men et al. 2024, section 3.2).
+Neurons of a gated feed-forward: mean square of what each adds to the residual stream, its activation times the norm of
+its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by activations alone).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import ModelLoadError
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers model; raises `ModelLoadError` where they cannot be told."""
+    config: Any = model.config
+    count = config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelLoadError(f"{type(model).__name__} has no list of its {count} layers: no draft can be cut out of it")
+
+
+@torch.inference_mode()
+def layer_importance(model: nn.Module, rows: Sequence[Tensor]) -> list[float]:
+    """Block influence of each layer over rows of ids [1, T]; 0 for a layer that changes no direction."""
+    layers = decoder_layers(model)
+    cosines, tokens = [0.0] * len(layers), 0
+
+    def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = (inputs[0] if inputs else kwargs["hidden_states"]).float()
+        after = (output[0] if isinstance(output, tuple) else output).float()
+        cosines[index] += nn.functional.cosine_similarity(before, after, dim=-1).sum().item()
+
+    with _hooked(layers, watch):
+        for row in rows:
+            model(input_ids=row, use_cache=False)
+            tokens += row.numel()
+    return [1.0 - cosine / tokens for cosine in cosines]
+
+
+@torch.inference_mode()
+def neuron_importance(model: nn.Module, rows: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """Mean square contribution [F] of each feed-forward neuron of the named layers, over rows of ids [1, T].
+
+    Raises `ModelLoadError` for layers without gate_proj, up_proj and down_proj.
+    """
+    downs = [gated_mlp(decoder_layers(model)[index])[1] for index in layers]
+    sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]
+
+    def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sums[index] += inputs[0].float().square().flatten(0, -2).sum(0)
+
+    with _hooked(downs, watch):
+        for row in rows:
+            model(input_ids=row, use_cache=False)
+    tokens = sum(row.numel() for row in rows)
+    norms = [down.weight.float().square().sum(0) for down in downs]
+    return [total / tokens * norm for total, norm in zip(sums, norms, strict=True)]
+
+
+def gated_mlp(layer: nn.Module) -> tuple[str, nn.Linear]:
+    """The name within a decoder layer of its gated feed-forward, and its down projection.
+
+    Raises `ModelLoadError` if there is none.
+    """
+    for name, module in layer.named_modules():
+        down = getattr(module, "down_proj", None)
+        if isinstance(down, nn.Linear) and hasattr(module, "gate_proj") and hasattr(module, "up_proj"):
+            return name, down
+    raise ModelLoadError("only a gated feed-forward (gate_proj, up_proj, down_proj) can be made narrower")
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], watch: Any) -> Iterator[None]:
+    """Call `watch(index, inputs, kwargs, output)` after each forward pass of each module."""
+
+    def hook(index: int) -> Any:
+        return lambda module, inputs, kwargs, output: watch(index, inputs, kwargs, output)
+
+    handles = [m.register_forward_hook(hook(i), with_kwargs=True) for i, m in enumerate(modules)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

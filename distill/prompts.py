@@ -1,0 +1,118 @@
+"""The texts that a draft is distilled on: prompts of the user's own, logged traffic, or what the target says unasked.
+
+A file has one JSON object a line: {"prompt": text}, {"messages": [...]} or {"prompt_ids": [...]}, with an answer as
+"completion" (text) or "output_ids" if there is one, and a "domain" to be reported by. The last form is what
+`quire serve --distill-log` writes.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..core.errors import ConfigError, ModelLoadError
+
+HELD_OUT_ONE_IN = 20
+SELF = "self"
+"""Domain of texts that the target begins by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt, what is known to follow it, and what kind of text it is."""
+
+    prompt: tuple[int, ...]
+    output: tuple[int, ...] = ()
+    domain: str = "text"
+
+
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The target's tokenizer; raises `ModelLoadError`."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    # Anything may come out of a broken tokenizer file.
+    except Exception as error:
+        raise ModelLoadError(f"{model} has no usable tokenizer: {' '.join(str(error).split())[:300]}") from error
+    return tokenizer
+
+
+def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Example]:
+    """All examples of a file, in order. Raises `ConfigError`, naming the line, for what is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", param="data") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(_example(json.loads(line), tokenizer, vocab_size))
+            except (ValueError, TypeError, LookupError) as error:
+                raise ConfigError(f"{path}, line {number}: {error}", param="data") from error
+    if not found:
+        raise ConfigError(f"{path} holds no prompts", param="data")
+    return found
+
+
+def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Example:
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    output = content.get("output_ids", [])
+    if "prompt_ids" in content:
+        prompt = content["prompt_ids"]
+    elif "messages" in content:
+        prompt, output = _conversation(content["messages"], tokenizer)
+    elif isinstance(content.get("prompt"), str):
+        prompt = tokenizer(content["prompt"])["input_ids"]
+    else:
+        raise ValueError("it has neither prompt, messages nor prompt_ids")
+    if "completion" in content:
+        output = tokenizer(content["completion"], add_special_tokens=False)["input_ids"]
+    for token in (*prompt, *output):
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ValueError(f"{token!r} is not a token of the target")
+    if not prompt:
+        raise ValueError("its prompt is empty")
+    return Example(tuple(prompt), tuple(output), str(content.get("domain", "text")))
+
+
+def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens up to where the assistant speaks last, and of what it says if it does."""
+    answered = messages[-1]["role"] == "assistant"
+    asked = messages[:-1] if answered else messages
+    try:
+        prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(messages, tokenize=False)) if answered else prompt
+    except Exception as error:  # a template is a program: what it raises is its way of refusing
+        raise ValueError(f"the chat template refuses the messages: {str(error)[:300]}") from error
+    # A template may show earlier turns otherwise once there is a later one.
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+    first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+    return first, second
+
+
+def self_examples(count: int, start: int | None, vocab_size: int, seed: int) -> list[Example]:
+    """Shortest prompts: the token `start` that begins texts, or random ones where the model has none."""
+    if start is not None:
+        return [Example((start,), domain=SELF)] * count
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+    return [Example((token,), domain=SELF) for token in tokens]
+
+
+def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """(to train on, held out), told apart by the hash of the prompt, so that equal prompts stand on one side."""
+    held = [_hash(example) % HELD_OUT_ONE_IN == 0 for example in examples]
+    if all(held) or not any(held):
+        # Few or equal prompts: the last one is held out, and of one alone the target's answers differ anyway.
+        held = [index == len(examples) - 1 for index in range(len(examples))]
+    train = [example for example, out in zip(examples, held, strict=True) if not out]
+    return train or list(examples), [example for example, out in zip(examples, held, strict=True) if out]
+
+
+def _hash(example: Example) -> int:
+    return int.from_bytes(hashlib.sha256(np.array(example.prompt, np.int64).tobytes()).digest()[:4], "big")

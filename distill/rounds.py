@@ -1,0 +1,94 @@
+"""The rows of a round: known text, the target's own continuations, and the draft's, as DistillSpec mixes them.
+
+On-policy data matter because a draft is asked to go on from what was said so far, and at the end of its proposal from
+what it said itself. Continuations come from the engine that serves (see `Engines`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from ..core.request import SamplingParams
+from .prompts import Example
+
+Source = Literal["fixed", "target", "draft"]
+
+
+class Engines(Protocol):
+    """Runs checkpoints through the serving engine, offline."""
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        """The generated tokens of each prompt, in order."""
+        ...
+
+    def step_seconds(self, checkpoint: str, sizes: Sequence[int]) -> dict[int, float]:
+        """Seconds of a decode step of each number of sequences."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Shares of the rows of a round; they are scaled to sum to 1."""
+
+    fixed: float = 0.4
+    target: float = 0.4
+    draft: float = 0.2
+
+    def draw(self, rng: np.random.Generator, count: int) -> list[Source]:
+        """The source of each row."""
+        sources: list[Source] = ["fixed", "target", "draft"]
+        shares = np.array([self.fixed, self.target, self.draft])
+        return [sources[index] for index in rng.choice(3, count, p=shares / shares.sum())]
+
+
+@dataclass(frozen=True, slots=True)
+class RowMaker:
+    """Makes the rows of rounds from examples; a pure function of seed and round, but for the draft's weights."""
+
+    examples: Sequence[Example]
+    mixture: Mixture
+    length: int
+    """Most tokens of a row."""
+    temperatures: tuple[float, ...]
+    """Of continuations, each row's drawn from these."""
+    seed: int
+    target: str
+    """Checkpoint."""
+
+    def rows(self, number: int, count: int, draft: str, engines: Engines) -> list[list[int]]:
+        """Rows of round `number`; `draft` is the checkpoint of the draft as it is now."""
+        rng = np.random.default_rng((self.seed, number))
+        sources = self.mixture.draw(rng, count)
+        chosen = [self.examples[int(index)] for index in rng.integers(len(self.examples), size=count)]
+        rows = [self._window(rng, example) for example in chosen]
+        temperatures = rng.choice(np.array(self.temperatures), count)
+        seeds = rng.integers(2**63, size=count)
+        for source, checkpoint in (("target", self.target), ("draft", draft)):
+            places = [index for index in range(count) if sources[index] == source]
+            prompts = [self._prompt(chosen[index]) for index in places]
+            params = [
+                SamplingParams(
+                    temperature=float(temperatures[index]),
+                    max_tokens=self.length - len(prompt),
+                    seed=int(seeds[index]),
+                )
+                for index, prompt in zip(places, prompts, strict=True)
+            ]
+            answers = engines.generate(checkpoint, prompts, params) if places else []
+            for index, prompt, answer in zip(places, prompts, answers, strict=True):
+                rows[index] = prompt + answer
+        return rows
+
+    def _window(self, rng: np.random.Generator, example: Example) -> list[int]:
+        """Known text: all of it, or a random stretch of a long one."""
+        ids = [*example.prompt, *example.output]
+        start = int(rng.integers(0, max(0, len(ids) - self.length) + 1))
+        return ids[start : start + self.length]
+
+    def _prompt(self, example: Example) -> list[int]:
+        """The prompt's end, leaving at least a quarter of the row to be written."""
+        return list(example.prompt[-(self.length - self.length // 4) :])

@@ -1,0 +1,125 @@
+"""What a draft keeps of its target, and the checkpoint that it becomes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+
+from quire.core.errors import ConfigError, ModelLoadError
+from quire.distill.draft_export import export_draft
+from quire.distill.draft_init import Init, make_draft, most_important
+from quire.distill.importance import layer_importance
+from quire.models.checkpoint import open_checkpoint
+from quire.models.native import SHARES_EMBEDDING
+
+from .drafting import VOCAB, tiny_target
+
+ROWS = [torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(input_ids=ROWS[0], use_cache=False).logits
+    return out
+
+
+@pytest.fixture
+def target() -> PreTrainedModel:
+    """Layer 1 changes nothing; in layer 2 only the even neurons do anything."""
+    model = tiny_target()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    model.model.layers[1].mlp.down_proj.weight.zero_()
+    for layer in (0, 2):
+        model.model.layers[layer].mlp.down_proj.weight[:, 1::2] = 0.0
+    return model
+
+
+def test_a_layer_that_changes_nothing_has_no_influence(target: PreTrainedModel) -> None:
+    importance = layer_importance(target, ROWS)
+    assert importance[1] == pytest.approx(0.0, abs=1e-5)
+    assert min(importance[0], importance[2]) > 0.01
+    assert most_important(importance, 2) == [0, 2]
+    assert most_important([0.1, 0.9, 0.5, 0.9], 3) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("source", ["layers:2", "layers:0,2"])
+def test_dropping_what_does_nothing_changes_nothing(target: PreTrainedModel, source: str) -> None:
+    draft = make_draft(Init(source, 12, True), target, ROWS)
+    assert draft.config.num_hidden_layers == 2 and draft.model.layers[0].mlp.up_proj.weight.shape == (12, 32)
+    assert torch.allclose(logits(draft), logits(target), atol=1e-5)
+    frozen = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight"}
+
+
+def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTrainedModel) -> None:
+    draft = make_draft(Init("layers:0,2", None, False), target, ROWS)
+    assert all(parameter.requires_grad for parameter in draft.parameters())
+    export_draft(draft, tmp_path / "draft", torch.float32, complete=False)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "draft", dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded), logits(draft))
+    with torch.no_grad():
+        loaded.model.embed_tokens.weight.add_(1.0)
+    loaded.save_pretrained(tmp_path / "other")
+    again = make_draft(Init(str(tmp_path / "other")), target, [])
+    assert torch.equal(logits(again), logits(loaded)), "what has an embedding of its own keeps it"
+    shared = make_draft(Init(str(tmp_path / "other"), None, True), target, [])
+    assert torch.equal(shared.model.embed_tokens.weight, target.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_sharing_draft_stores_neither_embedding_nor_head(tmp_path: Path, tied: bool) -> None:
+    target = tiny_target(tied=tied)
+    draft = make_draft(Init("layers:1", None, True), target, ROWS)
+    export_draft(draft, tmp_path / "draft", torch.bfloat16, complete=False)
+    config = json.loads((tmp_path / "draft" / "config.json").read_text())
+    assert config[SHARES_EMBEDDING] is True and config["dtype"] == "bfloat16"
+    assert (tmp_path / "draft" / "model.safetensors").stat().st_size < 2 * 32 * VOCAB
+    again = make_draft(Init(str(tmp_path / "draft")), target, [])
+    assert torch.allclose(logits(again), logits(draft), atol=0.05)
+    export_draft(draft, tmp_path / "whole", torch.float32, complete=True)
+    own = make_draft(Init(str(tmp_path / "draft"), None, False), target, [])
+    assert all(parameter.requires_grad for parameter in own.parameters())
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
+    assert torch.equal(logits(whole), logits(draft))
+    assert SHARES_EMBEDDING not in json.loads((tmp_path / "whole" / "config.json").read_text())
+
+
+def test_random_layers_under_the_targets_embedding(target: PreTrainedModel) -> None:
+    draft = make_draft(Init("random:1", None, True), target, ROWS)
+    assert torch.equal(draft.model.embed_tokens.weight, target.model.embed_tokens.weight)
+    assert not torch.equal(draft.model.layers[0].mlp.up_proj.weight, target.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "source", ["layers:4", "layers:0,3", "layers:1,1", "layers:0", "random:0", "layers:", "nowhere"]
+)
+def test_a_beginning_that_cannot_be_is_refused(target: PreTrainedModel, source: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_draft(Init(source), target, ROWS)
+    assert caught.value.param == "init" and "\n" not in caught.value.message
+
+
+def test_what_cannot_be_narrowed_or_shared_is_refused(tmp_path: Path, target: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match="25 wide"):
+        make_draft(Init("layers:1", mlp=25), target, ROWS)
+    del target.model.layers[0].mlp.up_proj
+    with pytest.raises(ModelLoadError, match="gated"):
+        make_draft(Init("layers:0,1", mlp=12), target, ROWS)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelLoadError):
+        make_draft(Init(str(tmp_path)), target, ROWS)
+
+
+def test_sharing_is_for_targets_of_our_own_model_code(tmp_path: Path) -> None:
+    tiny_target().save_pretrained(tmp_path / "llama")
+    ours = open_checkpoint(str(tmp_path / "llama"))
+    assert Init("layers:1").settled(ours).shares_embedding is True
+    config = tmp_path / "llama" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "GemmaForCausalLM"))
+    other = open_checkpoint(str(tmp_path / "llama"))
+    assert Init("layers:1").settled(other).shares_embedding is False
+    assert Init("/some/folder").settled(ours).shares_embedding is None
+    with pytest.raises(ConfigError, match="share"):
+        Init("layers:1", shares_embedding=True).settled(other)

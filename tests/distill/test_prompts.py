@@ -1,0 +1,86 @@
+"""Prompt files in each form, and what is said of broken ones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from quire.core.errors import ConfigError
+from quire.distill.prompts import SELF, Example, hold_out, load_tokenizer, read_examples, self_examples
+from quire.distill.rounds import Mixture, RowMaker
+
+from .drafting import VOCAB, Parrot
+
+
+@pytest.fixture(scope="module")
+def fast(shipped: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(str(shipped))
+
+
+def read(folder: Path, tokenizer: PreTrainedTokenizerBase, *lines: str) -> list[Example]:
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return read_examples(folder / "prompts.jsonl", tokenizer, VOCAB)
+
+
+def test_all_forms(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    lines = [
+        {"prompt": "def f(x):", "completion": "\n    return x\n", "domain": "code"},
+        {"messages": messages},
+        {"prompt_ids": [5, 6, 7], "output_ids": [8]},
+    ]
+    lines.append({"messages": [*messages, {"role": "assistant", "content": "ho"}]})
+    one, two, three, four = read(tmp_path, fast, *(json.dumps(line) for line in lines), "")
+    assert fast.decode(list(one.prompt)) == "def f(x):" and fast.decode(list(one.output)) == "\n    return x\n"
+    assert one.domain == "code" and two.domain == "text"
+    assert fast.decode(list(two.prompt)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert three == Example((5, 6, 7), (8,))
+    assert four.prompt == two.prompt and fast.decode(list(four.output)) == "ho<|im_end|>\n"
+
+
+BROKEN = ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
+BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}']
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_a_broken_line_is_named(tmp_path: Path, fast: PreTrainedTokenizerBase, line: str) -> None:
+    with pytest.raises(ConfigError, match="line 2") as caught:
+        read(tmp_path, fast, '{"prompt": "x"}', line)
+    assert "\n" not in caught.value.message
+
+
+def test_missing_and_empty_files(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_examples(tmp_path / "none.jsonl", fast, VOCAB)
+    with pytest.raises(ConfigError, match="no prompts"):
+        read(tmp_path, fast, "")
+
+
+def test_equal_prompts_are_held_out_together() -> None:
+    examples = [Example((n % 60, 1)) for n in range(300)]
+    train, held = hold_out(examples)
+    assert len(train) + len(held) == 300 and 0 < len(held) < 60
+    assert not {e.prompt for e in train} & {e.prompt for e in held}
+    assert hold_out([Example((1,))]) == ([Example((1,))], [Example((1,))])
+
+
+def test_texts_that_the_target_begins_itself() -> None:
+    assert self_examples(3, 7, VOCAB, 0) == [Example((7,), domain=SELF)] * 3
+    drawn = self_examples(50, None, VOCAB, 0)
+    assert len({example.prompt for example in drawn}) > 40 and drawn == self_examples(50, None, VOCAB, 0)
+
+
+def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    long = Example(tuple(range(100, 140)), tuple(range(140, 160)))
+    known = RowMaker([long], Mixture(1, 0, 0), 16, (1.0,), 0, "t").rows(0, 50, "d", Parrot())
+    assert all(row == list(range(row[0], row[0] + 16)) for row in known) and len({row[0] for row in known}) > 10
+    maker = RowMaker([long], Mixture(0.5, 0.25, 0.25), 16, (1.0,), 0, str(tmp_path))
+    rows = maker.rows(3, 200, str(tmp_path), Parrot())
+    continued = [row for row in rows if row[:12] == list(range(128, 140)) and row[12:] == row[:4]]
+    assert 70 < len(continued) < 130 and all(len(row) == 16 for row in rows)
+    assert rows == maker.rows(3, 200, str(tmp_path), Parrot()) != maker.rows(4, 200, str(tmp_path), Parrot())
+    shares = Mixture(1, 1, 2).draw(np.random.default_rng(0), 4000)
+    assert 1800 < shares.count("draft") < 2200

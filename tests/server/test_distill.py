@@ -1,0 +1,116 @@
+"""`quire distill` from beginning to end on a tiny target, through the real engine; and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from quire.core.config import embedded_model
+from quire.core.errors import ConfigError, ModelLoadError, QuireError
+from quire.server import cli, distil
+
+FAST = [
+    "--device", "cpu", "--init", "layers:1", "--length", "24", "--steps", "4", "--round-rows", "8", "--passes", "1",
+    "--batch-rows", "4",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the embedded model's tokenizer."""
+    folder = tmp_path_factory.mktemp("target")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(embedded_model() / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"x = {n}\ny =", "domain": "sums"}) + "\n" for n in range(40)))
+    return path
+
+
+def run(target: Path, out: Path, *options: str) -> str:
+    command = ["distill", "--target", str(target), "--out", str(out), *FAST, *options]
+    result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_draft_and_its_report(tmp_path: Path, target: Path, prompts: Path) -> None:
+    out = tmp_path / "run"
+    said = run(target, out, "--data", str(prompts), "--no-share-embedding")
+    assert "round 0: 8 rows" in said and "round 1: 8 rows" in said and "held-out acceptance" in said
+    draft = AutoModelForCausalLM.from_pretrained(out / "draft")
+    assert (out / "draft" / "tokenizer.json").is_file(), "it can be served by itself"
+    assert draft.config.num_hidden_layers == 1 and draft.config.eos_token_id == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["progress"]["step"] == 4 and report["settings"]["schedule"]["steps"] == 4
+    assert set(report["after"]["acceptance"]) == {"all", "sums"} and 0 < report["after"]["acceptance"]["all"] < 1
+    assert report["after"]["acceptance"] != report["before"]["acceptance"]
+    assert set(report["costs"]["draft"]) == {"1", "4", "16", "64"} and report["costs"]["target"]["320"] > 0
+    text = (out / "report.md").read_text()
+    assert "| sums |" in text and "| 64 |" in text
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [0, 2]
+    again = run(target, out, "--data", str(prompts), "--no-share-embedding")
+    assert "going on at step 4 of 4" in again and "round" not in again, "nothing is left but to report"
+    with pytest.raises(ConfigError, match="other settings"):
+        run(target, out, "--data", str(prompts))
+
+
+def test_a_run_that_never_began_leaves_the_folder_free(
+    tmp_path: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)
+    for options in (["--data", "nowhere.jsonl"], ["--data", str(prompts), "--init", "layers:9"]):
+        with pytest.raises(ConfigError):
+            run(target, tmp_path / "run", *options)
+    assert "report.md" in run(target, tmp_path / "run", "--data", str(prompts))
+
+
+def test_without_prompts_the_target_begins_itself(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)  # seconds of the other test's time
+    run(target, tmp_path / "run", "--self", "--mix", "0,1,1")
+    config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
+    assert config["quire_shares_embedding"] is True
+    assert set(json.loads((tmp_path / "run" / "report.json").read_text())["after"]["acceptance"]) == {"all", "self"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--data", "nowhere.jsonl"], ConfigError),
+        (["--self", "--data", "nowhere.jsonl"], ConfigError),
+        (["--init", "layers:9"], ConfigError),
+        (["--steps", "0"], ConfigError),
+        (["--mix", "1,1"], ConfigError),
+        (["--length", "513"], ConfigError),
+        (["--out", "/proc/run"], ConfigError),
+        (["--mix", "0,0,0"], ConfigError),
+        (["--mix", "a,b,c"], QuireError),
+        (["--temperatures", "-1"], ConfigError),
+        (["--temperature", "0"], ConfigError),
+        (["--draft-tokens", "17"], ConfigError),
+        (["--target", "/nowhere"], ModelLoadError),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, target: Path, options: list[str], error: type[QuireError]
+) -> None:
+    with pytest.raises(error) as caught:
+        run(target, tmp_path / "run", *options)
+    assert "\n" not in caught.value.message
