@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import Meter, Row, Work
 from quire.kernels.attention import paged_attention
 from quire.kernels.attention_mass_triton import attention_mass_triton
-from quire.kernels.attention_triton import paged_attention_triton, paged_attention_with_lse_triton
+from quire.kernels.attention_triton import paged_attention_triton
 
 PAGE = 16
 
@@ -210,7 +210,8 @@ def mass_rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iter
             continue
         batch = Batch(case, meter.device, dtype)
         arguments = batch.arguments()
-        _, sums = paged_attention_with_lse_triton(**arguments, value_dim=case.head_dim)
+        sums = torch.empty(batch.query.shape[:2], device=meter.device)
+        paged_attention_triton(**arguments, value_dim=case.head_dim, log_sums=sums)
         observe = min(32, case.new)
         whole = batch.work(keys_only=True)
         run = partial(attention_mass_triton, **arguments, log_sums=sums, observe=observe)

@@ -12,6 +12,7 @@ from quire.kernels.cache_triton import append_kv_triton
 from quire.kernels.compaction_reference import compact_kv
 from quire.kernels.compaction_triton import compact_kv_triton
 from quire.kernels.layers_triton import add_rms_norm_triton, gated_activation_triton, rotate_heads_triton
+from quire.kernels.norm import add_rms_norm
 from quire.kernels.page_bounds_reference import page_key_bounds
 from quire.kernels.page_bounds_triton import page_key_bounds_triton
 from quire.kernels.rotary import rotate_heads
@@ -69,7 +70,7 @@ def norm_case(device: torch.device, dtype: torch.dtype, rows: int, width: int) -
     weight = torch.ones(width, device=device, dtype=dtype)
     arguments = (x, residual, weight, 1e-6)
     work = Work(4 * x.numel() * dtype.itemsize)
-    return lambda: add_rms_norm_triton(*arguments), lambda: reference.add_rms_norm(*arguments), work
+    return lambda: add_rms_norm_triton(*arguments), lambda: add_rms_norm(*arguments), work
 
 
 def rotate_case(device: torch.device, dtype: torch.dtype, rows: int, heads: int) -> Pair:

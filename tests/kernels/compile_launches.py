@@ -99,8 +99,8 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim)
     sinks = torch.zeros(32, dtype=dtype)
     options: dict[str, Any] = {"window": 100, "softcap": 30.0}
-    attention_triton.paged_attention_with_lse_triton(**shared, value_dim=head_dim, sinks=sinks, **options)
     log_sums = torch.zeros(sum(lengths), 32)
+    attention_triton.paged_attention_triton(**shared, value_dim=head_dim, sinks=sinks, log_sums=log_sums, **options)
     slots = torch.zeros(sequences, dtype=torch.int64)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, table_rows=slots)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, visible=positions)
