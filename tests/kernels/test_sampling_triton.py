@@ -86,7 +86,7 @@ def truncated(device: str, cuts: list[tuple[int, float, float]] = CUTS) -> tuple
     return min_p, cuts_triton.Truncation(top_k, top_p)
 
 
-@pytest.mark.parametrize(("vocabulary", "spread", "steps"), [(1, 1.0, 0), (40, 3.0, 3), (40, 0.01, 0), (2500, 3.0, 3)])
+@pytest.mark.parametrize(("vocabulary", "spread", "steps"), [(1, 1.0, 0), (40, 30.0, 0), (2500, 3.0, 3)])
 def test_cut_rows_keep_the_references_tokens(device: str, vocabulary: int, spread: float, steps: int) -> None:
     """Flat and sharp rows, with and without many equal logits: the same tokens stay, at the same scaled logits."""
     generator = torch.Generator().manual_seed(vocabulary)
