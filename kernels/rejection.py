@@ -16,12 +16,7 @@ from .sampling import draw_scaled
 
 def draw_drafts(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backend = "reference") -> Tensor:
     """Draft tokens [R] int64 drawn from the softmax of scaled [R, V]; seeds, positions [R] int64."""
-    if backend in TRITON_BACKENDS:
-        from .sampling_triton import draw_triton  # triton is installed beside a GPU only
-
-        whole = scaled.new_ones(len(scaled))
-        return draw_triton(scaled, whole, whole - 1, seeds, stream(positions, DRAFT_STREAM))
-    return draw_scaled(scaled, seeds, stream(positions, DRAFT_STREAM))
+    return draw_scaled(scaled, seeds, stream(positions, DRAFT_STREAM), backend)
 
 
 def judge_drafts(

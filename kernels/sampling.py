@@ -75,8 +75,13 @@ def sample_full(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tenso
     return draw_scaled(full_logits(logits, temperature, min_p), seeds, positions)
 
 
-def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64, drawn from the softmax of [R, V] by the noise of seeds and positions [R] int64."""
+    if backend in TRITON_BACKENDS:
+        from .sampling_triton import draw_triton  # triton is installed beside a GPU only
+
+        one = scaled.new_ones(len(scaled))
+        return draw_triton(scaled, one, one - 1, seeds, positions)
     tokens = torch.arange(scaled.shape[-1], device=scaled.device)
     return gumbel_noise(seeds, positions, tokens).add_(scaled).argmax(-1)
 
