@@ -239,8 +239,8 @@ class StepObserver:
         if log_sums is not None and members:
             if self._mass_rows is None:
                 self._mass_rows = _mass_rows(members, self._device)
-            rows = self._mass_rows.rows
-            new = self._mass_rows.masses(context, layer, query[rows], log_sums[rows], scoring)
+            chosen = self._mass_rows.rows
+            new = self._mass_rows.masses(context, layer, query[chosen], log_sums[chosen], scoring)
             _add_masses(members, layer, new)
         for held in self._held.values():
             self._context = context

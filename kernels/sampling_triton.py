@@ -9,9 +9,10 @@ for, are that close.
 Work, with `kernels.rows_triton`: the first kernel finds each chunk's largest adjusted logit, `kernels.cuts_triton`
 where rows are cut, the next the chunk's winner, the last the row's. Nothing waits for the device.
 
-Roofline, per row: 2 V reads of 4 bytes, with penalties 2 V of 9 (count and prompt flag beside the logit), cut rows
-about twice that; some 40 integer and 30 float operations per token of a drawn row, 11 M for V = 152,000. 256 such rows
-are 311 MB and 2.7 G operations, some 0.1 ms each on a Hopper GPU, where plain torch makes about 20 passes.
+Roofline, per row: 2 V reads of 4 bytes, with penalties 2 V of 9 (count and prompt flag beside the logit); of a cut row
+once more the chunks that hold candidates, and in the last pass only those. Some 40 integer and 30 float operations per
+token of a drawn row, 11 M for V = 152,000: 256 such rows are 311 MB and 2.7 G operations, some 0.1 ms each on a Hopper
+GPU, where plain torch makes about 20 passes.
 """
 
 import torch
@@ -55,22 +56,27 @@ def _draw_kernel(
 ) -> None:
     """The winner of one chunk of one row: the largest of logit (greedy) or scaled logit + noise; grid (R, CHUNKS)."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = row * CHUNKS + chunk
+    heat, top = tl.load(temperature + row), row_peak(peaks, row, CHUNKS, CHUNKS_PADDED)
+    if cut_least is not None:
+        least, last = tl.load(cut_least + row), tl.load(cut_last + row)
+    else:
+        least, last = tl.log(tl.load(min_p + row)), tl.full([], VOCABULARY, tl.int64)
+    # A cut leaves most chunks nothing: their peak tells, and no logit is read.
+    if (heat > 0.0) & (scaled(tl.load(peaks + place), top, heat) < least):
+        tl.store(best + place, float("-inf"))
+        tl.store(winners + place, chunk * BLOCK)
+        return
     token = chunk * BLOCK + tl.arange(0, BLOCK)
     x = adjusted(logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX)
-    heat = tl.load(temperature + row)
     if heat > 0.0:
-        x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), heat)
+        x = scaled(x, top, heat)
         noisy = gumbel_noise(tl.load(seeds + row), tl.load(positions + row), token) + x
-        stays = token < VOCABULARY
-        if cut_least is not None:
-            stays = stays & kept(x, token, tl.load(cut_least + row), tl.load(cut_last + row))
-        else:
-            stays = stays & (x >= tl.log(tl.load(min_p + row)))
-        x = tl.where(stays, noisy, float("-inf"))
+        x = tl.where(kept(x, token, least, last) & (token < VOCABULARY), noisy, float("-inf"))
     x = tl.where(x == x, x, float("-inf"))
-    value, place = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    tl.store(best + row * CHUNKS + chunk, value)
-    tl.store(winners + row * CHUNKS + chunk, chunk * BLOCK + place)
+    value, index = tl.max(x, axis=0, return_indices=True, return_indices_tie_break_left=True)
+    tl.store(best + place, value)
+    tl.store(winners + place, chunk * BLOCK + index)
 
 
 @triton.jit
