@@ -16,10 +16,10 @@ TEMPERATURE = [0.0, 0.7, 1.0, 2.0, 1e-35, 1.5, 0.0]
 MIN_P = [0.0, 0.0, 0.1, 0.0, 0.0, 0.5, 0.9]
 
 
-def draw(*arguments: Tensor, penalties: Any = None) -> Tensor:
+def draw(*arguments: Tensor, penalties: Any = None, truncation: Any = None) -> Tensor:
     """`draw_triton`; logits, temperature, min_p, seeds, positions."""
     logits, temperature, min_p, seeds, positions = arguments
-    result: Tensor = sampling_triton.draw_triton(logits, temperature, min_p, seeds, positions, penalties)
+    result: Tensor = sampling_triton.draw_triton(logits, temperature, min_p, seeds, positions, penalties, truncation)
     return result
 
 
@@ -103,7 +103,7 @@ def test_cut_rows_keep_the_references_tokens(device: str, vocabulary: int, sprea
 
 
 def test_cut_rows_draw_the_references_tokens(device: str) -> None:
-    """Beside greedy and whole rows; a row that is not finite takes nothing from the others."""
+    """Beside rows that nothing cuts; a row that is not finite takes nothing from the others."""
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(len(CUTS), 2300, generator=generator) * 4
     min_p, truncation = truncated("cpu")
@@ -113,10 +113,10 @@ def test_cut_rows_draw_the_references_tokens(device: str) -> None:
         positions = torch.arange(len(CUTS)) + 100 * step
         cuts = (truncation.top_k, truncation.top_p, min_p)
         expected = sampling.sample_truncated(logits, heat, *cuts, seeds, positions)
-        broken, minima = logits.clone(), truncated(device)
+        broken = logits.clone()
         broken[step] = float("nan")
         moved = [x.to(device) for x in (broken, heat, min_p, seeds, positions)]
-        tokens = sampling_triton.draw_triton(*moved, None, minima[1]).tolist()
+        tokens = draw(*moved, truncation=truncated(device)[1]).tolist()
         good = [row for row in range(len(CUTS)) if row != step]
         assert [tokens[row] for row in good] == expected[good].tolist() and 0 <= tokens[step] < 2300
 
