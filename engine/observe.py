@@ -18,6 +18,7 @@ from ..kernels.rotary import rotate_reference
 from ..models.context import AttentionContext, Scoring
 from ..pruning.policy import Needs, Rotation
 from .cache import read_heads
+from .masses import MassRows
 from .query_rings import QueryRings
 from .staging import upload
 
@@ -135,6 +136,11 @@ class _Watched:
     """Of its longest head, the new ones included."""
     seen: Observations
 
+    @property
+    def has_mass(self) -> bool:
+        """Whether what its rows give each entry is added up."""
+        return self.seen.needs.mass and not self.scratch
+
 
 @dataclass(frozen=True, slots=True)
 class _RingRows:
@@ -156,6 +162,8 @@ class _Held:
     """[n, H, D] of the layers so far."""
     scorings: list[Scoring] = field(default_factory=list)
     """Of the same layers."""
+    log_sums: list[Tensor] = field(default_factory=list)
+    """[n, H] of the same layers, if attention kept them."""
 
 
 class StepObserver:
@@ -174,6 +182,8 @@ class StepObserver:
         self._watched: list[_Watched] = []
         self._held: dict[SlotId, _Held] = {}
         self._context: AttentionContext | None = None
+        self._mass_rows: MassRows | None = None
+        """Of those of `_watched` whose masses the kernel finds."""
         self._device = device
         single: dict[QueryRings, list[tuple[int, int, int]]] = {}
         """By ring: (row of the batch, row of the ring, position)."""
@@ -206,7 +216,15 @@ class StepObserver:
         """Whether nothing is to be seen."""
         return not (self._watched or self._single or self._held)
 
-    def observe(self, context: AttentionContext, layer: int, query: Tensor, scoring: Scoring) -> None:
+    @property
+    def needs_log_sums(self) -> bool:
+        """See `AttentionObserver`."""
+        held = (held.watched for held in self._held.values())
+        return any(watched.has_mass for watched in (*self._watched, *held))
+
+    def observe(
+        self, context: AttentionContext, layer: int, query: Tensor, scoring: Scoring, log_sums: Tensor | None
+    ) -> None:
         """See `AttentionObserver`."""
         index = self._layers.get(layer)
         if index is None:
@@ -216,17 +234,27 @@ class StepObserver:
             if len(rows.queries) == len(self._layers):
                 rings.write_rows(rows.ring_rows, rows.positions, torch.stack(rows.queries))
         for watched in self._watched:
-            _look(watched, context, layer, index, query[watched.rows], scoring)
+            _look(watched, context, layer, index, query[watched.rows], scoring, by_kernel=log_sums is not None)
+        members = [watched for watched in self._watched if watched.has_mass]
+        if log_sums is not None and members:
+            if self._mass_rows is None:
+                self._mass_rows = _mass_rows(members, self._device)
+            chosen = self._mass_rows.rows
+            new = self._mass_rows.masses(context, layer, query[chosen], log_sums[chosen], scoring)
+            _add_masses(members, layer, new)
         for held in self._held.values():
             self._context = context
             held.queries.append(query[held.watched.rows].clone())
             held.scorings.append(scoring)
+            if log_sums is not None:
+                held.log_sums.append(log_sums[held.watched.rows].clone())
 
     def settle(self, stay: Mapping[SlotId, int]) -> None:
         """So many rows of each of the slots that had draft tokens stay; now what they show counts, as a chunk's does.
 
         Must come before anything else is written to the cache.
         """
+        staying: list[tuple[_Held, _Watched]] = []
         for slot, held in self._held.items():
             count, whole = stay[slot], held.watched
             if not count or self._context is None:
@@ -241,8 +269,39 @@ class StepObserver:
                 if count == 1:
                     row, position = upload(np.array([[watched.seen.row], [watched.start]], np.int64), self._device)
                     rings.write_rows(row, position, torch.stack([query[:1] for query in held.queries]))
+            by_kernel = bool(held.log_sums)
             for layer, index in self._layers.items():
-                _look(watched, self._context, layer, index, held.queries[index][:count], held.scorings[index])
+                query, scoring = held.queries[index][:count], held.scorings[index]
+                _look(watched, self._context, layer, index, query, scoring, by_kernel=by_kernel)
+            if by_kernel and watched.has_mass:
+                staying.append((held, watched))
+        self._settle_masses(staying)
+
+    def _settle_masses(self, staying: Sequence[tuple[_Held, _Watched]]) -> None:
+        """The masses of the rows that stay, of all sequences together."""
+        if not staying or self._context is None:
+            return
+        members = [watched for _, watched in staying]
+        rows = _mass_rows(members, self._device)
+        for layer, index in self._layers.items():
+            query, log_sums = (
+                torch.cat([kept[index][:count] for kept, count in zip(parts, rows.lengths, strict=True)])
+                for parts in ([held.queries for held, _ in staying], [held.log_sums for held, _ in staying])
+            )
+            new = rows.masses(self._context, layer, query, log_sums, staying[0][0].scorings[index])
+            _add_masses(members, layer, new)
+
+
+def _mass_rows(members: Sequence[_Watched], device: torch.device) -> MassRows:
+    """For the masses of some sequences."""
+    longest = max(watched.entries for watched in members)
+    return MassRows.of([w.index for w in members], [w.rows for w in members], longest, device)
+
+
+def _add_masses(members: Sequence[_Watched], layer: int, new: Tensor) -> None:
+    """Take in masses [S', K, E] of a layer."""
+    for watched, part in zip(members, new, strict=True):
+        _take_in(watched.seen.mass, layer, part[:, : watched.entries], greatest=False)
 
 
 def _prepare(seen: Observations, start: int, count: int, device: torch.device) -> None:
@@ -254,9 +313,19 @@ def _prepare(seen: Observations, start: int, count: int, device: torch.device) -
 
 
 def _look(
-    watched: _Watched, context: AttentionContext, layer: int, index: int, query: Tensor, scoring: Scoring
+    watched: _Watched,
+    context: AttentionContext,
+    layer: int,
+    index: int,
+    query: Tensor,
+    scoring: Scoring,
+    *,
+    by_kernel: bool,
 ) -> None:
-    """Take in what the rows [n, H, D] of a sequence show in a layer, the `index`-th of those without a window."""
+    """Take in what the rows [n, H, D] of a sequence show in a layer, the `index`-th of those without a window.
+
+    by_kernel: masses are found elsewhere.
+    """
     seen = watched.seen
     if watched.scratch:
         seen.unread = watched.start
@@ -267,7 +336,7 @@ def _look(
             seen.add_moments(index, watched.start, query)
         if seen.needs.queries:
             seen.rings.write_chunk(index, seen.row, watched.start, query)
-    if seen.needs.mass:
+    if seen.needs.mass and not by_kernel:
         _add_columns(watched, seen.mass, context, layer, query, scoring)
 
 
@@ -294,6 +363,11 @@ def _add_columns(
     )
     if watched.scratch:  # its own entries do not stay
         new = new[:, : entries - len(query)]
+    _take_in(tables, layer, new, greatest=watched.scratch)
+
+
+def _take_in(tables: dict[int, Tensor], layer: int, new: Tensor, *, greatest: bool) -> None:
+    """Add [K, E] to a layer's table, or keep the greatest of both."""
     known = tables.get(layer)
     if known is None or known.shape[1] < new.shape[1]:
         width = 0 if known is None else known.shape[1]
@@ -302,7 +376,7 @@ def _add_columns(
             wider[:, :width] = known
         known = tables[layer] = wider
     part = known[:, : new.shape[1]]
-    if watched.scratch:
+    if greatest:
         torch.maximum(part, new, out=part)
     else:
         part += new

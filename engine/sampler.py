@@ -73,7 +73,7 @@ class Sampler:
         members = self._where(free)
         seeds = self.table.keys[owners[members], 0]
         scaled = self._scaled(logits[members], rows.slots[free], owners[members])
-        drawn = draw_drafts(scaled, seeds, places[members])
+        drawn = draw_drafts(scaled, seeds, places[members], self.backend)
         if free.all():
             return drawn, scaled
         tokens, others = torch.empty_like(owners), self._where(~free)
@@ -157,9 +157,9 @@ class Sampler:
         everything = len(at) == len(logits)
         logits = logits if everything else logits[upload(at, self.device)]
         penalised = self.table.penalised[slots]
-        plain = rows.prefix is None and rows.judged is None
-        if self._fused and plain and self.table.plain(slots, rows.positions):
-            tokens = self._draw_fused(logits, owners, places, penalised=bool(penalised.any()))
+        if self._fused and rows.judged is None and self.table.plain(slots, rows.positions):
+            kind = DRAW_KINDS[self.table.kinds[slots].max()]
+            tokens = self._draw_fused(kind, logits, owners, places, penalised=bool(penalised.any()), prefix=rows.prefix)
         else:
             logits = self._adjust(logits, rows, owners, shared=everything)
             tokens = self._draw_by_kind(logits, rows, owners, places)
@@ -181,6 +181,8 @@ class Sampler:
     def _draw_by_kind(self, logits: Tensor, rows: Rows, owners: Tensor, places: Tensor) -> Tensor:
         """Tokens [N] from adjusted logits; `owners` are the rows' slots on the device, `places` their positions."""
         kinds = self.table.kinds[rows.slots]
+        if self._fused:  # one kernel draws rows of all kinds
+            kinds[:] = kinds.max()
         if rows.judged is not None:
             kinds[rows.judged.rows] = _JUDGED
         elif (kinds == kinds[0]).all():
@@ -199,39 +201,56 @@ class Sampler:
         """Tokens [J]: draft tokens where they are accepted."""
         seeds = self.table.keys[owners, 0]
         scaled = self._scaled(logits, slots, owners)
-        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places)
+        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places, self.backend)
 
     def _scaled(self, logits: Tensor, slots: IntArray, owners: Tensor) -> Tensor:
         """[N, V]: what `_draw_kind` would draw from the softmax of; no row is greedy."""
         strengths, top_k = self.table.strengths[owners], self.table.keys[owners, 1]
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         cut = self.table.kinds[slots] == DRAW_KINDS.index("truncated")
+        if cut.all() or self._fused:  # one kernel knows both
+            return truncated_logits(logits, temperature, top_k, top_p, min_p, self.backend)
         if not cut.any():
             return full_logits(logits, temperature, min_p)
-        if cut.all():
-            return truncated_logits(logits, temperature, top_k, top_p, min_p)
         scaled = torch.empty_like(logits)
         whole, some = self._where(~cut), self._where(cut)
         scaled[whole] = full_logits(logits[whole], temperature[whole], min_p[whole])
         scaled[some] = truncated_logits(logits[some], temperature[some], top_k[some], top_p[some], min_p[some])
         return scaled
 
-    def _draw_fused(self, logits: Tensor, slots: Tensor, positions: Tensor, *, penalised: bool) -> Tensor:
-        """Tokens [N] of rows that no bias, mask or cut of the distribution asks torch for: all in one pass."""
-        from ..kernels.sampling_triton import Penalties, draw_triton  # triton is installed beside a GPU only
+    def _draw_fused(
+        self,
+        kind: DrawKind,
+        logits: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        *,
+        penalised: bool,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens [N] of rows that no bias or mask asks torch for: all together, `kind` is the last of their kinds.
+
+        prefix: as `Rows.prefix`.
+        """
+        from ..kernels.cuts_triton import Truncation  # triton is installed beside a GPU only
+        from ..kernels.rows_triton import Penalties
+        from ..kernels.sampling_triton import draw_triton
 
         strengths = self.table.strengths[slots]
-        seeds = self.table.keys[slots][:, 0]
-        penalties = None
+        seeds, top_k = self.table.keys[slots].unbind(1)
+        penalties = truncation = None
         if penalised:
-            counts, in_prompt = self.table.output_counts, self.table.in_prompt
-            penalties = Penalties(slots, counts, in_prompt, strengths[:, REPETITION : FREQUENCY + 1].contiguous())
-        return draw_triton(logits, strengths[:, TEMPERATURE], strengths[:, MIN_P], seeds, positions, penalties)
+            columns = strengths[:, REPETITION : FREQUENCY + 1].contiguous()
+            penalties = Penalties(slots, self.table.output_counts, self.table.in_prompt, columns, prefix)
+        if kind == "truncated":
+            truncation = Truncation(top_k, strengths[:, TOP_P])
+        heat, min_p = strengths[:, TEMPERATURE], strengths[:, MIN_P]
+        return draw_triton(logits, heat, min_p, seeds, positions, penalties, truncation)
 
     def _draw_kind(self, kind: DrawKind, logits: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows that are all drawn the same way."""
-        if self._fused and kind != "truncated":
-            return self._draw_fused(logits, slots, positions, penalised=False)
+        if self._fused:
+            return self._draw_fused(kind, logits, slots, positions, penalised=False)
         if kind == "greedy":
             return sampling.greedy_tokens(logits, self.backend)
         strengths, keys = self.table.strengths[slots], self.table.keys[slots]
@@ -274,7 +293,7 @@ class Sampler:
         if not wanted:
             return results
         rows, tokens = self._pairs([w.row for w in wanted], [w.token for w in wanted])
-        chosen, ids, values = sampling.token_logprobs(logits[rows], tokens, max(w.top for w in wanted))
+        chosen, ids, values = sampling.token_logprobs(logits[rows], tokens, max(w.top for w in wanted), self.backend)
         parts = (chosen.tolist(), ids.tolist(), values.tolist())
         for request, logprob, top_ids, top_values in zip(wanted, *parts, strict=True):
             top = tuple(zip(top_ids[: request.top], top_values[: request.top], strict=True))

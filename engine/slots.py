@@ -16,6 +16,7 @@ TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
 
 DrawKind = Literal["greedy", "full", "truncated"]
 DRAW_KINDS: tuple[DrawKind, ...] = get_args(DrawKind)
+"""In this order each can do what those before it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,8 @@ class SlotTable:
             self._count(assignment)
 
     def plain(self, slots: IntArray, positions: IntArray) -> bool:
-        """Whether the slots' tokens at these positions are drawn from whole distributions, without bias and masks."""
-        cut = self.kinds[slots] == DRAW_KINDS.index("truncated")
-        return not (cut | self.biased[slots] | (positions < self.min_ends[slots])).any()
+        """Whether the slots' tokens at these positions are drawn without bias and masks."""
+        return not (self.biased[slots] | (positions < self.min_ends[slots])).any()
 
     def _count(self, assignment: SlotAssignment) -> None:
         """Start the slot's counts from its prompt and what it has generated already."""

@@ -44,6 +44,7 @@ def paged_attention(
     sinks: Tensor | None = None,
     table_rows: Tensor | None = None,
     visible: Tensor | None = None,
+    log_sums: Tensor | None = None,
     backend: Backend = "reference",
 ) -> Tensor:
     """Causal attention of one layer, after `append_kv` stored the new entries at indices kept .. kept + n - 1.
@@ -54,8 +55,12 @@ def paged_attention(
     positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. With table_rows [S] int64, page_table
     [N, K, M] and kept [N, K] are those of N slots, and sequence s has row table_rows[s] of them: for triton no copy is
     made. visible [T] int64: the rows' masks; None: no row has one. Returns [T, H, value_dim] in query's dtype. Mutates
-    nothing. Raises `ValueError` or `TypeError`, naming the tensor, where shapes or types disagree.
+    nothing but log_sums [T, H] float32, which triton alone takes: it gets the natural log of what each row's
+    exponentiated scores, sinks included, sum to. Raises `ValueError` or `TypeError`, naming the tensor, where shapes or
+    types disagree.
     """
+    if log_sums is not None and backend != "triton":
+        raise ValueError(f"log_sums must be None with the backend {backend}: triton alone keeps them")
     by_xformers = backend == "xformers" and expressible(
         query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks, visible=visible
     )
@@ -65,7 +70,7 @@ def paged_attention(
         return paged_attention_triton(
             query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions, max_kept=max_kept,
             value_dim=value_dim, scale=scale, window=window, softcap=softcap, sinks=sinks, table_rows=table_rows,
-            visible=visible,
+            visible=visible, log_sums=log_sums,
         )  # fmt: skip
     if table_rows is not None:
         page_table, kept = page_table[table_rows], kept[table_rows]

@@ -1,7 +1,7 @@
 """How much probability each cache entry gets, in Triton: a by-product of attention for pruning scores.
 
 Contract: that of `kernels.attention_mass_reference.attention_mass`; letters as there. Attention keeps each row's
-log-sum-exp (`paged_attention_with_lse_triton`), so one more pass over keys and queries gives the weights themselves,
+log-sum-exp (`log_sums` of `paged_attention`), so one more pass over keys and queries gives the weights themselves,
 without a softmax of its own and without atomics: a program owns a tile of entries and sums over all rows.
 
 Roofline, per kv head: bytes D * itemsize per entry, and every tile of entries reads the observed rows once (from L2);

@@ -221,8 +221,11 @@ def paged_attention_triton(
     sinks: Tensor | None = None,
     table_rows: Tensor | None = None,
     visible: Tensor | None = None,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """`kernels.attention.paged_attention` on a GPU: [T, H, value_dim] in query's dtype.
+
+    `kernels.attention_mass_triton` turns log_sums into the mass of each entry.
 
     Raises `TypeError` or `ValueError`, naming the tensor, for what the contract does not allow. query needs stride 1
     along D only; page_table and kept may be views into larger tables. Never syncs.
@@ -232,37 +235,12 @@ def paged_attention_triton(
         max_kept, value_dim, scale, window, softcap, sinks, table_rows, visible,
     )  # fmt: skip
     _check(inputs)
-    return _run(inputs, None)
-
-
-def paged_attention_with_lse_triton(
-    query: Tensor,
-    pool: Tensor,
-    entry_positions: Tensor,
-    page_table: Tensor,
-    kept: Tensor,
-    query_start: Tensor,
-    query_lengths: tuple[int, ...],
-    positions: Tensor,
-    *,
-    max_kept: int,
-    value_dim: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`paged_attention_triton`, and what each row's scores (sinks included) sum to: its natural log, [T, H] float32.
-
-    `kernels.attention_mass_triton` turns it into the mass of each entry.
-    """
-    inputs = _Inputs(
-        query, pool, entry_positions, page_table, kept, query_start, query_lengths, positions,
-        max_kept, value_dim, scale, window, softcap, sinks, None,
-    )  # fmt: skip
-    _check(inputs)
-    log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-    return _run(inputs, log_sums), log_sums
+    if log_sums is not None:
+        check_shape("log_sums", log_sums, tuple(query.shape[:2]))
+        check_dtype("log_sums", log_sums, torch.float32)
+        check_contiguous("log_sums", log_sums)
+        check_device(query.device, log_sums=log_sums)
+    return _run(inputs, log_sums)
 
 
 def _check(x: _Inputs) -> None:

@@ -7,6 +7,8 @@ rows, V vocabulary. Everything is float32 (running sums of sorted masses float64
 import torch
 from torch import Tensor
 
+from .backend import TRITON_BACKENDS, Backend
+
 CANDIDATES = 1024
 """Sorted candidates looked at before a full sort of the vocabulary; a sort costs ten times as much."""
 _MIN_TEMPERATURE = 1e-30
@@ -38,11 +40,23 @@ def full_logits(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
     return scaled.masked_fill_(scaled < min_p.log()[:, None], float("-inf"))
 
 
-def truncated_logits(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def truncated_logits(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    backend: Backend = "reference",
+) -> Tensor:
     """[R, V], at most 0: `sample_truncated` draws from their softmax. Tokens that it drops are -inf.
 
-    Arguments as there; the host reads a [R] mask if V is more than `CANDIDATES`.
+    Arguments as there; the host reads a [R] mask if V is more than `CANDIDATES`, but not with Triton.
     """
+    if backend in TRITON_BACKENDS:
+        from .cuts_triton import Truncation  # triton is installed beside a GPU only
+        from .sampling_triton import processed_logits_triton
+
+        return processed_logits_triton(logits, temperature, min_p, Truncation(top_k, top_p))
     scaled = scale(logits, temperature)
     width = min(CANDIDATES, logits.shape[-1])
     tokens, values, settled = best_candidates(scaled, width, top_k, top_p, min_p)

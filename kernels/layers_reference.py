@@ -1,28 +1,16 @@
 """The elementwise operations of a decoder layer: plain torch, the reference for `kernels.layers_triton`.
 
-Rounding follows the modelling code of the transformers library: norms in float32 and cast before the weight, sums and
-products in the model's own type. Letters: T rows of the step, E hidden size, F feed-forward size.
+Rounding follows the modelling code of the transformers library: products in the model's own type. Letters: T rows of
+the step, F feed-forward size.
 """
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "relu")
-
-
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual) * weight, x + residual), both [T, E] in x's dtype (Zhang and Sennrich 2019).
-
-    x [T, E]; residual [T, E] or None (then the second result is x itself); weight [E]. Mutates nothing.
-    """
-    total = x if residual is None else x + residual
-    wide = total.float()
-    normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
-    return normed * weight, total
 
 
 def gated_activation(gate_up: Tensor, activation: Activation) -> Tensor:

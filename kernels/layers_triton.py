@@ -44,7 +44,7 @@ def _add_rms_norm_kernel(
 
 
 def add_rms_norm_triton(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """`kernels.layers_reference.add_rms_norm` on a GPU; x and residual need stride 1 along E only.
+    """`kernels.norm.add_rms_norm` on a GPU; x and residual need stride 1 along E only.
 
     Raises `TypeError` or `ValueError` naming the tensor; never syncs.
     """

@@ -1,7 +1,8 @@
 """RMSNorm: the contract, and the choice of an implementation.
 
 y = T(x / sqrt(mean(x^2) + epsilon)) * weight over the last axis (Zhang and Sennrich 2019): the quotient in float32,
-rounded to x's dtype T before the weight, as the library's modelling code does. Reads and writes x once.
+rounded to x's dtype T before the weight, as the library's modelling code does. Reads and writes x once. With
+`add_rms_norm` x is a sum, rounded to T, which is written too: Triton adds and normalises in one pass.
 """
 
 import torch
@@ -36,6 +37,20 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, backend: Backend = "refe
         torch.get_num_threads(),
     )
     return y
+
+
+def add_rms_norm(
+    x: Tensor, addend: Tensor | None, weight: Tensor, epsilon: float, backend: Backend = "reference"
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of x + addend, x + addend), [T, E] both; without an addend the second is x itself."""
+    if addend is None:
+        return rms_norm(x, weight, epsilon, backend), x
+    if backend in TRITON_BACKENDS:
+        from .layers_triton import add_rms_norm_triton  # triton is installed beside a GPU only
+
+        return add_rms_norm_triton(x, addend, weight, epsilon)
+    total = x + addend
+    return rms_norm(total, weight, epsilon, backend), total
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -8,7 +8,7 @@ the rules: penalties, bias, forbidden tokens (`adjust_*`), then temperature, top
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 from .distributions import CANDIDATES, best_candidates, full_logits, rank_tokens, scale
 from .noise import gumbel_noise
@@ -75,8 +75,13 @@ def sample_full(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tenso
     return draw_scaled(full_logits(logits, temperature, min_p), seeds, positions)
 
 
-def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64, drawn from the softmax of [R, V] by the noise of seeds and positions [R] int64."""
+    if backend in TRITON_BACKENDS:
+        from .sampling_triton import draw_triton  # triton is installed beside a GPU only
+
+        one = scaled.new_ones(len(scaled))
+        return draw_triton(scaled, one, one - 1, seeds, positions)
     tokens = torch.arange(scaled.shape[-1], device=scaled.device)
     return gumbel_noise(seeds, positions, tokens).add_(scaled).argmax(-1)
 
@@ -116,12 +121,18 @@ def _sample_candidates(
     return tokens.gather(-1, noisy.argmax(-1, keepdim=True)).squeeze(-1), settled
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
+def token_logprobs(
+    logits: Tensor, tokens: Tensor, top: int, backend: Backend = "reference"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Natural log-probabilities under softmax(logits): of given tokens, and the most likely ones.
 
     logits [R, V] float32, tokens [R] int64, top >= 0. Returns chosen [R] float32, ids [R, top] int64 and values
-    [R, top] float32, best first. Three passes over the logits, and a selection if top > 0.
+    [R, top] float32, best first. Three passes over the logits, and a selection if top > 0; with Triton one pass.
     """
+    if backend in TRITON_BACKENDS:
+        from .logprobs_triton import token_logprobs_triton  # triton is installed beside a GPU only
+
+        return token_logprobs_triton(logits, tokens, top)
     norm = torch.logsumexp(logits, dim=-1, keepdim=True)
     chosen = logits.gather(-1, tokens[:, None]).sub_(norm).squeeze(-1)
     width = min(top, logits.shape[-1])

@@ -30,8 +30,18 @@ class Scoring:
 class AttentionObserver(Protocol):
     """Looks on while a step attends; pruning policies live on what it sees."""
 
-    def observe(self, context: "AttentionContext", layer: int, query: Tensor, scoring: Scoring) -> None:
-        """The layer has stored its new entries and attended with query [T, H, D] (rotated)."""
+    @property
+    def needs_log_sums(self) -> bool:
+        """Whether rows' log-sum-exps are of use; attention keeps them only if so, and by no means always."""
+        ...
+
+    def observe(
+        self, context: "AttentionContext", layer: int, query: Tensor, scoring: Scoring, log_sums: Tensor | None
+    ) -> None:
+        """The layer has stored its new entries and attended with query [T, H, D] (rotated).
+
+        log_sums [T, H] float32, if attention kept them: natural, over all entries that a row sees and its sink.
+        """
         ...
 
 
@@ -119,9 +129,13 @@ class AttentionContext:
         """
         self.layers_seen.append(layer)
         scoring = self.scorings[layer] = Scoring(scale, softcap, sinks)
-        mixed = self._attend(layer, query, key, value, scoring, window)
-        if self.observer is not None:
-            self.observer.observe(self, layer, query, scoring)
+        if self.observer is None:
+            return self._attend(layer, query, key, value, scoring, window)
+        log_sums = None
+        if self.backend == "triton" and self.selector is None and self.observer.needs_log_sums:
+            log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
+        mixed = self._attend(layer, query, key, value, scoring, window, log_sums)
+        self.observer.observe(self, layer, query, scoring, log_sums)
         return mixed
 
     def whole_step(self, scale: float, dtype: torch.dtype) -> PagedStep | None:
@@ -138,7 +152,14 @@ class AttentionContext:
         return self._step or self._plan()
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scoring: Scoring,
+        window: int | None,
+        log_sums: Tensor | None = None,
     ) -> Tensor:
         scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
         # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
@@ -175,6 +196,7 @@ class AttentionContext:
             sinks=sinks,
             table_rows=self.table_rows,
             visible=self.visible,
+            log_sums=log_sums,
             backend=self.backend,
         )
 

@@ -14,9 +14,10 @@ from functools import cached_property, partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.backend import TRITON_BACKENDS
 from ..kernels.decoder_cpu import DecoderCPU, LayerWeights
 from ..kernels.linear import gated_linear, linear
-from ..kernels.norm import rms_norm
+from ..kernels.norm import add_rms_norm
 from ..kernels.rotary import rotate_heads
 from .context import AttentionContext
 from .placement import Placement
@@ -31,6 +32,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
 }
 """By the name that configurations use (the library's own table would cost a second of imports)."""
+
+
+Stream = tuple[Tensor, Tensor | None]
+"""The residual stream [T, E], and what of it waits to be added by the next norm, in the pass that reads it anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,15 @@ class Linear:
         self.bias = place.parameter(outputs) if bias else None
         self.backend = place.backend
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[T, in] -> [T, out], plus `residual` [T, out]."""
-        return linear(x, self.weight, self.bias, residual=residual, backend=self.backend)
+    def __call__(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        return linear(x, self.weight, self.bias, backend=self.backend)
+
+    def onto(self, residual: Tensor, x: Tensor) -> Stream:
+        """[T, in] -> the sum of `residual` [T, out] and [T, out]: made at once where the product's kernel can."""
+        if self.backend in TRITON_BACKENDS:
+            return residual, self(x)
+        return linear(x, self.weight, self.bias, residual=residual, backend=self.backend), None
 
 
 class RMSNorm:
@@ -71,9 +82,9 @@ class RMSNorm:
         self.epsilon = epsilon
         self.backend = place.backend
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[T, width] -> the same."""
-        return rms_norm(x, self.weight, self.epsilon, self.backend)
+    def __call__(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """[T, width] normalised, and the stream with nothing left to add."""
+        return add_rms_norm(*stream, self.weight, self.epsilon, self.backend)
 
 
 class Attention:
@@ -100,7 +111,7 @@ class Attention:
             for weights in self.qk_weight.split([self.shape.num_heads, self.shape.num_kv_heads]):
                 weights.copy_(weights[:1].expand_as(weights).clone())
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, residual: Tensor) -> Stream:
         """[T, E], plus `residual` -> [T, E]; cos and sin [T, R / 2]. Stores the rows' keys and values in the cache."""
         shape = self.shape
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
@@ -111,7 +122,7 @@ class Attention:
         )
         query, key = query_key.split_with_sizes([num_heads, num_kv_heads], 1)
         mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
-        return self.output(mixed.view(x.shape[0], -1), residual)
+        return self.output.onto(residual, mixed.view(x.shape[0], -1))
 
 
 class GatedMLP:
@@ -122,13 +133,13 @@ class GatedMLP:
         self.down = Linear(shape.feed_forward, shape.hidden, shape.mlp_bias, place)
         self.activation = activation
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor) -> Stream:
         """[T, E], plus `residual` -> [T, E]."""
         if self.activation is F.silu:
             both = self.gate_up
-            return self.down(gated_linear(x, both.weight, both.bias, backend=both.backend), residual)
+            return self.down.onto(residual, gated_linear(x, both.weight, both.bias, backend=both.backend))
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up, residual)
+        return self.down.onto(residual, self.activation(gate) * up)
 
 
 class DecoderLayer:
@@ -142,10 +153,11 @@ class DecoderLayer:
         self.mlp_norm = RMSNorm(shape.hidden, shape.norm_epsilon, place)
         self.mlp = GatedMLP(shape, activation, place)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext) -> Tensor:
+    def __call__(self, stream: Stream, cos: Tensor, sin: Tensor, context: AttentionContext) -> Stream:
         """[T, E] -> [T, E]."""
-        x = self.attention(self.attention_norm(x), cos, sin, context, x)
-        return self.mlp(self.mlp_norm(x), x)
+        x, residual = self.attention_norm(stream)
+        x, residual = self.mlp_norm(self.attention(x, cos, sin, context, residual))
+        return self.mlp(x, residual)
 
     def weights(self) -> LayerWeights:
         """For the kernel that computes all layers."""
@@ -213,12 +225,15 @@ class Decoder:
         """input_ids [T] -> logits [R, V] float32 of the rows `logit_rows` [R]."""
         x = F.embedding(input_ids, self.embedding)
         step = context.whole_step(self.layers[0].attention.scale, x.dtype) if self._fusible else None
+        stream: Stream = x, None
         if step is None:
             for layer in self.layers:
-                x = layer(x, cos, sin, context)
+                stream = layer(stream, cos, sin, context)
         else:
             self._fused(x, cos, sin, step)
-        return linear(self.norm(x.index_select(0, logit_rows)), self.head, wide=True, backend=self.backend)
+        last, waiting = (part if part is None else part.index_select(0, logit_rows) for part in stream)
+        assert last is not None
+        return linear(self.norm((last, waiting))[0], self.head, wide=True, backend=self.backend)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every weight once."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.measure import Meter, Row, Work
 from quire.kernels.attention import paged_attention
 from quire.kernels.attention_mass_triton import attention_mass_triton
-from quire.kernels.attention_triton import paged_attention_triton, paged_attention_with_lse_triton
+from quire.kernels.attention_triton import paged_attention_triton
 
 PAGE = 16
 
@@ -51,7 +51,11 @@ CASES = (
     Case("decode 64 x 4k, heads 16/8", 64, 1, 4096, heads=16),
     Case("decode 64 x 4k, pruned to 20-100 %", 64, 1, 4096, pruned=0.2),
     Case("decode 64 x 4k, window 1k", 64, 1, 4096, window=1024),
+    Case("verify 1 x 5 over 8k", 1, 5, 8192),
+    Case("verify 8 x 9 over 8k", 8, 9, 8192),
+    Case("verify 32 x 2 over 4k", 32, 2, 4096),
     Case("verify 32 x 5 over 4k", 32, 5, 4096),
+    Case("verify 32 x 9 over 4k", 32, 9, 4096),
     Case("verify 8 trees of 32 over 4k", 8, 32, 4096, masked=True),
     Case("prompt 1 x 2k", 1, 2048, 2048),
     Case("prompt 1 x 8k", 1, 8192, 8192),
@@ -60,6 +64,7 @@ CASES = (
 )
 TINY = (
     Case("decode", 2, 1, 40, 4, 2, 16),
+    Case("verify", 2, 3, 40, 4, 2, 16),
     Case("prompt", 1, 20, 30, 4, 2, 16),
     Case("tree", 2, 5, 40, 4, 2, 16, masked=True),
 )
@@ -210,7 +215,8 @@ def mass_rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iter
             continue
         batch = Batch(case, meter.device, dtype)
         arguments = batch.arguments()
-        _, sums = paged_attention_with_lse_triton(**arguments, value_dim=case.head_dim)
+        sums = torch.empty(batch.query.shape[:2], device=meter.device)
+        paged_attention_triton(**arguments, value_dim=case.head_dim, log_sums=sums)
         observe = min(32, case.new)
         whole = batch.work(keys_only=True)
         run = partial(attention_mass_triton, **arguments, log_sums=sums, observe=observe)

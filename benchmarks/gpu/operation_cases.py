@@ -6,16 +6,15 @@ import torch
 
 from benchmarks.gpu.measure import Meter, Row, Work
 from quire.kernels import layers_reference as reference
-from quire.kernels import sampling
 from quire.kernels.cache_reference import append_kv_reference
 from quire.kernels.cache_triton import append_kv_triton
 from quire.kernels.compaction_reference import compact_kv
 from quire.kernels.compaction_triton import compact_kv_triton
 from quire.kernels.layers_triton import add_rms_norm_triton, gated_activation_triton, rotate_heads_triton
+from quire.kernels.norm import add_rms_norm
 from quire.kernels.page_bounds_reference import page_key_bounds
 from quire.kernels.page_bounds_triton import page_key_bounds_triton
 from quire.kernels.rotary import rotate_heads
-from quire.kernels.sampling_triton import Penalties, draw_triton
 
 Pair = tuple[Callable[[], object], Callable[[], object], Work]
 PAGE = 16
@@ -69,7 +68,7 @@ def norm_case(device: torch.device, dtype: torch.dtype, rows: int, width: int) -
     weight = torch.ones(width, device=device, dtype=dtype)
     arguments = (x, residual, weight, 1e-6)
     work = Work(4 * x.numel() * dtype.itemsize)
-    return lambda: add_rms_norm_triton(*arguments), lambda: reference.add_rms_norm(*arguments), work
+    return lambda: add_rms_norm_triton(*arguments), lambda: add_rms_norm(*arguments), work
 
 
 def rotate_case(device: torch.device, dtype: torch.dtype, rows: int, heads: int) -> Pair:
@@ -92,26 +91,6 @@ def gated_case(device: torch.device, dtype: torch.dtype, rows: int, width: int) 
     return lambda: gated_activation_triton(both, "silu"), lambda: reference.gated_activation(both, "silu"), work
 
 
-def draw_case(device: torch.device, rows: int, vocabulary: int, penalised: bool) -> Pair:
-    """A token of each row's whole distribution, half of the rows greedy; torch computes each kind by itself."""
-    logits = torch.randn(rows, vocabulary, device=device)
-    heat = (torch.arange(rows, device=device) % 2).float()
-    slots = torch.arange(rows, device=device)
-    strengths = torch.tensor([1.2, 0.1, 0.1], device=device).repeat(rows, 1)
-    counts = torch.zeros(rows, vocabulary, dtype=torch.int32, device=device)
-    tables = Penalties(slots, counts, counts > 0, strengths) if penalised else None
-    minimum = torch.zeros_like(heat)
-    drawn, greedy = slots[1::2], slots[::2]
-
-    def plain() -> None:
-        adjusted = sampling.adjust_penalties(logits, counts, counts > 0, *strengths.T) if penalised else logits
-        sampling.greedy_tokens(adjusted[greedy])
-        sampling.sample_full(adjusted[drawn], heat[drawn], minimum[drawn], slots[drawn], slots[drawn])
-
-    work = Work(rows * vocabulary * (9 if penalised else 4))
-    return lambda: draw_triton(logits, heat, minimum, slots, slots, tables), plain, work
-
-
 def rows(meter: Meter, dtype: torch.dtype, *, tiny: bool) -> Iterator[Row]:
     """Every operation at decode and at prompt sizes; the torch version of compaction syncs, so only ours is timed."""
     device = meter.device
@@ -123,12 +102,6 @@ def rows(meter: Meter, dtype: torch.dtype, *, tiny: bool) -> Iterator[Row]:
             f"silu mul {tokens} x 14336": gated_case(device, dtype, tokens, 128 if tiny else 14336),
         }
         for name, (run, plain, work) in cases.items():
-            yield meter.row("operation", name, "quire", run, work)
-            yield meter.row("operation", name, "torch", plain, work)
-    for penalised in (False, True):
-        for count in (2,) if tiny else (1, 64, 256):
-            run, plain, work = draw_case(device, count, 3000 if tiny else 151936, penalised)
-            name = f"draw {count} tokens{', penalised' if penalised else ''}"
             yield meter.row("operation", name, "quire", run, work)
             yield meter.row("operation", name, "torch", plain, work)
     pages = 8 if tiny else 1 << 17

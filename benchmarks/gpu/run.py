@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 if TYPE_CHECKING:
+    import torch
+
     from benchmarks.gpu.measure import Meter, Row
 
-SECTIONS = ("tests", "attention", "mass", "operations", "serving")
+SECTIONS = ("tests", "attention", "mass", "operations", "sampling", "serving", "speculation")
 _TEST_SECONDS = 240
 
 
@@ -31,6 +33,7 @@ def prepare_imports(interpret: bool) -> None:
     if importlib.util.find_spec("quire") is None:
         sys.path.insert(0, str(ROOT / "typings"))  # holds a link to each package under the name quire
     if interpret:
+        os.environ["TRITON_INTERPRET"] = "1"  # decides when a kernel is defined
         importlib.import_module("tests.kernels.triton_interpreter")
 
 
@@ -67,8 +70,7 @@ def measure(meter: "Meter", skip: list[str], *, tiny: bool) -> Iterator["Row"]:
     """The rows of all sections that are not skipped."""
     import torch
 
-    from benchmarks.gpu import attention_cases, operation_cases, serving
-    from quire.kernels.attention_xformers import xformers_obstacle
+    from benchmarks.gpu import attention_cases, operation_cases, sampling_cases, speculation_cases
 
     dtype = torch.float32 if tiny else torch.bfloat16
     cases = attention_cases.TINY if tiny else attention_cases.CASES
@@ -78,8 +80,20 @@ def measure(meter: "Meter", skip: list[str], *, tiny: bool) -> Iterator["Row"]:
         yield from attention_cases.mass_rows(meter, cases, dtype)
     if "operations" not in skip:
         yield from operation_cases.rows(meter, dtype, tiny=tiny)
-    if "serving" in skip:
-        return
+    if "sampling" not in skip:
+        yield from sampling_cases.rows(meter, tiny=tiny)
+    if "serving" not in skip:
+        yield from serving_rows(meter, dtype, tiny=tiny)
+    if "speculation" not in skip:
+        compare = speculation_cases.tiny_rows if tiny else speculation_cases.rows
+        yield from compare(meter, dtype, "triton")
+
+
+def serving_rows(meter: "Meter", dtype: "torch.dtype", *, tiny: bool) -> Iterator["Row"]:
+    """End to end, on every backend."""
+    from benchmarks.gpu import serving
+    from quire.kernels.attention_xformers import xformers_obstacle
+
     if tiny:
         yield from serving.rows(meter, (serving.TINY,), serving.TINY_LOADS, dtype, "triton")
         return

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from quire.core.config import EngineConfig
+from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
@@ -16,13 +17,13 @@ from quire.speculation.drafter import Drafter
 from ..kernels.triton_interpreter import ON_GPU
 from ..models.conftest import load, make_checkpoint
 from .harness import Harness, Sequence
-from .scripted import ScriptedDrafter
+from .scripted import SamplingDrafter, ScriptedDrafter
 from .test_graphs import FakeCapture
 
 PARAMS = [
     SamplingParams(temperature=0.0),
-    SamplingParams(temperature=0.8, min_p=0.02),
-    SamplingParams(temperature=1.0, repetition_penalty=1.3, presence_penalty=0.4),
+    SamplingParams(temperature=0.8, min_p=0.02, seed=5),
+    SamplingParams(temperature=1.0, top_k=30, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.4, logprobs=3),
     SamplingParams(temperature=0.0, frequency_penalty=0.9),
 ]
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2, 3, 8, 4], [6]]
@@ -82,3 +83,48 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
         engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
     for text, plain in zip(run(engine, drafts=2), expected, strict=True):
         assert text[: len(plain)] == plain
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_judged_proposals_give_the_references_tokens(checkpoint: Path, device: str) -> None:
+    """Tokens drawn from a draft's distributions, of cut and whole rows, beside a greedy and a penalised one."""
+    table = torch.randn(997, generator=torch.Generator().manual_seed(1))
+
+    def texts(backend: Backend) -> list[list[int]]:
+        engine = make_engine(checkpoint, backend)
+        vocab = engine.spec.vocab_size
+        drafter = SamplingDrafter(lambda known: (table[known[-1] :][:vocab] * 2).to(device))
+        engine.draft_with(drafter, EngineConfig(model="tiny"))
+        harness = Harness(engine, drafts=2)
+        params = [SamplingParams(temperature=0.0), SamplingParams(temperature=1.5), SamplingParams(top_p=0.8, top_k=50)]
+        params.append(SamplingParams(temperature=0.9, frequency_penalty=0.9, logprobs=2))
+        sequences = [harness.add(i, p, params[i], seed=i) for i, p in enumerate(PROMPTS)]
+        for _ in range(5):
+            harness.step([(s, len(s.tokens) - s.computed) for s in sequences])
+        return [sequence.output_ids for sequence in sequences]
+
+    assert texts("triton") == texts("reference")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_masses_come_from_the_kernel(
+    checkpoint: Path, device: str, drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks and decodes, with drafts the rows that stay: what H2O adds up is what torch recomputes."""
+
+    def masses(backend: Backend) -> list[torch.Tensor]:
+        drafter = ScriptedDrafter(lambda slot, known: [known[-1], 5]) if drafts else None
+        engine = make_engine(checkpoint, backend, drafter)
+        harness = Harness(engine, drafts=drafts)
+        prune = PruneParams(policy="h2o", keep=0.5, window=2, sinks=1, floor=4)
+        sequences = [harness.add(i, p, seed=i, prune=prune if i else None) for i, p in enumerate(PROMPTS[:3])]
+        for count in (5, 4, 3):
+            harness.step([(s, min(count, len(s.tokens) - s.computed)) for s in sequences if s.computed < len(s.tokens)])
+        seen = engine._pruner._seen
+        return [seen[s.slot].mass[layer][:, : s.computed].cpu() for s in sequences[1:] for layer in range(2)]
+
+    expected = masses("reference")
+    monkeypatch.setattr("quire.engine.observe.attention_columns", None)  # a GPU has no need of it
+    for result, other in zip(masses("triton"), expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -23,8 +24,12 @@ from quire.kernels import (
     attention_triton,
     cache_triton,
     compaction_triton,
+    cuts_triton,
     layers_triton,
+    logprobs_triton,
     page_bounds_triton,
+    rejection_triton,
+    rows_triton,
     sampling_triton,
 )
 from quire.kernels.tiles_triton import DeviceLimits
@@ -99,8 +104,8 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim)
     sinks = torch.zeros(32, dtype=dtype)
     options: dict[str, Any] = {"window": 100, "softcap": 30.0}
-    attention_triton.paged_attention_with_lse_triton(**shared, value_dim=head_dim, sinks=sinks, **options)
     log_sums = torch.zeros(sum(lengths), 32)
+    attention_triton.paged_attention_triton(**shared, value_dim=head_dim, sinks=sinks, log_sums=log_sums, **options)
     slots = torch.zeros(sequences, dtype=torch.int64)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, table_rows=slots)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, visible=positions)
@@ -109,12 +114,18 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
 
 
 def launch_draws() -> None:
-    """With and without penalties."""
+    """Plain and with all that rows may ask for; what is drawn from, judging, log-probabilities."""
     logits, counts = torch.zeros(4, 151936), torch.zeros(8, 151936, dtype=torch.int32)
     rows, keys = logits[:, 0].contiguous(), torch.zeros(4, dtype=torch.int64)
-    tables = sampling_triton.Penalties(keys, counts, counts > 0, torch.zeros(4, 3))
-    for penalties in (None, tables):
-        sampling_triton.draw_triton(logits, rows, rows, keys, keys, penalties)
+    tables = rows_triton.Penalties(keys, counts, counts > 0, torch.zeros(4, 3), torch.zeros(4, 5, dtype=torch.int64))
+    cuts = cuts_triton.Truncation(keys, rows)
+    sampling_triton.draw_triton(logits, rows, rows, keys, keys)
+    sampling_triton.draw_triton(logits, rows, rows, keys, keys, replace(tables, prefix=None))
+    sampling_triton.draw_triton(logits, rows, rows, keys, keys, tables, cuts)
+    sampling_triton.processed_logits_triton(logits, rows, rows, cuts)
+    rejection_triton.judge_drafts_triton(logits, keys, logits, keys, keys, keys)
+    for top in (0, 20):
+        logprobs_triton.token_logprobs_triton(logits, keys, top)
 
 
 def launch_others(head_dim: int, dtype: torch.dtype) -> None:
@@ -143,7 +154,8 @@ def main() -> None:
         with recorded(limits) as launches:
             launch_attention(head_dim, dtype)
             launch_others(head_dim, dtype)
-            launch_draws()
+            if head_dim == int(sys.argv[2]):
+                launch_draws()
         for kernel, arguments in launches:
             compiled = compile_launch(kernel, arguments, capability)
             instructions = [name for name in ("wgmma.mma_async", "mma.sync") if name in compiled.asm["ptx"]]

@@ -26,6 +26,13 @@ def test_interpreted_check_runs_every_section(tmp_path: Path) -> None:
     result = run("--interpret-check", folder=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = json.loads((tmp_path / "gpu-benchmark.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {"attention", "attention mass", "operation", "serving"}
-    ours = [row for row in rows if row["contender"] == "quire" or row["section"] == "serving"]
+    assert {row["section"] for row in rows} == {
+        "attention",
+        "attention mass",
+        "operation",
+        "sampling",
+        "serving",
+        "speculation",
+    }
+    ours = [row for row in rows if row["contender"] == "quire" or row["section"] in ("serving", "speculation")]
     assert len(ours) >= 12 and all(row["microseconds"] for row in ours), result.stdout

@@ -25,6 +25,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
 class Onlooker:
     """An observer that does nothing but be there, so that layers are computed one by one."""
 
+    needs_log_sums = False
+
     def observe(self, *_: Any) -> None:
         """Nothing."""
 
