@@ -53,8 +53,10 @@ class CostProbe:
         self._max_rows = min(max_rows, slots * (1 + self._most))
         self.num_pages = slots * heads * columns
         """Pages that were written, the first ones."""
-        # Few different tokens, so that n-grams find something to propose.
-        prompt = tuple(i % min(4, info.model.vocab_size) for i in range(self._start + 1))
+        # The last three tokens have come up before, and no more than these: n-grams find something to propose, yet
+        # leave it to a model where there is one too.
+        places = range(self._start, -1, -1)
+        prompt = tuple((i % 4 if i % 4 < 3 else 3 + i // 4) % info.model.vocab_size for i in places)
         params, seed = SamplingParams(temperature=0.0), 0
         self._assignments = tuple(
             SlotAssignment(SlotId(slot), params, seed, (), prompt, (), info.max_model_len, self._start)

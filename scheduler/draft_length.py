@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray
-from ..core.speculation import DraftInfo
+from ..core.speculation import HYBRID_DEPTH, DraftInfo
 from .acceptance import Acceptance, Floats
 from .cost_curve import CostCurve
 
@@ -92,6 +92,8 @@ class DraftLengths:
     def __init__(self, info: DraftInfo, num_slots: int) -> None:
         self._info = info
         self._places = np.arange(info.most)
+        self._passes = min(info.most, HYBRID_DEPTH) if info.method == "hybrid" else info.most
+        """Tokens of a draft that take time to propose; further ones cost nothing."""
         self.acceptance = Acceptance(num_slots, info.most)
         self.rows = CostCurve(info.costs.rows, num_slots * (1 + info.most))
         """Seconds of a step by its rows, without proposing."""
@@ -183,7 +185,7 @@ class DraftLengths:
         if outcome is None:
             return
         if telling and not self._behind:
-            self.passes.learn(len(outcome.slots), draft_seconds / int(outcome.asked.max()))
+            self.passes.learn(len(outcome.slots), draft_seconds / min(int(outcome.asked.max()), self._passes))
         self._drafted_to[outcome.slots] = outcome.known
         self._proposed += 0.02 * (float(outcome.drafted.sum() / outcome.asked.sum()) - self._proposed)
         if self._probing:
@@ -210,7 +212,7 @@ class DraftLengths:
         tokens, drafts = np.cumsum(gains, axis=1), np.cumsum(counts, axis=1)
         # What else the step computes takes its time either way.
         seconds = plain - self.rows.one(batch.rows) + self.rows.at(batch.rows + self._proposed * drafts)
-        seconds += np.cumsum(self.passes.at(counts), axis=1)
+        seconds += np.cumsum(self.passes.at(counts) * (self._places < self._passes), axis=1)
         seconds += (above[:, :, 0] @ catching_up)[:, None]
         scores = (batch.decoding + tokens) / np.maximum(seconds, 1e-9)
         scores[(drafts > batch.budget) | (drafts == 0)] = 0.0
@@ -231,7 +233,7 @@ class DraftLengths:
     def _catching_up(self, batch: Candidates) -> Floats:
         """[S]: seconds for that, spread over what the sequence may still say; at the target's costs of many rows,
         scaled as those of one. Only a draft model of its own has a cache to fill."""
-        if self._info.method != "model":
+        if self._info.method not in ("model", "hybrid"):
             return np.zeros(len(batch.slots))
         scale = self.passes.one(1) / max(self.rows.one(1), 1e-9)
         spread = np.clip(batch.left, 1, _HORIZON)
