@@ -6,7 +6,7 @@ Using Goodput"):
 
     sum over sequences, places  chance that all draft tokens up to there are accepted,  + 1 per sequence
     ------------------------------------------------------------------------------------------------------
-    step(rows + draft tokens)  +  sum over places  draft(sequences that draft so far)  +  share of catching up
+    step(rows + draft tokens)  +  asking  +  sum over places  draft(sequences that draft so far)  +  catching up
 
 Candidates are sets of the most likely tokens: those with a chance above a threshold, up to a depth. Among them are all
 uniform lengths, and none at all. Letters: S sequences, K most tokens of a draft, H thresholds.
@@ -44,6 +44,9 @@ _RELAXED = 0.05
 """How far a look takes costs back to those measured at start."""
 _PLAIN, _MOST_PLAIN = 32, 512
 """While it drafts, a step in so many does not, or less by turns, to know what that costs; ever more seldom."""
+_ASKING_RATE, _MOST_ASKING, _FEW_MORE = 0.1, 0.5, 1.25
+"""What asking for drafts costs: how fast it is learned, its most as a share of a step, and the most rows, as a multiple
+of those without drafts, of steps that teach it."""
 _LASTING = 4
 """Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
 
@@ -102,6 +105,9 @@ class DraftLengths:
         self._arrivals = np.full(num_slots, -1, np.int64)
         self._drafted_to: IntArray = np.zeros(num_slots, np.int32)
         """[N]: known tokens when the sequence drafted last; those since then its drafter has yet to see."""
+        self._asking = 0.0
+        """Share of a step's time by which it takes longer if all its sequences are asked for drafts, even if none has
+        any: such a step is planned, computed and taken in another way."""
         self._proposed = 1.0
         """Share of the tokens asked for that are proposed."""
         self.on = True
@@ -181,7 +187,7 @@ class DraftLengths:
         telling = pure and (rows != self._last_rows or self._steps % _LASTING == 0)
         self._last_rows = rows
         if telling:
-            self.rows.learn(rows, step_seconds)
+            self.rows.learn(rows, step_seconds - (self._learn_asking(outcome, rows, step_seconds) if outcome else 0.0))
         if outcome is None:
             return
         if telling and not self._behind:
@@ -191,6 +197,17 @@ class DraftLengths:
         if self._probing:
             self._probed(outcome)
         self.acceptance.learn(outcome.slots, outcome.asked, outcome.accepted)
+
+    def _learn_asking(self, outcome: Outcome, rows: int, step_seconds: float) -> float:
+        """Seconds that asking took in the step. It can be told from the time of further rows only where these are few;
+        else it counts as theirs."""
+        decoding = rows - int(outcome.drafted.sum())
+        scale = self.rows.one(decoding) * len(outcome.slots) / decoding
+        if rows <= _FEW_MORE * decoding and scale > 0.0:
+            change = (step_seconds - self.rows.one(rows)) / scale - self._asking
+            self._asking += _ASKING_RATE * min(max(change, -_MOST_ASKING), _MOST_ASKING)
+            self._asking = min(max(self._asking, 0.0), _MOST_ASKING)
+        return self._asking * scale
 
     # --- choosing ---
 
@@ -213,7 +230,7 @@ class DraftLengths:
         # What else the step computes takes its time either way.
         seconds = plain - self.rows.one(batch.rows) + self.rows.at(batch.rows + self._proposed * drafts)
         seconds += np.cumsum(self.passes.at(counts) * (self._places < self._passes), axis=1)
-        seconds += (above[:, :, 0] @ catching_up)[:, None]
+        seconds += (above[:, :, 0] @ catching_up + counts[:, 0] * self._asking * plain / batch.decoding)[:, None]
         scores = (batch.decoding + tokens) / np.maximum(seconds, 1e-9)
         scores[(drafts > batch.budget) | (drafts == 0)] = 0.0
         height, depth = divmod(int(scores.argmax()), scores.shape[1])
