@@ -32,12 +32,14 @@ _PROBE_TOKENS = 2
 """Of a single sequence."""
 _PROBE_SHARE = 0.01
 """Of all time, what probing may cost while nothing is drafted."""
-_MOST_CREDIT = 0.5
-"""Seconds saved up for probes."""
+_MOST_CREDIT = 50
+"""Steps' time that may be saved up for probes."""
 _SHORTEST, _LONGEST = 32, 2048
 """Steps between two looks while nothing is drafted: twice as many after each probe, or return to drafting, in vain."""
 _LOAD = 1.25
 """When the batch has changed by this factor, it is time to look again."""
+_LIKELY = 0.5
+"""A probe is news where this was not the chance of its success."""
 _FADED = 0.85
 """What the past weighs after a probe."""
 _RELAXED = 0.05
@@ -129,7 +131,8 @@ class DraftLengths:
         """Sequences that decoded at the last look."""
         self._loss = 0.0
         """Seconds that the best drafts would lose against none, at the last look."""
-        self._probing = False
+        self._probing, self._hoped = False, 0.0
+        """Whether the step in flight is a probe, and the chance at which it was thought to be all right."""
         self._next_plain, self._plain_pause, self._shorter = _PLAIN, _PLAIN, False
 
     def idle(self, decoding: int) -> bool:
@@ -183,7 +186,8 @@ class DraftLengths:
         """
         self._steps += 1
         if not self.on:
-            self._credit = min(self._credit + _PROBE_SHARE * (step_seconds + draft_seconds), _MOST_CREDIT)
+            seconds = step_seconds + draft_seconds
+            self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
         telling = pure and (rows != self._last_rows or self._steps % _LASTING == 0)
         self._last_rows = rows
         if telling:
@@ -202,12 +206,12 @@ class DraftLengths:
         """Seconds that asking took in the step. It can be told from the time of further rows only where these are few;
         else it counts as theirs."""
         decoding = rows - int(outcome.drafted.sum())
-        scale = self.rows.one(decoding) * len(outcome.slots) / decoding
-        if rows <= _FEW_MORE * decoding and scale > 0.0:
-            change = (step_seconds - self.rows.one(rows)) / scale - self._asking
-            self._asking += _ASKING_RATE * min(max(change, -_MOST_ASKING), _MOST_ASKING)
+        plain, share = self.rows.one(decoding), len(outcome.slots) / decoding
+        if rows <= _FEW_MORE * decoding and plain > 0.0:
+            change = (step_seconds - self.rows.one(rows)) / plain - share * self._asking
+            self._asking += _ASKING_RATE * share * min(max(change, -_MOST_ASKING), _MOST_ASKING)
             self._asking = min(max(self._asking, 0.0), _MOST_ASKING)
-        return self._asking * scale
+        return self._asking * share * plain
 
     # --- choosing ---
 
@@ -275,10 +279,12 @@ class DraftLengths:
             return np.zeros_like(lengths)
         self._credit -= loss
         self._pause, self._probing = min(2 * self._pause, _LONGEST), True
+        chances = self.acceptance.chances(batch.slots)[lengths > 0]
+        self._hoped = float(np.take_along_axis(chances, lengths[lengths > 0, None] - 1, axis=1).mean())
         return lengths
 
     def _probed(self, outcome: Outcome) -> None:
-        """A draft that was all right calls for another one soon."""
+        """A draft that was all right, where few would have been, calls for another one soon."""
         self.acceptance.fade(outcome.slots, _FADED)
-        if (outcome.accepted == outcome.asked).all():
+        if self._hoped < _LIKELY and (outcome.accepted == outcome.asked).all():
             self._pause, self._next_look = _SHORTEST, self._steps
