@@ -102,7 +102,7 @@ class DraftLengths:
         self.acceptance = Acceptance(num_slots, info.most)
         self.rows = CostCurve(info.costs.rows, num_slots * (1 + info.most))
         """Seconds of a step by its rows, without proposing."""
-        self.passes = CostCurve(info.costs.drafts, num_slots)
+        self.passes = CostCurve(info.costs.drafts, num_slots, steady=info.method != "hybrid")
         """Seconds of one more draft token for so many sequences together."""
         self._arrivals = np.full(num_slots, -1, np.int64)
         self._drafted_to: IntArray = np.zeros(num_slots, np.int32)
@@ -131,8 +131,9 @@ class DraftLengths:
         """Sequences that decoded at the last look."""
         self._loss = 0.0
         """Seconds that the best drafts would lose against none, at the last look."""
-        self._probing, self._hoped = False, 0.0
-        """Whether the step in flight is a probe, and the chance at which it was thought to be all right."""
+        self._probing, self._hoped, self._estimate = False, 0.0, 0.0
+        """Whether the step in flight is a probe, the chance at which it was thought to be all right, and the seconds
+        that it was thought to lose."""
         self._next_plain, self._plain_pause, self._shorter = _PLAIN, _PLAIN, False
 
     def idle(self, decoding: int) -> bool:
@@ -199,6 +200,8 @@ class DraftLengths:
         self._drafted_to[outcome.slots] = outcome.known
         self._proposed += 0.02 * (float(outcome.drafted.sum() / outcome.asked.sum()) - self._proposed)
         if self._probing:
+            gained = self.rows.one(rows - int(outcome.drafted.sum())) * (1 + outcome.accepted.sum() / self._looked_at)
+            self._pay(step_seconds + draft_seconds - float(gained) - self._estimate)
             self._probed(outcome)
         self.acceptance.learn(outcome.slots, outcome.asked, outcome.accepted)
 
@@ -256,7 +259,7 @@ class DraftLengths:
         scaled as those of one. Only a draft model of its own has a cache to fill."""
         if self._info.method not in ("model", "hybrid"):
             return np.zeros(len(batch.slots))
-        scale = self.passes.one(1) / max(self.rows.one(1), 1e-9)
+        scale = min(self.passes.one(1) / max(self.rows.one(1), 1e-9), 1.0)
         spread = np.clip(batch.left, 1, _HORIZON)
         return np.asarray(self._lag(batch) * (scale * self.rows.slope) / spread, np.float64)
 
@@ -274,14 +277,19 @@ class DraftLengths:
             single = int(np.where(batch.limits > 0, whole, np.inf).argmin())
             lengths[single] = count = min(int(batch.limits[single]), _PROBE_TOKENS, batch.budget)
             more = self.rows.one(batch.rows + count) - self.rows.one(batch.rows)
-            loss = count * self.passes.one(1) + more + float(whole[single])
+            # A pass that takes longer than a step is more likely to have been measured badly.
+            loss = count * min(self.passes.one(1), self.rows.one(1)) + more + float(whole[single])
         if loss > self._credit:
             return np.zeros_like(lengths)
-        self._credit -= loss
+        self._pay(loss)
+        self._estimate = loss
         self._pause, self._probing = min(2 * self._pause, _LONGEST), True
         chances = self.acceptance.chances(batch.slots)[lengths > 0]
         self._hoped = float(np.take_along_axis(chances, lengths[lengths > 0, None] - 1, axis=1).mean())
         return lengths
+
+    def _pay(self, seconds: float) -> None:
+        self._credit = max(self._credit - seconds, -_MOST_CREDIT * self.rows.one(self._looked_at))
 
     def _probed(self, outcome: Outcome) -> None:
         """A draft that was all right, where few would have been, calls for another one soon."""
