@@ -195,8 +195,10 @@ class DraftLengths:
             self.rows.learn(rows, step_seconds - (self._learn_asking(outcome, rows, step_seconds) if outcome else 0.0))
         if outcome is None:
             return
-        if telling and not self._behind:
-            self.passes.learn(len(outcome.slots), draft_seconds / min(int(outcome.asked.max()), self._passes))
+        pass_seconds = draft_seconds / min(int(outcome.asked.max()), self._passes)
+        # One that had to catch up as well took no less than it would have.
+        if telling and (not self._behind or pass_seconds < self.passes.one(len(outcome.slots))):
+            self.passes.learn(len(outcome.slots), pass_seconds)
         self._drafted_to[outcome.slots] = outcome.known
         self._proposed += 0.02 * (float(outcome.drafted.sum() / outcome.asked.sum()) - self._proposed)
         if self._probing:
