@@ -260,7 +260,11 @@ def main() -> None:
     lines = ["# Where the time of a step goes on a CPU", "", f"`python benchmarks/cpu_step.py`: {machine()}.", ""]
     lines += [*(__doc__ or "").splitlines()[4:], ""]
     config = EngineConfig(
-        model=str(embedded_model()), dtype="bfloat16", max_num_seqs=max(args.batches), max_model_len=1024
+        model=str(embedded_model()),
+        dtype="bfloat16",
+        max_num_seqs=max(args.batches),
+        max_model_len=1024,
+        draft="none",
     )
     loads = {
         "quire-mini (15M)": lambda: Engine.load(config, lambda *_: None),

@@ -82,7 +82,7 @@ def main() -> None:
     most = max(options.sequences)
     settings = EngineConfig(
         model=options.model, device=options.device, max_num_seqs=most, max_batch_tokens=PROMPT * most, max_waiting=most,
-        prefix_cache=False,
+        prefix_cache=False, draft="none",
     )  # fmt: skip
     loop = load_in_process(settings, lambda phase, done, total: None)
     engine, config = loop.engine, loop.scheduler.config

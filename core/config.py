@@ -74,8 +74,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     queue_timeout: float | None = None
     """Seconds in which a request must start; None: no limit."""
     draft: str = "none"
-    """Who drafts: `auto` (the draft model that the checkpoint brings along in `draft/`, else n-grams), `ngram`,
-    `layerskip:N`, `none`, or the folder or hub name of a draft model."""
+    """Who drafts: `ngram`, the folder or hub name of a draft model, `ngram+` such a name for both, `layerskip:N`,
+    `none`; `auto`: n-grams, with the draft model that the checkpoint brings along in `draft/` if it does."""
     draft_tokens: int | None = None
     """Tokens of every draft; None: as many as measured acceptance and step costs make worth while, 0 included."""
 

@@ -6,10 +6,14 @@ import msgspec
 
 from .errors import ConfigError
 
-DraftMethod = Literal["model", "ngram", "layerskip"]
-DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
+DraftMethod = Literal["model", "ngram", "hybrid", "layerskip"]
+DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "hybrid", "layerskip")
 MAX_DRAFT_TOKENS = 16
 """Most tokens of one proposal."""
+HYBRID_DEPTH = 6
+"""Of them, those that take a pass of the draft model each where n-grams draft too, which alone reach further. A model
+would seldom gain by more: with nine of ten tokens right and passes of a tenth of a step, 6 tokens give 5 % less than
+the best length, 10."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +30,7 @@ class DraftInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     method: DraftMethod
     name: str
-    """For people: the draft's folder, `ngram`, `layerskip:2`."""
+    """For people: the draft's folder, `ngram`, `ngram+` a folder, `layerskip:2`."""
     most: int
     """Most tokens of one proposal, 1 to `MAX_DRAFT_TOKENS`."""
     fixed: bool = False
@@ -60,21 +64,25 @@ class DraftChoice(msgspec.Struct, frozen=True):
     layers: int = 0
     """With layerskip: the target's first layers that draft."""
     model: str = ""
-    """With model: folder or hub name."""
+    """With model and hybrid: folder or hub name."""
 
     @property
     def name(self) -> str:
         """For people; see `DraftInfo.name`."""
-        return self.model or (f"{self.method}:{self.layers}" if self.layers else self.method)
+        if self.model:
+            return f"{_WITH_NGRAMS}{self.model}" if self.method == "hybrid" else self.model
+        return f"{self.method}:{self.layers}" if self.layers else self.method
 
 
+_WITH_NGRAMS = "ngram+"
 _PLAIN = {"none": DraftChoice("none"), "auto": DraftChoice("auto"), "ngram": DraftChoice("ngram")}
 
 
 def parse_draft(text: str) -> DraftChoice:
-    """`none`, `auto`, `ngram`, `layerskip:N`, or the folder or hub name of a draft model; raises `ConfigError`.
+    """`none`, `auto`, `ngram`, `layerskip:N`, the folder or hub name of a draft model, or `ngram+` that for both.
 
-    Whether a model is there, and whether the target has more than N layers, is found out when they are loaded.
+    Raises `ConfigError` on what is none of these. Whether a model is there, and whether the target has more than N
+    layers, is found out when they are loaded.
     """
     if text in _PLAIN:
         return _PLAIN[text]
@@ -83,6 +91,9 @@ def parse_draft(text: str) -> DraftChoice:
         if not (layers.isascii() and layers.isdigit() and int(layers) >= 1):
             raise ConfigError(f"draft must be layerskip:N with N at least 1, got {text!r}", param="draft")
         return DraftChoice("layerskip", layers=int(layers))
-    if not text.strip():
-        raise ConfigError("draft must be none, auto, ngram, layerskip:N or a draft model, got nothing", param="draft")
-    return DraftChoice("model", model=text)
+    model = text.removeprefix(_WITH_NGRAMS)
+    if not model.strip():
+        raise ConfigError(
+            f"draft must be none, auto, ngram, layerskip:N, a draft model or ngram+ one, got {text!r}", param="draft"
+        )
+    return DraftChoice("model" if model == text else "hybrid", model=model)

@@ -1,6 +1,6 @@
 """What steps cost on this machine, found by a few steps of short sequences before the first request."""
 
-import statistics
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -53,8 +53,10 @@ class CostProbe:
         self._max_rows = min(max_rows, slots * (1 + self._most))
         self.num_pages = slots * heads * columns
         """Pages that were written, the first ones."""
-        # Few different tokens, so that n-grams find something to propose.
-        prompt = tuple(i % min(4, info.model.vocab_size) for i in range(self._start + 1))
+        # The last three tokens have come up before, and no more than these: n-grams find something to propose, yet
+        # leave it to a model where there is one too.
+        places = range(self._start, -1, -1)
+        prompt = tuple((i % 4 if i % 4 < 3 else 3 + i // 4) % info.model.vocab_size for i in places)
         params, seed = SamplingParams(temperature=0.0), 0
         self._assignments = tuple(
             SlotAssignment(SlotId(slot), params, seed, (), prompt, (), info.max_model_len, self._start)
@@ -107,15 +109,17 @@ class CostProbe:
 
 
 def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
-    """Medians of `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
+    """Least `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
 
-    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each.
+    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each; the first two
+    twice at least, for what is found much too dear here is hardly ever tried again.
     """
     times: dict[int, list[float]] = {}
     spent = 0.0
-    for count in [*counts] * _REPEATS:
-        if spent > budget and len(times) >= 2:
-            break
+    counts = list(counts)
+    for turn, count in itertools.product(range(_REPEATS), counts):
+        if spent > budget and (turn > 1 or count not in counts[:2]):
+            continue
         times.setdefault(count, []).append(seconds(count))
         spent += times[count][-1]
-    return sorted((count, statistics.median(values)) for count, values in times.items())
+    return sorted((count, min(values)) for count, values in times.items())

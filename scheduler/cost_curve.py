@@ -14,6 +14,8 @@ _RATE = 0.1
 _CLIP = 0.25
 """A measurement counts as at most this share off what was expected: it may have met another process, or a kernel
 being compiled."""
+_FAR_BELOW = 0.25
+"""But nothing takes so much less by chance: what was expected at start is wrong."""
 _FIRST_CLIP = 1.0
 """The same for the first ones in a place."""
 _FIRST = 3
@@ -28,8 +30,12 @@ _UP, _DOWN = 0.25, 1.0
 class CostCurve:
     """Seconds for 1 to `most`, linear between nodes; 0 for none. Without points nothing is known: it costs nothing."""
 
-    def __init__(self, points: Sequence[tuple[int, float]], most: int) -> None:
-        """`points` are (count, seconds), ascending; beyond the last one the curve goes on as steeply."""
+    def __init__(self, points: Sequence[tuple[int, float]], most: int, *, steady: bool = True) -> None:
+        """`points` are (count, seconds), ascending; beyond the last one the curve goes on as steeply.
+
+        steady: it takes about as long each time; else the mean is learned, of whatever is measured.
+        """
+        self._steady = steady
         self._nodes: Floats = np.array(_nodes(most), np.float64)
         self._logs: Floats = np.log2(self._nodes)
         self._seen = np.zeros(len(self._nodes), np.int64)
@@ -62,8 +68,13 @@ class CostCurve:
         node = min(int(np.searchsorted(self._nodes, count)), len(self._nodes) - 1)
         seen = int(self._seen[node])
         self._seen[node] += 1
-        clip = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP)
-        change = max(_RATE, 1 / (seen + 2)) * min(max(seconds - expected, -clip), clip)
+        clip, rate = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP), max(_RATE, 1 / (seen + 2))
+        if not self._steady:
+            change = rate * (seconds - expected)
+        elif seen < _FIRST and seconds < _FAR_BELOW * expected:
+            change = seconds - expected
+        else:
+            change = rate * min(max(seconds - expected, -clip), clip)
         distance = self._logs - math.log2(count)
         shared = np.exp2(-np.where(distance > 0, _UP * distance, -_DOWN * distance))
         near = np.maximum(1.0 - _PER_DOUBLING * np.abs(distance), 0.0)

@@ -6,7 +6,7 @@ Using Goodput"):
 
     sum over sequences, places  chance that all draft tokens up to there are accepted,  + 1 per sequence
     ------------------------------------------------------------------------------------------------------
-    step(rows + draft tokens)  +  sum over places  draft(sequences that draft so far)  +  share of catching up
+    step(rows + draft tokens)  +  asking  +  sum over places  draft(sequences that draft so far)  +  catching up
 
 Candidates are sets of the most likely tokens: those with a chance above a threshold, up to a depth. Among them are all
 uniform lengths, and none at all. Letters: S sequences, K most tokens of a draft, H thresholds.
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray
-from ..core.speculation import DraftInfo
+from ..core.speculation import HYBRID_DEPTH, DraftInfo
 from .acceptance import Acceptance, Floats
 from .cost_curve import CostCurve
 
@@ -32,18 +32,23 @@ _PROBE_TOKENS = 2
 """Of a single sequence."""
 _PROBE_SHARE = 0.01
 """Of all time, what probing may cost while nothing is drafted."""
-_MOST_CREDIT = 0.5
-"""Seconds saved up for probes."""
+_MOST_CREDIT = 50
+"""Steps' time that may be saved up for probes."""
 _SHORTEST, _LONGEST = 32, 2048
 """Steps between two looks while nothing is drafted: twice as many after each probe, or return to drafting, in vain."""
 _LOAD = 1.25
 """When the batch has changed by this factor, it is time to look again."""
+_LIKELY = 0.5
+"""A probe is news where this was not the chance of its success."""
 _FADED = 0.85
 """What the past weighs after a probe."""
 _RELAXED = 0.05
 """How far a look takes costs back to those measured at start."""
 _PLAIN, _MOST_PLAIN = 32, 512
 """While it drafts, a step in so many does not, or less by turns, to know what that costs; ever more seldom."""
+_ASKING_RATE, _MOST_ASKING, _FEW_MORE = 0.1, 0.5, 1.25
+"""What asking for drafts costs: how fast it is learned, its most as a share of a step, and the most rows, as a multiple
+of those without drafts, of steps that teach it."""
 _LASTING = 4
 """Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
 
@@ -92,14 +97,19 @@ class DraftLengths:
     def __init__(self, info: DraftInfo, num_slots: int) -> None:
         self._info = info
         self._places = np.arange(info.most)
+        self._passes = min(info.most, HYBRID_DEPTH) if info.method == "hybrid" else info.most
+        """Tokens of a draft that take time to propose; further ones cost nothing."""
         self.acceptance = Acceptance(num_slots, info.most)
         self.rows = CostCurve(info.costs.rows, num_slots * (1 + info.most))
         """Seconds of a step by its rows, without proposing."""
-        self.passes = CostCurve(info.costs.drafts, num_slots)
+        self.passes = CostCurve(info.costs.drafts, num_slots, steady=info.method != "hybrid")
         """Seconds of one more draft token for so many sequences together."""
         self._arrivals = np.full(num_slots, -1, np.int64)
         self._drafted_to: IntArray = np.zeros(num_slots, np.int32)
         """[N]: known tokens when the sequence drafted last; those since then its drafter has yet to see."""
+        self._asking = 0.0
+        """Share of a step's time by which it takes longer if all its sequences are asked for drafts, even if none has
+        any: such a step is planned, computed and taken in another way."""
         self._proposed = 1.0
         """Share of the tokens asked for that are proposed."""
         self.on = True
@@ -121,7 +131,9 @@ class DraftLengths:
         """Sequences that decoded at the last look."""
         self._loss = 0.0
         """Seconds that the best drafts would lose against none, at the last look."""
-        self._probing = False
+        self._probing, self._hoped, self._estimate = False, 0.0, 0.0
+        """Whether the step in flight is a probe, the chance at which it was thought to be all right, and the seconds
+        that it was thought to lose."""
         self._next_plain, self._plain_pause, self._shorter = _PLAIN, _PLAIN, False
 
     def idle(self, decoding: int) -> bool:
@@ -175,20 +187,36 @@ class DraftLengths:
         """
         self._steps += 1
         if not self.on:
-            self._credit = min(self._credit + _PROBE_SHARE * (step_seconds + draft_seconds), _MOST_CREDIT)
+            seconds = step_seconds + draft_seconds
+            self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
         telling = pure and (rows != self._last_rows or self._steps % _LASTING == 0)
         self._last_rows = rows
         if telling:
-            self.rows.learn(rows, step_seconds)
+            self.rows.learn(rows, step_seconds - (self._learn_asking(outcome, rows, step_seconds) if outcome else 0.0))
         if outcome is None:
             return
-        if telling and not self._behind:
-            self.passes.learn(len(outcome.slots), draft_seconds / int(outcome.asked.max()))
+        pass_seconds = draft_seconds / min(int(outcome.asked.max()), self._passes)
+        # One that had to catch up as well took no less than it would have.
+        if telling and (not self._behind or pass_seconds < self.passes.one(len(outcome.slots))):
+            self.passes.learn(len(outcome.slots), pass_seconds)
         self._drafted_to[outcome.slots] = outcome.known
         self._proposed += 0.02 * (float(outcome.drafted.sum() / outcome.asked.sum()) - self._proposed)
         if self._probing:
+            gained = self.rows.one(rows - int(outcome.drafted.sum())) * (1 + outcome.accepted.sum() / self._looked_at)
+            self._pay(step_seconds + draft_seconds - float(gained) - self._estimate)
             self._probed(outcome)
         self.acceptance.learn(outcome.slots, outcome.asked, outcome.accepted)
+
+    def _learn_asking(self, outcome: Outcome, rows: int, step_seconds: float) -> float:
+        """Seconds that asking took in the step. It can be told from the time of further rows only where these are few;
+        else it counts as theirs."""
+        decoding = rows - int(outcome.drafted.sum())
+        plain, share = self.rows.one(decoding), len(outcome.slots) / decoding
+        if rows <= _FEW_MORE * decoding and plain > 0.0:
+            change = (step_seconds - self.rows.one(rows)) / plain - share * self._asking
+            self._asking += _ASKING_RATE * share * min(max(change, -_MOST_ASKING), _MOST_ASKING)
+            self._asking = min(max(self._asking, 0.0), _MOST_ASKING)
+        return self._asking * share * plain
 
     # --- choosing ---
 
@@ -210,8 +238,8 @@ class DraftLengths:
         tokens, drafts = np.cumsum(gains, axis=1), np.cumsum(counts, axis=1)
         # What else the step computes takes its time either way.
         seconds = plain - self.rows.one(batch.rows) + self.rows.at(batch.rows + self._proposed * drafts)
-        seconds += np.cumsum(self.passes.at(counts), axis=1)
-        seconds += (above[:, :, 0] @ catching_up)[:, None]
+        seconds += np.cumsum(self.passes.at(counts) * (self._places < self._passes), axis=1)
+        seconds += (above[:, :, 0] @ catching_up + counts[:, 0] * self._asking * plain / batch.decoding)[:, None]
         scores = (batch.decoding + tokens) / np.maximum(seconds, 1e-9)
         scores[(drafts > batch.budget) | (drafts == 0)] = 0.0
         height, depth = divmod(int(scores.argmax()), scores.shape[1])
@@ -231,9 +259,9 @@ class DraftLengths:
     def _catching_up(self, batch: Candidates) -> Floats:
         """[S]: seconds for that, spread over what the sequence may still say; at the target's costs of many rows,
         scaled as those of one. Only a draft model of its own has a cache to fill."""
-        if self._info.method != "model":
+        if self._info.method not in ("model", "hybrid"):
             return np.zeros(len(batch.slots))
-        scale = self.passes.one(1) / max(self.rows.one(1), 1e-9)
+        scale = min(self.passes.one(1) / max(self.rows.one(1), 1e-9), 1.0)
         spread = np.clip(batch.left, 1, _HORIZON)
         return np.asarray(self._lag(batch) * (scale * self.rows.slope) / spread, np.float64)
 
@@ -251,15 +279,22 @@ class DraftLengths:
             single = int(np.where(batch.limits > 0, whole, np.inf).argmin())
             lengths[single] = count = min(int(batch.limits[single]), _PROBE_TOKENS, batch.budget)
             more = self.rows.one(batch.rows + count) - self.rows.one(batch.rows)
-            loss = count * self.passes.one(1) + more + float(whole[single])
+            # A pass that takes longer than a step is more likely to have been measured badly.
+            loss = count * min(self.passes.one(1), self.rows.one(1)) + more + float(whole[single])
         if loss > self._credit:
             return np.zeros_like(lengths)
-        self._credit -= loss
+        self._pay(loss)
+        self._estimate = loss
         self._pause, self._probing = min(2 * self._pause, _LONGEST), True
+        chances = self.acceptance.chances(batch.slots)[lengths > 0]
+        self._hoped = float(np.take_along_axis(chances, lengths[lengths > 0, None] - 1, axis=1).mean())
         return lengths
 
+    def _pay(self, seconds: float) -> None:
+        self._credit = max(self._credit - seconds, -_MOST_CREDIT * self.rows.one(self._looked_at))
+
     def _probed(self, outcome: Outcome) -> None:
-        """A draft that was all right calls for another one soon."""
+        """A draft that was all right, where few would have been, calls for another one soon."""
         self.acceptance.fade(outcome.slots, _FADED)
-        if (outcome.accepted == outcome.asked).all():
+        if self._hoped < _LIKELY and (outcome.accepted == outcome.asked).all():
             self._pause, self._next_look = _SHORTEST, self._steps

@@ -21,7 +21,8 @@ def draft_settings(draft: str, draft_tokens: str) -> dict[str, Any]:
             raise ConfigError(f"the draft {model} has no config.json", param="draft")
     elif model and not _HUB_NAME.fullmatch(model):
         raise ConfigError(
-            f"draft must be auto, ngram, layerskip:N, none, a folder or a hub name (owner/name), got {draft!r}",
+            f"draft must be auto, ngram, layerskip:N, none, a folder, a hub name (owner/name) or ngram+ one of these, "
+            f"got {draft!r}",
             param="draft",
         )
     return {"draft": draft, "draft_tokens": parse_draft_tokens(draft_tokens)}

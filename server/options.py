@@ -162,8 +162,8 @@ Draft = Annotated[
     _option(
         "QUIRE_DRAFT",
         "Who proposes tokens for the model to verify: a draft model (folder or hub name), ngram (what followed the "
-        "same tokens before), layerskip:N (the model's own first N layers), none; auto: the draft model in the "
-        "checkpoint's folder draft/, else ngram. Answers stay the model's own.",
+        "same tokens before), ngram+MODEL (both), layerskip:N (the model's own first N layers), none; auto: ngram, "
+        "with the draft model in the checkpoint's folder draft/ if there is one. Answers stay the model's own.",
         _SPECULATION,
     ),
 ]

@@ -13,6 +13,7 @@ from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
 from .draft_cache import DraftLayout
 from .drafter import Drafter
+from .hybrid import SHORTEST_MATCH, HybridDrafter
 from .layerskip import LayerskipDrafter
 from .model import ModelDrafter
 from .ngram import NgramDrafter
@@ -43,13 +44,13 @@ def load_drafter(
 
 
 def chosen_draft(config: EngineConfig) -> DraftChoice:
-    """What `config.draft` comes to: auto is the draft model in the folder `draft` of the target's checkpoint, if it
-    brings one along, else n-grams."""
+    """What `config.draft` comes to: auto is n-grams, with the draft model in the folder `draft` of the target's
+    checkpoint if it brings one along."""
     choice = parse_draft(config.draft)
     if choice.method != "auto":
         return choice
     folder = open_checkpoint(config.model).folder / DRAFT_FOLDER
-    return parse_draft(str(folder) if (folder / "config.json").is_file() else "ngram")
+    return parse_draft(f"ngram+{folder}" if (folder / "config.json").is_file() else "ngram")
 
 
 def load_draft(
@@ -60,7 +61,7 @@ def load_draft(
     Raises `ConfigError` where it cannot be loaded or its token ids are not the target's.
     """
     choice = chosen_draft(config)
-    if choice.method != "model":
+    if not choice.model:
         return None
     try:
         draft = load_runner(
@@ -100,11 +101,14 @@ def make_drafter(
     num_pages, page_size = cache.entry_positions.shape
     layout = DraftLayout(num_slots, max_model_len, page_size, num_pages // heads * page_size)
     try:
-        return ModelDrafter(draft, layout, place, target)
+        model = ModelDrafter(draft, layout, place, target)
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         raise ConfigError(
             f"the draft's cache could not be allocated: {str(error).splitlines()[0]}", param="draft"
         ) from error
+    if choice.method == "model":
+        return model
+    return HybridDrafter(NgramDrafter(num_slots, max_model_len, SHORTEST_MATCH), model)
 
 
 def cache_share(draft: ModelRunner, target: ModelRunner) -> float:

@@ -16,7 +16,7 @@ from .drafter import Draw, Proposals
 from .history import TokenHistory
 
 ORDERS = (6, 2)
-"""Grams that are indexed, longest first; the last is the shortest match that counts."""
+"""Grams that are indexed, longest first; the last is the shortest match that can be found."""
 _CANDIDATES = 8
 """Of one gram, newest first, that a look-up compares."""
 _ENOUGH = 32
@@ -34,8 +34,9 @@ class NgramDrafter:
 
     method: DraftMethod = "ngram"
 
-    def __init__(self, num_slots: int, max_length: int) -> None:
-        self._max_length = max_length
+    def __init__(self, num_slots: int, max_length: int, shortest: int = ORDERS[-1]) -> None:
+        """shortest: tokens of a match that counts, at least those of the shortest gram."""
+        self._max_length, self._shortest = max_length, shortest
         self._indices: list[GramIndex | None] = [None] * num_slots
 
     @property
@@ -60,7 +61,7 @@ class NgramDrafter:
         for row, (slot, limit) in enumerate(zip(slots.tolist(), most.tolist(), strict=True)):
             index = self._indices[slot]
             if index is None:
-                index = self._indices[slot] = GramIndex(self._max_length)
+                index = self._indices[slot] = GramIndex(self._max_length, self._shortest)
             found = index.continuation(history.of(slot), limit)
             tokens[row, : len(found)] = found
             counts[row] = len(found)
@@ -70,7 +71,9 @@ class NgramDrafter:
 class GramIndex:
     """Where the grams of one growing token sequence occurred."""
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, shortest: int = ORDERS[-1]) -> None:
+        """shortest: as in `NgramDrafter`."""
+        self._shortest = shortest
         self._newest = np.full((len(ORDERS), _BUCKETS), -1, np.int32)
         self._older = np.empty((len(ORDERS), max_length), np.int32)
         # Single elements through memoryviews: several times faster than through the arrays.
@@ -118,7 +121,7 @@ class GramIndex:
                 candidate = older[candidate]
             if best >= order:
                 break
-        return (start, best) if best >= ORDERS[-1] else (0, 0)
+        return (start, best) if best >= self._shortest else (0, 0)
 
     def _extend(self, tokens: IntArray) -> None:
         first, self._size = self._size, len(tokens)

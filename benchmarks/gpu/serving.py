@@ -81,7 +81,7 @@ def random_engine(
     runner = NativeRunner(spec, decoder, RotaryEmbedding(settings, device))
     config = EngineConfig(
         model=network.name, max_num_seqs=load.requests, max_batch_tokens=max(2048, load.requests),
-        prefix_cache=False, max_model_len=length, cuda_graphs=graphs,
+        prefix_cache=False, max_model_len=length, cuda_graphs=graphs, draft="none",
     )  # fmt: skip
     return Engine(runner, config, "native", place)
 

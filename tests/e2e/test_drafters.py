@@ -14,6 +14,7 @@ from quire.models.native import NativeRunner
 from quire.models.runner import ModelRunner
 from quire.speculation.draft_cache import DraftLayout
 from quire.speculation.drafter import Drafter
+from quire.speculation.hybrid import HybridDrafter
 from quire.speculation.layerskip import LayerskipDrafter
 from quire.speculation.model import ModelDrafter
 from quire.speculation.ngram import NgramDrafter
@@ -65,11 +66,12 @@ def drafter_of(method: str, runner: ModelRunner, cache: KVCache) -> Drafter:
     if method == "layerskip":
         return LayerskipDrafter(runner, 1, cache, CPU)
     draft = runner if method == "itself" else runner.first(2)
-    return ModelDrafter(draft, DraftLayout(6, LENGTH, 4, 600), CPU, runner)
+    model = ModelDrafter(draft, DraftLayout(6, LENGTH, 4, 600), CPU, runner)
+    return HybridDrafter(NgramDrafter(6, LENGTH), model) if method == "hybrid" else model
 
 
 @pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("method", ["ngram", "layerskip", "itself", "first layers"])
+@pytest.mark.parametrize("method", ["ngram", "layerskip", "itself", "first layers", "hybrid"])
 def test_text_is_the_targets_own(runner: ModelRunner, method: str, params: str) -> None:
     alone = [sequence.tokens for sequence in run(runner, None, PARAMS[params], (0,))]
     sequences = run(runner, method, PARAMS[params], (4, 1, 0, 3))

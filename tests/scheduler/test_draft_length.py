@@ -211,3 +211,27 @@ def test_a_long_prompt_that_the_draft_must_read_first_is_not_worth_a_few_tokens(
     for known, left, drafts in ((50, 50, True), (50_000, 20, False)):
         asked = replace(batch, known=np.array([known], np.int32), left=np.array([left], np.int32))
         assert (DraftLengths(MEMORY_BOUND.info(), 64).choose(asked).sum() > 0) == drafts
+
+
+def test_passes_measured_far_too_dear_at_start_are_tried_all_the_same():
+    machine = replace(MEMORY_BOUND, draft=lambda count: 3.0, method="layerskip")
+    lengths = DraftLengths(machine.info(), 64)
+    run = Run(MEMORY_BOUND, flat(0.8), lengths)
+    for _ in range(6000):
+        run.step(1)
+    assert np.mean(run.drafting[-200:]) > 2
+
+
+def test_asking_is_not_free_even_if_nothing_is_proposed():
+    """Of eight sequences one or none has a proposal, and to ask takes a tenth of a step; so it does not pay."""
+    lengths, rng, late = DraftLengths(LOOKUP.info(), 64), random.Random(2), list[int]()
+    for step in range(3000):
+        batch = replace(candidates([8] * 8), known=np.full(8, 50 + step, np.int32))
+        asked = np.zeros(8, np.int32) if lengths.idle(8) else lengths.choose(batch)
+        drafted = (asked > 0) * np.array([rng.random() < 0.1 for _ in range(8)], np.int32)
+        rows, some = 8 + int(drafted.sum()), asked > 0
+        outcome = Outcome(*(column[some] for column in (batch.slots, asked, drafted, drafted, batch.known)))
+        seconds = LOOKUP.step(rows) * (1 + 0.1 * some.mean()) * rng.uniform(0.95, 1.05)
+        lengths.learn(outcome if some.any() else None, rows, seconds, 0.0001 * some.any(), pure=True)
+        late.append(int(some.sum()))
+    assert np.mean(late[1000:]) < 1

@@ -64,7 +64,7 @@ def random_config(rng: random.Random) -> SchedulerConfig:
 
 def random_draft(rng: random.Random) -> DraftInfo | None:
     """Of any kind and length, or none."""
-    methods: tuple[DraftMethod, ...] = ("model", "ngram", "layerskip")
+    methods: tuple[DraftMethod, ...] = ("model", "ngram", "hybrid", "layerskip")
     info = DraftInfo(
         method=rng.choice(methods), name="guesses", most=rng.choice([1, 2, 4, 16]), fixed=rng.random() < 0.5
     )

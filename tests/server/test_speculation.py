@@ -101,7 +101,7 @@ async def test_the_drafter_is_named(http: httpx.AsyncClient, client: FakeClient)
 
 def test_what_can_draft(tmp_path: Path) -> None:
     (tmp_path / "config.json").touch()
-    for draft in ("auto", "none", "ngram", "layerskip:12", "owner/name-0.5B", str(tmp_path)):
+    for draft in ("auto", "none", "ngram", "layerskip:12", "owner/name-0.5B", str(tmp_path), f"ngram+{tmp_path}"):
         assert draft_settings(draft, "auto") == {"draft": draft, "draft_tokens": None}
     (tmp_path / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no config\.json"):
@@ -113,7 +113,7 @@ def test_what_can_draft(tmp_path: Path) -> None:
     [
         (["--draft", "ngrams"], "draft must be auto, ngram"),
         (["--draft", "/no/such/folder"], "got '/no/such/folder'"),
-        (["--draft", ""], "got nothing"),
+        (["--draft", "ngram+"], "got 'ngram+'"),
         (["--draft", "layerskip:0"], "got 'layerskip:0'"),
         (["--draft", "layerskip:two"], "got 'layerskip:two'"),
         (["--draft-tokens", "17"], "draft_tokens must be 1 to 16, got 17"),

@@ -17,6 +17,7 @@ from quire.core.speculation import DraftChoice, parse_draft
 from quire.engine.cache import KVCache
 from quire.engine.sizing import CacheLayout
 from quire.models.loading import weight_bytes
+from quire.speculation.hybrid import HybridDrafter
 from quire.speculation.layerskip import LayerskipDrafter
 from quire.speculation.loading import cache_share, chosen_draft, load_draft, load_drafter
 from quire.speculation.model import ModelDrafter
@@ -73,6 +74,7 @@ def share_embedding(made: Tiny, keep_head: bool = False) -> None:
         ("ngram", DraftChoice("ngram")),
         ("layerskip:12", DraftChoice("layerskip", layers=12)),
         ("some/model", DraftChoice("model", model="some/model")),
+        ("ngram+some/model", DraftChoice("hybrid", model="some/model")),
     ],
 )
 def test_what_the_setting_means(text, choice):
@@ -80,7 +82,7 @@ def test_what_the_setting_means(text, choice):
     assert choice.name == text
 
 
-@pytest.mark.parametrize("text", ["", "  ", "layerskip", "layerskip:", "layerskip:0", "layerskip:-1", "layerskip:2.0"])
+@pytest.mark.parametrize("text", ["", "  ", "ngram+", "layerskip", "layerskip:", "layerskip:0", "layerskip:2.0"])
 def test_settings_that_mean_nothing_are_refused_at_once(text):
     with pytest.raises(ConfigError) as caught:
         EngineConfig(model="m", draft=text)
@@ -91,6 +93,7 @@ def test_each_setting_gives_its_drafter(target, draft):
     assert drafter_for(target, "none") is None
     assert isinstance(drafter_for(target, "ngram"), NgramDrafter)
     assert isinstance(drafter_for(target, "layerskip:2"), LayerskipDrafter)
+    assert isinstance(drafter_for(target, f"ngram+{draft.folder}"), HybridDrafter)
     by_model = drafter_for(target, str(draft.folder))
     assert isinstance(by_model, ModelDrafter)
     assert by_model.num_bytes == by_model.cache.num_bytes + weight_bytes(draft.load())
@@ -105,8 +108,8 @@ def test_auto_takes_the_draft_that_the_checkpoint_brings_along(target, draft, tm
     bundle = tmp_path / "bundle"
     shutil.copytree(target.folder, bundle)
     shutil.copytree(draft.folder, bundle / "draft")
-    assert isinstance(drafter_for(target, "auto", model=bundle), ModelDrafter)
-    assert chosen_draft(EngineConfig(model=str(bundle), draft="auto")).name == str(bundle / "draft")
+    assert isinstance(drafter_for(target, "auto", model=bundle), HybridDrafter)
+    assert chosen_draft(EngineConfig(model=str(bundle), draft="auto")).name == f"ngram+{bundle / 'draft'}"
 
 
 @pytest.mark.parametrize(

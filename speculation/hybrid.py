@@ -1,0 +1,65 @@
+"""`HybridDrafter`: what stood there before where the newest tokens have come up before, else what a small model says.
+
+N-grams cost next to nothing and are right for long where a text repeats itself; a model is right more often elsewhere.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from ..core.plan import IntArray
+from ..core.speculation import HYBRID_DEPTH, DraftMethod
+from .drafter import Drafter, Draw, Proposals
+from .history import TokenHistory
+
+SHORTEST_MATCH = 4
+"""Tokens that must be the same before n-grams are believed rather than a model: then four of five next tokens are the
+same too, in code and prose that quire-mini samples; after three, two of three."""
+
+
+class HybridDrafter:
+    """Fulfils `Drafter`. Which of the two proposes depends on known tokens alone; the model falls behind meanwhile."""
+
+    method: DraftMethod = "hybrid"
+
+    def __init__(self, ngram: Drafter, model: Drafter) -> None:
+        self._ngram, self._model = ngram, model
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Drafter`."""
+        return self._ngram.num_bytes + self._model.num_bytes
+
+    def assign(self, slot: int) -> None:
+        """See `Drafter`."""
+        self._ngram.assign(slot)
+        self._model.assign(slot)
+
+    def clear(self) -> None:
+        """See `Drafter`."""
+        self._ngram.clear()
+        self._model.clear()
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        """See `Drafter`. The model proposes no more than `HYBRID_DEPTH` tokens."""
+        found = self._ngram.propose(history, slots, most, draw)
+        others = np.flatnonzero(found.counts == 0).astype(np.int32)
+        if len(others):
+            wanted = np.minimum(most[others], HYBRID_DEPTH)
+            drawn = self._model.propose(history, slots[others], wanted, _DrawAmong(draw, others))
+            found.tokens[others, : drawn.tokens.shape[1]] = drawn.tokens
+            found.counts[others] = drawn.counts
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _DrawAmong:
+    """A `Draw` for those who were asked second."""
+
+    draw: Draw
+    among: IntArray
+    """[M]: which of all sequences each one is."""
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        return self.draw(logits, self.among[members], depth)
