@@ -1,0 +1,128 @@
+"""Speculation together with all else that happens to requests: what each is told is the same with drafts and without.
+
+Scheduler, engine, runner and drafter are real, models tiny and random, in float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quire.core.request import Request
+from quire.core.speculation import DraftInfo
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.swap import SwapCosts
+
+from .speculating import Choice, Run, Stack, assert_equal, request, save, save_like
+from .test_parity import CASES, GQA, SHAPE
+from .test_prefix import tokens
+
+SHARED = tokens(37, seed=1)
+POOL = 24
+"""Blocks of a pool that is too small for all."""
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "scored": {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1},
+    "drawn": {"logprobs": 0},
+    "cut": {"top_p": 0.8, "top_k": 20, "temperature": 1.4},
+    "penalised": {"presence_penalty": 1.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "temperature": 0.0},
+    "biased": {"logit_bias": {5: 8.0, 6: 8.0}, "min_p": 0.05, "frequency_penalty": 0.4},
+    "stopped": {"stop_token_ids": tuple(range(3, 20)), "ignore_eos": False, "temperature": 1.5},
+    "at least": {"stop_token_ids": tuple(range(3, 70)), "min_tokens": 12, "temperature": 0.0},
+    "choices": {"n": 3, "temperature": 1.3, "stop_token_ids": tuple(range(3, 9))},
+    "one": {"max_tokens": 1},
+    "two": {"max_tokens": 2, "temperature": 0.0},
+    "seven": {"max_tokens": 7, "temperature": 0.7},
+    "without": {"speculate": False, "temperature": 0.0, "max_tokens": 60},
+    "without, scored": {"speculate": False, "logprobs": 1},
+    "long": {"temperature": 0.0, "max_tokens": 40},
+}
+
+
+def requests(seeded: bool = True) -> list[Request]:
+    """One of each kind; seeded: as their users wish, so that they are coupled whatever drafts."""
+    return [
+        request(
+            name,
+            (*SHARED[: 9 * (number % 5)], *tokens(3 + number, seed=number)),
+            seed=number,
+            seeded=seeded,
+            priority=number % 3,
+            **params,
+        )
+        for number, (name, params) in enumerate(KINDS.items())
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("llama"), transformers.LlamaConfig(**GQA))
+
+
+@pytest.fixture(scope="module")
+def drafts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By name: who drafts. The target itself, one that often agrees with it, one that knows nothing and little context."""
+    blind = transformers.LlamaConfig(**GQA | {"num_hidden_layers": 1, "max_position_embeddings": 40})
+    return {
+        "ngram": "ngram",
+        "layerskip": "layerskip:2",
+        "itself": str(folder),
+        "like": str(save_like(tmp_path_factory.mktemp("like"), folder)),
+        "blind": str(save(tmp_path_factory.mktemp("blind"), blind, seed=9)),
+    }
+
+
+@pytest.fixture(scope="module")
+def stack(folder: Path) -> Stack:
+    return Stack(folder, swap_memory=2**21)
+
+
+@pytest.fixture(scope="module")
+def plain(stack: Stack) -> Run:
+    """Without drafts, one after the other."""
+    return stack.serve(requests(), num_host_pages=0, prefix_cache=False, max_num_seqs=1)
+
+
+SCENES: dict[str, dict[str, Any]] = {
+    "roomy": {},
+    "small chunks": {"max_batch_tokens": 13},
+    "lengths chosen, looking ahead": {"looks_ahead": True, "prefix_cache": False},
+    "recomputed": {"blocks": POOL},
+    "swapped": {"blocks": POOL, "swaps": True},
+    "by priority": {"policy": "priority", "blocks": POOL},
+}
+
+
+def act(stack: Stack, scene: str, draft: DraftInfo | None, sent: list[Request]) -> Run:
+    """The requests under the circumstances of a scene."""
+    changes = dict(SCENES[scene])
+    if "blocks" in changes:
+        changes["num_pages"] = changes.pop("blocks") * stack.rows
+    if not changes.pop("swaps", False):
+        changes["num_host_pages"] = 0
+    return stack.serve(sent, draft, **changes)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("name", ["ngram", "layerskip", "itself", "like", "blind"])
+def test_requests_are_told_the_same(
+    stack: Stack, plain: Run, drafts: dict[str, str], name: str, scene: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
+    ahead = "ahead" in scene
+    run = act(stack, scene, stack.draft(drafts[name], fixed=not ahead), requests())
+    assert_equal(run.told, plain.told)
+    stats, counts = run.loop.stats(), run.counts
+    if "blocks" in SCENES[scene]:
+        assert stats.preemptions_total > 0
+        assert (stats.swap_in_sequences_total > 0) == (scene == "swapped")
+    # Who does not draft decodes on alone at the end, and steps are planned ahead again.
+    assert counts.draft_tokens > 0 and (run.ahead > 0) == ahead
+    assert run.told["without", 0].most_at_once == 1
+    if name in ("itself", "like"):
+        assert counts.accepted_tokens > 30 and run.told["long", 0].most_at_once > 2
+        assert run.cut_short > 0 or scene == "small chunks"
+    if name == "itself":
+        assert counts.accepted_tokens == counts.draft_tokens
