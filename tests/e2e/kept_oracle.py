@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from quire.core.plan import BatchPlan
+from quire.engine.cache import KVCache
+from quire.engine.engine import Engine
 from quire.scheduler.loop import EngineLoop
 
 NEVER = 2**31
@@ -40,7 +42,8 @@ class Recorder:
         self._loop = loop
         engine: Any = loop.engine
         self._engine = engine
-        self._launch, self._compact = self._engine.launch, self._engine.cache.compact
+        # Their own, not those of a recorder that watched them before.
+        self._launch, self._compact = Engine.launch.__get__(engine), KVCache.compact.__get__(engine.cache)
         self._engine.launch = self.launch
         self._engine.cache.compact = self.compact
         self.compactions = 0

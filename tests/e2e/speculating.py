@@ -110,6 +110,11 @@ class Stack:
         engine.draft_with(drafter, config)
         return DraftInfo(method=drafter.method, name=name, most=most, fixed=fixed, costs=CHEAP)
 
+    def loop(self, draft: DraftInfo | None = None, looks_ahead: bool = False, **changes: Any) -> EngineLoop:
+        """A fresh scheduler before the engine, which forgets what it did; changes: of `SchedulerConfig`."""
+        scheduler = Scheduler(replace(self.config, draft=draft, **changes), ticking())
+        return EngineLoop(self.engine, scheduler, looks_ahead)
+
     def serve(
         self,
         requests: Sequence[Request],
@@ -120,9 +125,8 @@ class Stack:
         **changes: Any,
     ) -> Run:
         """Two requests come every few steps. `disturb` may meddle between steps; changes: of `SchedulerConfig`."""
-        config = replace(self.config, draft=draft, **changes)
-        scheduler = Scheduler(config, ticking())
-        loop = EngineLoop(self.engine, scheduler, looks_ahead)
+        loop = self.loop(draft, looks_ahead, **changes)
+        scheduler = loop.scheduler
         told: Told = defaultdict(Choice)
         run, waiting = Run(told, SpeculationCounts(), loop, 0, 0), list(requests)
         _watch(loop, run)

@@ -21,6 +21,7 @@ from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.pruning.table import POLICIES
 from quire.scheduler.client import load_in_process
+from quire.scheduler.loop import EngineLoop
 from quire.scheduler.swap import SwapCosts
 
 from .kept_oracle import Recorder, expected_logprobs, load_reference
@@ -68,10 +69,10 @@ def params(policy: str, **changes: Any) -> PruneParams:
 class Serving:
     """A loop whose every step is checked; remembers what each choice was told."""
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(self, model: Path, loop: EngineLoop | None = None, **settings: Any) -> None:
         options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 6, "max_batch_tokens": 24} | settings
         self.model = model
-        self.loop = load_in_process(
+        self.loop = loop or load_in_process(
             EngineConfig(model=str(model), device="cpu", dtype="float32", **options), lambda phase, done, total: None
         )
         self.recorder = Recorder(self.loop)
