@@ -77,7 +77,9 @@ class Recorder:
             return None
         context, layer, _ = call
         rows = [(index, part, ahead) for index, part in enumerate(plan.parts()) for ahead in range(len(part.token_ids))]
-        for piece, (start, count) in enumerate(zip(selected.query_start.tolist(), selected.query_lengths, strict=False)):
+        for piece, (start, count) in enumerate(
+            zip(selected.query_start.tolist(), selected.query_lengths, strict=False)
+        ):
             for offset, (index, part, ahead) in enumerate(rows[start : start + count]):
                 query, life = part.start + ahead, self.lives[self._owner(part.slot)][-1]
                 for head in range(context.kept.shape[2]):

@@ -121,11 +121,11 @@ class Stack:
         draft: DraftInfo | None = None,
         aborts: Mapping[str, Abort] | None = None,
         looks_ahead: bool = False,
-        disturb: Callable[[Scheduler, int], None] | None = None,
+        loop: EngineLoop | None = None,
         **changes: Any,
     ) -> Run:
-        """Two requests come every few steps. `disturb` may meddle between steps; changes: of `SchedulerConfig`."""
-        loop = self.loop(draft, looks_ahead, **changes)
+        """Two requests come every few steps. loop: one that has served others; changes: of `SchedulerConfig`."""
+        loop = loop or self.loop(draft, looks_ahead, **changes)
         scheduler = loop.scheduler
         told: Told = defaultdict(Choice)
         run, waiting = Run(told, SpeculationCounts(), loop, 0, 0), list(requests)
@@ -145,8 +145,6 @@ class Stack:
                         loop.abort(event.request_id)
             scheduler.check_integrity()
             run.ahead += len(loop._in_flight)
-            if disturb is not None:
-                disturb(scheduler, turn)
         stats = loop.stats()
         assert stats.pages_used == 0 and scheduler._cache.available == stats.pages_total
         run.counts = stats.speculation

@@ -84,11 +84,13 @@ class Serving:
         self.ended: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
 
-    def submit(self, name: str, prompt: list[int], prune: PruneParams | None, **changes: Any) -> None:
+    def submit(
+        self, name: str, prompt: list[int], prune: PruneParams | None, speculate: bool = True, **changes: Any
+    ) -> None:
         settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 0} | changes
         self.requests[name] = Request(
             id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**settings), seed=5, prune=prune,
-            repeat_ids=INSTRUCTION,
+            repeat_ids=INSTRUCTION, speculate=speculate,
         )  # fmt: skip
         self.loop.submit(self.requests[name])
 

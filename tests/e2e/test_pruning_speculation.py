@@ -3,7 +3,6 @@
 See `test_pruning_matrix`, whose checks hold here after every step and at the end.
 """
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from quire.core.ids import RequestId
-from quire.pruning.table import POLICIES, policy_infos
+from quire.pruning.table import policy_infos
 from quire.scheduler.swap import SwapCosts
 
 from .speculating import Stack, save_like
@@ -64,7 +63,9 @@ def without(stack: Stack, model: Path) -> dict[str, Serving]:
     return {}
 
 
-@pytest.mark.parametrize("name", ["ngram", "layerskip", "like", "itself"])
+@pytest.mark.parametrize(
+    "name", ["like", "layerskip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "itself"))]
+)
 @pytest.mark.parametrize("policy", policy_infos())
 def test_with_drafts_it_forgets_the_same(
     stack: Stack, model: Path, drafts: dict[str, str], without: dict[str, Serving], policy: str, name: str
@@ -88,3 +89,76 @@ def test_with_drafts_it_forgets_the_same(
     assert uses[::2] == uses[1::2]
     counts = drafting.loop.stats().speculation
     assert counts.draft_tokens > 0 and (name == "ngram" or counts.accepted_tokens > 10)
+
+
+@pytest.mark.parametrize(
+    "name", ["itself", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "layerskip"))]
+)
+@pytest.mark.parametrize("policy", [*QUICK, "kvzip", "quest"])
+def test_in_small_steps_and_with_reused_prefixes(
+    stack: Stack, model: Path, drafts: dict[str, str], policy: str, name: str
+) -> None:
+    served = serving(stack, model, drafts[name], fixed=False, max_batch_tokens=24)
+    first = prompt(61)
+    served.submit("plain", prompt(30, 1), None)
+    served.submit("a", first, params(policy), max_tokens=20)
+    served.run()
+    served.submit("b", [*first, 9, 9], params(policy), n=3, temperature=0.8)  # begins with what `a` published
+    served.submit("c", prompt(50, 2), params(policy, chunked=False, context=40), max_tokens=20)
+    served.submit("again", first, None, max_tokens=20)
+    served.run()
+    served.check()
+    assert served.ended["again", 0].cached_tokens > 0 and len(served.ended) == 7
+    assert served.loop.stats().speculation.draft_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["itself", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "like"))]
+)
+@pytest.mark.parametrize("swaps", [False, True])
+@pytest.mark.parametrize("when", ["pressure", "always"])
+def test_in_a_pool_too_small_for_all(
+    stack: Stack,
+    model: Path,
+    drafts: dict[str, str],
+    when: str,
+    swaps: bool,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
+    host = stack.config.num_host_pages if swaps else 0
+    small: dict[str, Any] = {"num_pages": 31 * stack.rows, "num_host_pages": host, "prunes_under_pressure": True}
+    served = serving(stack, model, drafts[name], max_batch_tokens=24, **small)
+    for number, policy in enumerate((*QUICK, "h2o", "kvzip", "quest", "window")):
+        ask = params(policy, keep=0.6, when="always" if policy == "quest" else when)
+        logprobs = 0 if number % 2 else None
+        served.submit(f"r{number}", prompt(40, number % 5), ask, max_tokens=30, logprobs=logprobs, n=1 + number % 2)
+    served.submit("plain", prompt(41, 9), None, max_tokens=40)
+    served.run()
+    assert not served.failed and len(served.ended) == 11
+    served.check()
+    stats = served.loop.stats()
+    assert stats.preemptions_total > 0 and stats.speculation.draft_tokens > 0
+    assert (stats.swap_in_sequences_total > 0) == swaps
+    assert any("pressure" in totals.prunes for totals in stats.prunes.values()) or when == "always"
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "kvzip", "quest"])
+@pytest.mark.parametrize("name", ["itself"])
+def test_cancelled_at_any_moment_it_leaves_nothing_behind(
+    stack: Stack, model: Path, drafts: dict[str, str], name: str, policy: str
+) -> None:
+    alone = serving(stack, model, None, max_batch_tokens=24)
+    alone.submit("other", prompt(30, 1), None, max_tokens=20)
+    alone.run()
+    for steps in (1, 3, 4, 6, 9):
+        served = serving(stack, model, drafts[name], max_batch_tokens=24)
+        served.submit("other", prompt(30, 1), None, max_tokens=20)
+        served.submit("gone", prompt(61), params(policy), max_tokens=50)
+        for _ in range(steps):
+            served.step()
+        served.loop.abort(RequestId("gone"))
+        served.run()
+        assert served.tokens["other", 0] == alone.tokens["other", 0]
+        assert ("gone", 0) not in served.ended

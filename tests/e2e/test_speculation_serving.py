@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
+from msgspec.structs import replace
 
 from quire.core.request import Request
-from quire.core.speculation import DraftInfo
-from quire.scheduler.scheduler import Scheduler
+from quire.core.speculation import DraftInfo, StepCosts
 from quire.scheduler.swap import SwapCosts
 
-from .speculating import Choice, Run, Stack, assert_equal, request, save, save_like
-from .test_parity import CASES, GQA, SHAPE
+from .speculating import Run, Stack, assert_equal, request, save, save_like
+from .test_parity import CASES, GQA
 from .test_prefix import tokens
 
 SHARED = tokens(37, seed=1)
@@ -126,3 +125,77 @@ def test_requests_are_told_the_same(
         assert run.cut_short > 0 or scene == "small chunks"
     if name == "itself":
         assert counts.accepted_tokens == counts.draft_tokens
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+@pytest.mark.parametrize("name", ["ngram", "itself"])
+def test_who_is_cancelled_or_late_leaves_nothing_behind(
+    stack: Stack, plain: Run, drafts: dict[str, str], name: str, looks_ahead: bool
+) -> None:
+    def many(count: int) -> Any:
+        return lambda choice: len(choice.tokens) >= count
+
+    sent = requests()
+    sent[2:2] = [request("late", tokens(20, seed=77), max_tokens=90, timeout=12.0)]
+    aborts = {"long": many(9), "greedy": many(1), "without": many(5), "penalised": many(2), "scored": many(12)}
+    run = stack.serve(sent, stack.draft(drafts[name]), aborts, looks_ahead, num_host_pages=0)
+    late = run.told.pop(("late", 0))
+    assert late.end == ("DeadlineError", None) and late.tokens
+    for gone in aborts:
+        choice = run.told.pop((gone, 0))
+        assert choice.end is None and aborts[gone](choice)
+        assert choice.tokens == plain.told[gone, 0].tokens[: len(choice.tokens)]
+    assert_equal(run.told, {key: choice for key, choice in plain.told.items() if key[0] not in aborts})
+
+
+@pytest.mark.parametrize("name", ["ngram", "layerskip", "itself"])
+def test_prefixes_hit_and_miss_alike(stack: Stack, drafts: dict[str, str], name: str) -> None:
+    """Turns of a dialogue, whose answers were accepted in runs: they are reused as far as their blocks are full."""
+    said = []
+    for draft in (None, stack.draft(drafts[name], fixed=False)):
+        dialogue, told = tokens(9, seed=2), []
+        loop = stack.loop(draft, num_host_pages=0)
+        for turn in range(5):
+            run = stack.serve([request(str(turn), dialogue, max_tokens=13)], loop=loop)
+            choice = run.told[str(turn), 0]
+            told.append((choice.tokens, choice.cached))
+            dialogue = [*dialogue, *choice.tokens, *tokens(turn, seed=turn)]
+        said.append(told)
+        assert (loop.stats().speculation.draft_tokens > 0) == (draft is not None)
+    assert said[0] == said[1] and said[0][-1][1] > 60
+
+
+@pytest.mark.parametrize("cheap", [True, False])
+def test_lengths_are_chosen_and_no_text_depends_on_it(
+    stack: Stack, plain: Run, drafts: dict[str, str], cheap: bool
+) -> None:
+    """Where drafts pay they are asked for, where they do not hardly."""
+    info = stack.draft(drafts["like"], fixed=False)
+    costly = StepCosts(rows=[(1, 1.0), (64, 64.0)], drafts=[(1, 1.0), (8, 8.0)])
+    run = stack.serve(requests(), info if cheap else replace(info, costs=costly), num_host_pages=0)
+    assert_equal(run.told, plain.told)
+    if cheap:
+        assert run.counts.draft_tokens > 3 * run.counts.lengths[0]
+    else:
+        assert run.counts.lengths[0] > 3 * sum(run.counts.lengths[1:])
+
+
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in names else name for name in CASES]
+
+
+@pytest.mark.parametrize("case", slow("llama", "qwen2", "qwen3", "phi3", "gpt-neox"))
+def test_kinds_of_models_and_runners(tmp_path: Path, case: str) -> None:
+    """Preempted and recomputed, in small chunks, with windows that drafts reach beyond."""
+    folder = save(tmp_path, CASES[case].config())
+    stack = Stack(folder, runner=CASES[case].runner, max_model_len=100)
+    kinds = ["greedy", "scored", "cut", "penalised", "at least", "choices", "seven", "long"]
+    sent = [one for one in requests() if one.id in kinds]
+    alone = stack.serve(sent, prefix_cache=False, max_num_seqs=1)
+    for name in ("ngram", "itself", *(["layerskip"] if CASES[case].runner == "native" else [])):
+        draft = stack.draft({"itself": str(folder), "layerskip": "layerskip:2"}.get(name, name))
+        need = stack.loop().scheduler.config.pages_needed(96)
+        run = stack.serve(sent, draft, max_batch_tokens=17, num_pages=int(1.3 * need))
+        assert_equal(run.told, alone.told)
+        assert run.loop.stats().preemptions_total > 0 and run.counts.draft_tokens > 0
+        assert run.counts.accepted_tokens == run.counts.draft_tokens or name != "itself"
