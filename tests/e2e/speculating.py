@@ -12,7 +12,7 @@ import transformers
 
 from quire.core.config import EngineConfig
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, Logprob, Tokens, single_events
+from quire.core.messages import Failed, Finished, Logprob, single_events
 from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request, SamplingParams
 from quire.core.speculation import DraftInfo, SpeculationCounts, StepCosts
@@ -140,9 +140,9 @@ class Stack:
                 break
             for event in single_events(loop.step().events):
                 self._tell(told, event)
-                if aborts and isinstance(event, Tokens) and event.request_id in aborts:
-                    if aborts[event.request_id](told[event.request_id, event.index]):
-                        loop.abort(event.request_id)
+                leaves = (aborts or {}).get(event.request_id)
+                if leaves and leaves(told[event.request_id, 0]):
+                    loop.abort(event.request_id)
             scheduler.check_integrity()
             run.ahead += len(loop._in_flight)
         stats = loop.stats()

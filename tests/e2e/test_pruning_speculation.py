@@ -38,6 +38,12 @@ def stack(model: Path) -> Stack:
     return Stack(model, swap_memory=2**21)
 
 
+@pytest.fixture
+def swapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it costs."""
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
+
+
 def serving(stack: Stack, model: Path, draft: str | None, fixed: bool = True, **changes: Any) -> Serving:
     """A checked loop with or without somebody who drafts; changes: of the scheduler's settings."""
     info = None if draft is None else stack.draft(draft, fixed=fixed)
@@ -112,6 +118,7 @@ def test_in_small_steps_and_with_reused_prefixes(
     assert served.loop.stats().speculation.draft_tokens > 0
 
 
+@pytest.mark.usefixtures("swapping")
 @pytest.mark.parametrize(
     "name", ["itself", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "like"))]
 )
@@ -124,9 +131,7 @@ def test_in_a_pool_too_small_for_all(
     when: str,
     swaps: bool,
     name: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
     host = stack.config.num_host_pages if swaps else 0
     small: dict[str, Any] = {"num_pages": 31 * stack.rows, "num_host_pages": host, "prunes_under_pressure": True}
     served = serving(stack, model, drafts[name], max_batch_tokens=24, **small)

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drafts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By name: who drafts. The target itself, one that often agrees with it, one that knows nothing and little context."""
+    """By name: who drafts. The target, one that often agrees, one that knows nothing and little context."""
     blind = transformers.LlamaConfig(**GQA | {"num_hidden_layers": 1, "max_position_embeddings": 40})
     return {
         "ngram": "ngram",
@@ -140,7 +140,7 @@ def test_who_is_cancelled_or_late_leaves_nothing_behind(
     aborts = {"long": many(9), "greedy": many(1), "without": many(5), "penalised": many(2), "scored": many(12)}
     run = stack.serve(sent, stack.draft(drafts[name]), aborts, looks_ahead, num_host_pages=0)
     late = run.told.pop(("late", 0))
-    assert late.end == ("DeadlineError", None) and late.tokens
+    assert late.end == ("RequestTimeoutError", None) and late.tokens
     for gone in aborts:
         choice = run.told.pop((gone, 0))
         assert choice.end is None and aborts[gone](choice)

@@ -23,6 +23,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+PARAMS: list[dict[str, Any]] = [
+    {},
+    {},
+    {"temperature": 0.8, "seed": 1},
+    {"temperature": 1.2, "top_p": 0.9},
+    {"temperature": 0.9, "seed": 2, "frequency_penalty": 0.7},
+    {"temperature": 0.9, "seed": 3, "stop_token_ids": tuple(range(3, 15)), "min_tokens": 3},
+    {"temperature": 1.0, "n": 2},
+]
+
+
 def load(folder: Path, kind: str, runner: str = "native") -> tuple[Stack, list[str]]:
     """A stack and the names of who may draft for it."""
     model = save(folder / "model", **KINDS[kind])
@@ -41,10 +52,7 @@ def send(serving: Serving, rng: random.Random, name: str) -> None:
         changes |= {"when": when} if policy not in ("quest", "kvzip") else {}
         prune = params(policy, keep=rng.choice([0.3, 0.6]), every=rng.randint(0, 9), **changes)
     ids = prompt(rng.choice([12, 24]), rng.randrange(2)) + prompt(rng.randint(1, 30), rng.randrange(5))
-    kind: dict[str, Any] = rng.choice([
-        {}, {}, {"temperature": 0.8, "seed": 1}, {"temperature": 1.2, "top_p": 0.9}, {"frequency_penalty": 0.7},
-        {"stop_token_ids": tuple(range(3, 15)), "min_tokens": 3}, {"n": 2, "temperature": 1.0},
-    ])  # fmt: skip
+    kind = rng.choice(PARAMS)
     serving.submit(
         name, ids, prune, speculate=rng.random() < 0.8, logprobs=rng.choice([None, 0]),
         max_tokens=rng.randint(3, 30), **kind,
