@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from quire.core.plan import BatchPlan
+from quire.engine.cache import KVCache
+from quire.engine.engine import Engine
 from quire.scheduler.loop import EngineLoop
 
 NEVER = 2**31
@@ -40,7 +42,8 @@ class Recorder:
         self._loop = loop
         engine: Any = loop.engine
         self._engine = engine
-        self._launch, self._compact = self._engine.launch, self._engine.cache.compact
+        # Their own, not those of a recorder that watched them before.
+        self._launch, self._compact = Engine.launch.__get__(engine), KVCache.compact.__get__(engine.cache)
         self._engine.launch = self.launch
         self._engine.cache.compact = self.compact
         self.compactions = 0
@@ -69,21 +72,27 @@ class Recorder:
         return launched
 
     def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
-        """Which entries the step's single rows leave out in this layer."""
+        """Which entries the step's rows leave out in this layer; a row whose draft token is rejected comes again."""
+        if selected is None:
+            return None
         context, layer, _ = call
-        for index, part in enumerate(plan.parts() if selected is not None else ()):
-            for head in range(context.kept.shape[2]):
-                tables = [(context.page_table[index, layer, head], context.kept[index, layer, head])]
-                tables.append((selected[0][index, head], selected[1][index, head]))
-                every, read = (
-                    set(context.entry_positions[table.long()].flatten()[: int(kept) + len(part.token_ids)].tolist())
-                    for table, kept in tables
-                )
-                assert read <= every and part.start in read
-                if every - read:
-                    assert len(part.token_ids) == 1
-                    life = self.lives[self._owner(part.slot)][-1]
-                    life.passed_over[layer, head, part.start] = every - read
+        rows = [(index, part, ahead) for index, part in enumerate(plan.parts()) for ahead in range(len(part.token_ids))]
+        for piece, (start, count) in enumerate(
+            zip(selected.query_start.tolist(), selected.query_lengths, strict=False)
+        ):
+            for offset, (index, part, ahead) in enumerate(rows[start : start + count]):
+                query, life = part.start + ahead, self.lives[self._owner(part.slot)][-1]
+                for head in range(context.kept.shape[2]):
+                    whole = context.page_table[index, layer, head], context.kept[index, layer, head] + ahead
+                    some = selected.page_table[piece, head], selected.kept[piece, head] + offset
+                    every, read = (
+                        set(context.entry_positions[table.long()].flatten()[: int(kept) + 1].tolist())
+                        for table, kept in (whole, some)
+                    )
+                    assert read <= every and query in read
+                    life.passed_over.pop((layer, head, query), None)
+                    if every - read:
+                        life.passed_over[layer, head, query] = every - read
         return selected
 
     def compact(self, compaction: Any, *rest: Any) -> None:
@@ -157,7 +166,8 @@ def hide(life: Life, config: Any, size: int) -> None:
     for (layer, head, position), first in life.forgotten.items():
         _hidden[layer][head, first:, position] = True
     for (layer, head, query), positions in life.passed_over.items():
-        _hidden[layer][head, query, list(positions)] = True
+        if query < size:  # what was rejected at the end never comes
+            _hidden[layer][head, query, list(positions)] = True
 
 
 @torch.inference_mode()

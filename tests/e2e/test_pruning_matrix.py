@@ -21,6 +21,7 @@ from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.pruning.table import POLICIES
 from quire.scheduler.client import load_in_process
+from quire.scheduler.loop import EngineLoop
 from quire.scheduler.swap import SwapCosts
 
 from .kept_oracle import Recorder, expected_logprobs, load_reference
@@ -68,10 +69,10 @@ def params(policy: str, **changes: Any) -> PruneParams:
 class Serving:
     """A loop whose every step is checked; remembers what each choice was told."""
 
-    def __init__(self, model: Path, **settings: Any) -> None:
+    def __init__(self, model: Path, loop: EngineLoop | None = None, **settings: Any) -> None:
         options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 6, "max_batch_tokens": 24} | settings
         self.model = model
-        self.loop = load_in_process(
+        self.loop = loop or load_in_process(
             EngineConfig(model=str(model), device="cpu", dtype="float32", **options), lambda phase, done, total: None
         )
         self.recorder = Recorder(self.loop)
@@ -83,11 +84,13 @@ class Serving:
         self.ended: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
 
-    def submit(self, name: str, prompt: list[int], prune: PruneParams | None, **changes: Any) -> None:
+    def submit(
+        self, name: str, prompt: list[int], prune: PruneParams | None, speculate: bool = True, **changes: Any
+    ) -> None:
         settings = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 0} | changes
         self.requests[name] = Request(
             id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**settings), seed=5, prune=prune,
-            repeat_ids=INSTRUCTION,
+            repeat_ids=INSTRUCTION, speculate=speculate,
         )  # fmt: skip
         self.loop.submit(self.requests[name])
 
