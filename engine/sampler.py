@@ -73,7 +73,7 @@ class Sampler:
         members = self._where(free)
         seeds = self.table.keys[owners[members], 0]
         scaled = self._scaled(logits[members], rows.slots[free], owners[members])
-        drawn = draw_drafts(scaled, seeds, places[members])
+        drawn = draw_drafts(scaled, seeds, places[members], self.backend)
         if free.all():
             return drawn, scaled
         tokens, others = torch.empty_like(owners), self._where(~free)
@@ -199,7 +199,7 @@ class Sampler:
         """Tokens [J]: draft tokens where they are accepted."""
         seeds = self.table.keys[owners, 0]
         scaled = self._scaled(logits, slots, owners)
-        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places)
+        return judge_drafts(scaled, judged.drafts, judged.scaled, judged.heads, seeds, places, self.backend)
 
     def _scaled(self, logits: Tensor, slots: IntArray, owners: Tensor) -> Tensor:
         """[N, V]: what `_draw_kind` would draw from the softmax of; no row is greedy."""
@@ -207,9 +207,9 @@ class Sampler:
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         cut = self.table.kinds[slots] == DRAW_KINDS.index("truncated")
         if not cut.any():
-            return full_logits(logits, temperature, min_p)
-        if cut.all():
-            return truncated_logits(logits, temperature, top_k, top_p, min_p)
+            return full_logits(logits, temperature, min_p, self.backend)
+        if cut.all() or self.backend == "cpu":  # the kernel sees for itself where there is nothing to cut
+            return truncated_logits(logits, temperature, top_k, top_p, min_p, self.backend)
         scaled = torch.empty_like(logits)
         whole, some = self._where(~cut), self._where(cut)
         scaled[whole] = full_logits(logits[whole], temperature[whole], min_p[whole])
@@ -238,8 +238,8 @@ class Sampler:
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         seeds, top_k = keys.unbind(1)
         if kind == "full":
-            return sampling.sample_full(logits, temperature, min_p, seeds, positions)
-        return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions)
+            return sampling.sample_full(logits, temperature, min_p, seeds, positions, self.backend)
+        return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions, self.backend)
 
     def _adjust(self, logits: Tensor, rows: Rows, owners: Tensor, *, shared: bool) -> Tensor:
         """Penalties, bias and minimum length; `owners` are the slots on the device. Copies `shared` logits first."""

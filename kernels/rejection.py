@@ -9,17 +9,25 @@ of its own, so what the draft drew, whether it is accepted and what replaces it 
 import torch
 from torch import Tensor
 
+from .backend import Backend
+from .cpu_library import loaded_library
 from .noise import ACCEPT_STREAM, DRAFT_STREAM, stream, uniforms
 from .sampling import draw_scaled
 
 
-def draw_drafts(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def draw_drafts(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backend = "reference") -> Tensor:
     """Draft tokens [R] int64 drawn from the softmax of scaled [R, V]; seeds, positions [R] int64."""
-    return draw_scaled(scaled, seeds, stream(positions, DRAFT_STREAM))
+    return draw_scaled(scaled, seeds, stream(positions, DRAFT_STREAM), backend)
 
 
 def judge_drafts(
-    scaled: Tensor, drafts: Tensor, draft_scaled: Tensor, heads: Tensor, seeds: Tensor, positions: Tensor
+    scaled: Tensor,
+    drafts: Tensor,
+    draft_scaled: Tensor,
+    heads: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    backend: Backend = "reference",
 ) -> Tensor:
     """[R] int64, distributed as p, the softmax of scaled [R, V], where `drafts` [R] int64 were drawn from q, that of
     draft_scaled [R, V].
@@ -27,8 +35,10 @@ def judge_drafts(
     The draft token x with probability min(1, p(x) / q(x)), else one of norm(max(p - q, 0)), which is never x; from p
     where nothing is left of that but rounding, and where q makes no sense. heads [R] int64: the first row of the run of
     consecutive rows that a row belongs to; what follows a rejection in a run is not drawn, but -1. seeds, positions [R]
-    int64. The host reads how many rows are to be drawn.
+    int64. But for the C++ kernel, the host reads how many rows are to be drawn.
     """
+    if backend == "cpu":
+        return _judge_cpu(scaled, drafts, draft_scaled, heads, seeds, positions)
     of_p, of_q = _probabilities(scaled, drafts), _probabilities(draft_scaled, drafts)
     accepted = (uniforms(seeds, stream(positions, ACCEPT_STREAM)) * of_q < of_p) & (of_q > 0)
     rejected = (~accepted).long()
@@ -39,6 +49,19 @@ def judge_drafts(
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
     tokens = torch.where(accepted, drafts, -1)
     tokens[first] = draw_scaled(residual.log_(), seeds[first], positions[first])
+    return tokens
+
+
+def _judge_cpu(
+    scaled: Tensor, drafts: Tensor, draft_scaled: Tensor, heads: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """cpu_rejection.cpp"""
+    rows, vocab = scaled.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    decide = stream(positions, ACCEPT_STREAM)
+    arguments = [part.contiguous() for part in (scaled, draft_scaled, drafts, heads, seeds, decide, positions)]
+    pointers = (tensor.data_ptr() for tensor in (*arguments, tokens))
+    loaded_library().judge_rows(*pointers, rows, vocab, torch.get_num_threads())
     return tokens
 
 
