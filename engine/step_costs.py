@@ -1,6 +1,5 @@
 """What steps cost on this machine, found by a few steps of short sequences before the first request."""
 
-import statistics
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -16,7 +15,7 @@ from .speculation import Proposed
 
 _COUNTS = (1, 8, 2, 4, 16, 32, 64)
 """In the order in which they are worth knowing, should there be no time for all."""
-_REPEATS = 3
+_REPEATS = 5
 _ROW_SECONDS = 0.2
 _DRAFT_SECONDS = 0.1
 _DEPTH = 4
@@ -107,15 +106,22 @@ class CostProbe:
 
 
 def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
-    """Medians of `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
+    """Least `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
 
-    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each.
+    All counts are tried in turn, so that a machine that is busy for a while spoils one time of each. What is left of
+    that goes where more takes less: nothing takes longer than something larger did.
     """
-    times: dict[int, list[float]] = {}
+    times: dict[int, float] = {}
     spent = 0.0
     for count in [*counts] * _REPEATS:
         if spent > budget and len(times) >= 2:
             break
-        times.setdefault(count, []).append(seconds(count))
-        spent += times[count][-1]
-    return sorted((count, statistics.median(values)) for count, values in times.items())
+        taken = seconds(count)
+        times[count] = min(taken, times.get(count, taken))
+        spent += taken
+    least = float("inf")
+    found: list[tuple[int, float]] = []
+    for count, taken in sorted(times.items(), reverse=True):
+        least = min(least, taken)
+        found.append((count, least))
+    return found[::-1]

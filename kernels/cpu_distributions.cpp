@@ -100,11 +100,11 @@ void cut_row(float* x, long width, const Cuts& cuts, std::vector<uint64_t>& keys
   for (size_t i = 0; i < kept; i++) x[token_of(keys[i])] = values[i];
 }
 
-// (x - top) / temperature.
+// (x - top) / temperature; adding zero makes one of the two zeros, which would be ranked apart.
 void scale_row(const float* x, float top, float* y, long width, float temperature) {
   long i = 0;
-  for (; i + kLanes <= width; i += kLanes) store(y + i, (load(x + i) - top) / temperature);
-  for (; i < width; i++) y[i] = (x[i] - top) / temperature;
+  for (; i + kLanes <= width; i += kLanes) store(y + i, (load(x + i) - top) / temperature + 0.0f);
+  for (; i < width; i++) y[i] = (x[i] - top) / temperature + 0.0f;
 }
 
 void shape_row(const float* x, float* y, long width, const Cuts& cuts, std::vector<uint64_t>& keys,

@@ -22,7 +22,7 @@ def rank_tokens(scores: Tensor, width: int) -> Tensor:
     Sorts integer keys that hold score and token, so that the result is the same whatever algorithm sorts.
     """
     vocab = scores.shape[-1]
-    bits = scores.contiguous().view(torch.int32)
+    bits = (scores + 0.0).view(torch.int32)  # there are two zeros, equal as floats only
     ordered = bits ^ ((bits >> 31) & (2**31 - 1))  # compares like the float it came from
     reverse_id = torch.arange(vocab - 1, -1, -1, device=scores.device)
     keys = (ordered.long() << 32) | reverse_id

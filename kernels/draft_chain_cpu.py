@@ -3,6 +3,7 @@
 Letters as in `kernels.decoder_cpu`; k tokens of each of S sequences, V vocabulary.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,9 +38,9 @@ class DraftChainCPU:
         vocab, hidden = self.head.shape
         x = torch.empty((sequences, hidden), dtype=self.layers.dtype)
         shared, _buffers = self.layers.prepare(x, *angles, step)
-        counts, logits = torch.tensor(active), torch.empty((sequences, vocab))
+        counts, logits = (ctypes.c_int64 * depth)(*active), torch.empty((sequences, vocab))
         chain = DraftChainArgs(
-            tokens=tokens.data_ptr(), active=counts.data_ptr(), embedding=self.embedding.data_ptr(),
+            tokens=tokens.data_ptr(), active=ctypes.addressof(counts), embedding=self.embedding.data_ptr(),
             norm=self.norm.data_ptr(), head=self.head.data_ptr(), cos=angles[0].data_ptr(), sin=angles[1].data_ptr(),
             logits=logits.data_ptr(), depth=depth, sequences=sequences, vocab=vocab,
         )  # fmt: skip

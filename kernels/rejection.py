@@ -34,7 +34,8 @@ def judge_drafts(
 
     The draft token x with probability min(1, p(x) / q(x)), else one of norm(max(p - q, 0)), which is never x; from p
     where nothing is left of that but rounding, and where q makes no sense. heads [R] int64: the first row of the run of
-    consecutive rows that a row belongs to; what follows a rejection in a run is not drawn, but -1. seeds, positions [R]
+    consecutive rows that a row belongs to; after a rejection in a run nothing is drawn,
+    and what stands there means nothing: -1, or a draft token. seeds, positions [R]
     int64. But for the C++ kernel, the host reads how many rows are to be drawn.
     """
     if backend == "cpu":
