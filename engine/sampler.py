@@ -70,17 +70,20 @@ class Sampler:
         logits = self._adjust(logits, rows, owners, shared=True)
         if not free.any():
             return self._draw_by_kind(logits, rows, owners, places), None
-        members = self._where(free)
-        seeds = self.table.keys[owners[members], 0]
-        scaled = self._scaled(logits[members], rows.slots[free], owners[members])
-        drawn = draw_drafts(scaled, seeds, places[members], self.backend)
         if free.all():
-            return drawn, scaled
+            return self._propose_freely(logits, rows.slots, owners, places)
+        members = self._where(free)
+        drawn, scaled = self._propose_freely(logits[members], rows.slots[free], owners[members], places[members])
         tokens, others = torch.empty_like(owners), self._where(~free)
         coupled = Rows(rows.slots[~free], rows.positions[~free])
         tokens[members] = drawn
         tokens[others] = self._draw_by_kind(logits[others], coupled, owners[others], places[others])
         return tokens, scaled
+
+    def _propose_freely(self, logits: Tensor, slots: IntArray, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """`propose` for rows that are all `SlotTable.free`, from adjusted logits."""
+        scaled = self._scaled(logits, slots, owners)
+        return draw_drafts(scaled, self.table.keys[owners, 0], places, self.backend), scaled
 
     def outputs(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]

@@ -26,7 +26,8 @@ class Draw(Protocol):
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """Tokens [M] int64 on the device from logits [M, V] float32 of the sequences `members` [M], indices into those
-        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too, unless `greedy`."""
+        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too, unless
+        `greedy`."""
         ...
 
 

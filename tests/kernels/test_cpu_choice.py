@@ -14,9 +14,10 @@ from quire.kernels.sampling import draw_scaled, sample_full, sample_truncated
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
 ROWS = 120
+Cuts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def rows_like(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, ...]:
+def rows_like(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, Cuts]:
     """Logits with ties, and temperature, top-k, top-p and min-p of each row: any of them may be off, not both cuts."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -29,30 +30,31 @@ def rows_like(vocab: int, spread: float, seed: int = 0) -> tuple[Tensor, ...]:
     top_p = torch.where(chance(0.8), torch.rand(ROWS, generator=generator).clamp(min=1e-6), 1.0)
     top_k = torch.where((top_k < 1) & (top_p >= 1), 7, top_k)
     min_p = torch.rand(ROWS, generator=generator) * 0.1 * chance(0.5)
-    return logits, temperature, top_k, top_p, min_p
+    return logits, (temperature, top_k, top_p, min_p)
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
 @pytest.mark.parametrize("vocab", [1, 5, 200, 8195])
 def test_the_same_tokens_are_kept_and_drawn(vocab, spread):
-    logits, temperature, top_k, top_p, min_p = arguments = rows_like(vocab, spread)
-    kept, expected = truncated_logits(*arguments, "cpu"), truncated_logits(*arguments)
+    logits, cuts = rows_like(vocab, spread)
+    temperature, _, _, min_p = cuts
+    kept, expected = truncated_logits(logits, *cuts, "cpu"), truncated_logits(logits, *cuts)
     assert torch.equal(kept, expected)
     assert torch.equal(full_logits(logits, temperature, min_p, "cpu"), full_logits(logits, temperature, min_p))
     keys = torch.arange(ROWS) * 7919 - 400, torch.arange(ROWS) * 3
-    assert torch.equal(sample_truncated(*arguments, *keys, "cpu"), sample_truncated(*arguments, *keys))
+    assert torch.equal(sample_truncated(logits, *cuts, *keys, "cpu"), sample_truncated(logits, *cuts, *keys))
     whole = logits, temperature, min_p, *keys
     assert torch.equal(sample_full(*whole, "cpu"), sample_full(*whole))
     assert torch.equal(draw_drafts(kept, *keys, "cpu"), draw_drafts(kept, *keys))
 
 
 def test_rows_apart_in_memory_and_forbidden_tokens():
-    logits, *cuts = rows_like(300, 3.0)
+    logits, cuts = rows_like(300, 3.0)
     logits[:, ::3] = -torch.inf
     wide = torch.full((ROWS, 400), 99.0)
     wide[:, :300] = logits
     assert torch.equal(truncated_logits(wide[:, :300], *cuts, "cpu"), truncated_logits(logits, *cuts))
-    strengths = torch.stack(cuts[:1] + cuts[2:], 1)  # columns, as the sampler hands them
+    strengths = torch.stack((cuts[0], *cuts[2:]), 1)  # columns, as the sampler hands them
     temperature, top_p, min_p = strengths.unbind(1)
     assert torch.equal(
         truncated_logits(logits, temperature, cuts[1], top_p, min_p, "cpu"), truncated_logits(logits, *cuts)
@@ -61,7 +63,7 @@ def test_rows_apart_in_memory_and_forbidden_tokens():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_without_a_distribution_leaves_the_others_alone(bad):
-    logits, *cuts = rows_like(100, 3.0)
+    logits, cuts = rows_like(100, 3.0)
     expected = truncated_logits(logits, *cuts)
     spoilt = logits.clone()
     spoilt[5] = bad
@@ -74,7 +76,7 @@ def test_a_row_without_a_distribution_leaves_the_others_alone(bad):
 
 @pytest.mark.parametrize("cut", [True, False])
 def test_the_same_drafts_are_accepted_and_replaced(cut):
-    logits, *cuts = rows_like(500, 2.0)
+    logits, cuts = rows_like(500, 2.0)
     noisy = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
     scaled, drafted = (
         truncated_logits(part, *cuts) if cut else full_logits(part, cuts[0], cuts[3]) for part in (logits, noisy)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from quire.models.native import NativeRunner
 from quire.models.placement import Placement
 from quire.models.runner import ModelRunner
 from quire.speculation.chain import draft_chain, single_rows
@@ -36,7 +37,9 @@ def run(runner: ModelRunner, place: Placement, *, together: bool) -> tuple[torch
     context = single_rows(cache.pool, cache.entry_positions, tables, at.clone(), 20, place.backend)
     logits = torch.randn((SLOTS, VOCAB), generator=generator)
     draw = GreedyDraw(MOST, VOCAB, greedy=together)
-    tokens = draft_chain(runner, logits, context, torch.full((SLOTS,), 20), np.arange(SLOTS), MOST, draw)
+    tokens = draft_chain(
+        runner, logits, context, torch.full((SLOTS,), 20), np.arange(SLOTS, dtype=np.int32), MOST, draw
+    )
     assert draw.drawn.tolist() == ([1] * SLOTS if together else MOST.tolist())
     return tokens, [cache.pool, cache.entry_positions, tables[1], context.positions]
 
@@ -60,7 +63,9 @@ def test_what_one_call_cannot_do_is_done_pass_by_pass(tmp_path):
     """Frequencies that depend on a sequence's length have no table."""
     scaling = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
     runner = make_checkpoint(tmp_path, "llama", MODELS["llama"] | scaling).load()
-    context = single_rows(*([torch.empty(0)] * 2), (torch.empty(0),) * 2, torch.arange(3), 4, "cpu")
+    assert isinstance(runner, NativeRunner)
+    none = torch.empty(0)
+    context = single_rows(none, none, (none, none), torch.arange(3), 4, "cpu")
     tokens = torch.full((2, 3), -1)
     assert not runner.continue_greedily(tokens, [3, 3], context)
     assert (tokens == -1).all()

@@ -33,9 +33,13 @@ class GreedyDraw:
         return logits.argmax(-1)
 
 
-def never(logits: Tensor, members: IntArray, depth: int) -> Tensor:
+class NeverDraw:
     """The draw of drafters that sample from no distribution."""
-    raise AssertionError("nothing is to be drawn")
+
+    greedy = False
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        raise AssertionError("nothing is to be drawn")
 
 
 class World(Generic[D]):
