@@ -52,6 +52,8 @@ def sampled_rows(
     plan: BatchPlan, layout: LogitLayout, table: SlotTable, distributions: DraftDistributions | None
 ) -> Rows:
     """The rows of `layout.sampled`."""
+    if not layout.samplers:
+        return Rows(plan.decodes.slots, plan.decodes.starts + 1)
     parts = [plan.sequences[index] for index in layout.samplers]
     slots = np.array([part.slot for part in parts], np.int32)
     ends = np.array([part.start + len(part.token_ids) for part in parts], np.int32)

@@ -70,17 +70,20 @@ class Sampler:
         logits = self._adjust(logits, rows, owners, shared=True)
         if not free.any():
             return self._draw_by_kind(logits, rows, owners, places), None
-        members = self._where(free)
-        seeds = self.table.keys[owners[members], 0]
-        scaled = self._scaled(logits[members], rows.slots[free], owners[members])
-        drawn = draw_drafts(scaled, seeds, places[members], self.backend)
         if free.all():
-            return drawn, scaled
+            return self._propose_freely(logits, rows.slots, owners, places)
+        members = self._where(free)
+        drawn, scaled = self._propose_freely(logits[members], rows.slots[free], owners[members], places[members])
         tokens, others = torch.empty_like(owners), self._where(~free)
         coupled = Rows(rows.slots[~free], rows.positions[~free])
         tokens[members] = drawn
         tokens[others] = self._draw_by_kind(logits[others], coupled, owners[others], places[others])
         return tokens, scaled
+
+    def _propose_freely(self, logits: Tensor, slots: IntArray, owners: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """`propose` for rows that are all `SlotTable.free`, from adjusted logits."""
+        scaled = self._scaled(logits, slots, owners)
+        return draw_drafts(scaled, self.table.keys[owners, 0], places, self.backend), scaled
 
     def outputs(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]
@@ -208,10 +211,10 @@ class Sampler:
         strengths, top_k = self.table.strengths[owners], self.table.keys[owners, 1]
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         cut = self.table.kinds[slots] == DRAW_KINDS.index("truncated")
-        if cut.all() or self._fused:  # one kernel knows both
+        if cut.all() or self._fused or self.backend == "cpu":  # their kernels see where there is nothing to cut
             return truncated_logits(logits, temperature, top_k, top_p, min_p, self.backend)
         if not cut.any():
-            return full_logits(logits, temperature, min_p)
+            return full_logits(logits, temperature, min_p, self.backend)
         scaled = torch.empty_like(logits)
         whole, some = self._where(~cut), self._where(cut)
         scaled[whole] = full_logits(logits[whole], temperature[whole], min_p[whole])
@@ -257,8 +260,8 @@ class Sampler:
         temperature, top_p, min_p = (strengths[:, column] for column in (TEMPERATURE, TOP_P, MIN_P))
         seeds, top_k = keys.unbind(1)
         if kind == "full":
-            return sampling.sample_full(logits, temperature, min_p, seeds, positions)
-        return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions)
+            return sampling.sample_full(logits, temperature, min_p, seeds, positions, self.backend)
+        return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions, self.backend)
 
     def _adjust(self, logits: Tensor, rows: Rows, owners: Tensor, *, shared: bool) -> Tensor:
         """Penalties, bias and minimum length; `owners` are the slots on the device. Copies `shared` logits first."""

@@ -104,8 +104,8 @@ class ProposalDraw:
         if penalised:
             self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
         adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
-        self._best = not (adjusted or table.kinds[slots].any())
-        """Whether every token is just the likeliest; `DRAW_KINDS` begins with that."""
+        self.greedy = not (adjusted or table.kinds[slots].any())
+        """See `Draw`; `DRAW_KINDS` begins with that."""
         self._places: IntArray = np.full((len(slots), most), -1, np.int32)
         """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
         self._scaled: list[Tensor] = []
@@ -114,7 +114,7 @@ class ProposalDraw:
         """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
         table = self._sampler.table
         logits = logits[:, : table.vocab_size]
-        if self._best:
+        if self.greedy:
             return sampling.greedy_tokens(logits, self._sampler.backend)
         if logits.shape[1] < table.vocab_size:
             logits = pad(logits, (0, table.vocab_size - logits.shape[1]), value=float("-inf"))

@@ -16,7 +16,7 @@ from .speculation import Proposed
 
 _COUNTS = (1, 8, 2, 4, 16, 32, 64)
 """In the order in which they are worth knowing, should there be no time for all."""
-_REPEATS = 3
+_REPEATS = 5
 _ROW_SECONDS = 0.2
 _DRAFT_SECONDS = 0.1
 _DEPTH = 4
@@ -112,14 +112,21 @@ def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: flo
     """Least `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
 
     All counts are tried in turn, so that a machine that is busy for a while spoils one time of each; the first two
-    twice at least, for what is found much too dear here is hardly ever tried again.
+    twice at least, for what is found much too dear here is hardly ever tried again. What is left of that goes where
+    more takes less: nothing takes longer than something larger did.
     """
-    times: dict[int, list[float]] = {}
+    times: dict[int, float] = {}
     spent = 0.0
     counts = list(counts)
     for turn, count in itertools.product(range(_REPEATS), counts):
         if spent > budget and (turn > 1 or count not in counts[:2]):
             continue
-        times.setdefault(count, []).append(seconds(count))
-        spent += times[count][-1]
-    return sorted((count, min(values)) for count, values in times.items())
+        taken = seconds(count)
+        times[count] = min(taken, times.get(count, taken))
+        spent += taken
+    least = float("inf")
+    found: list[tuple[int, float]] = []
+    for count, taken in sorted(times.items(), reverse=True):
+        least = min(least, taken)
+        found.append((count, least))
+    return found[::-1]

@@ -5,28 +5,6 @@
 namespace quire {
 namespace {
 
-struct Matrix {
-  const void *weight, *bias;  // [out, in]; [out] or null
-};
-
-struct DecoderLayer {
-  const void *attention_norm, *mlp_norm;  // [E]
-  const void* head_norm;                  // [H + K, D] or null
-  Matrix qkv, output, gate_up, down;
-  long window;  // 0: none
-};
-
-// One step. The buffers between the layers' parts are the caller's.
-struct DecoderStep {
-  void* x;                          // [T, E], replaced by the last layer's output
-  void *normed, *heads, *gated;     // [T, E], [T, (H + 2 K) * D], [T, F]
-  const void *cos, *sin;            // [T, half]
-  long rows, hidden, feed_forward, half;
-  long table_layer, kept_layer;     // strides of the page table and of the kept lengths
-  float epsilon;
-  int is_bf16, threads;
-};
-
 void run_layer(const DecoderLayer& layer, const DecoderStep& s, const Args& a) {
   const long heads_width = (a.heads + 2 * a.kv_heads) * a.width, mixed_width = a.heads * a.width;
   auto multiply = [&](const Matrix& m, const void* x, long in, void* y, long out, const void* residual, bool gated) {

@@ -1,6 +1,32 @@
-// The functions that the library exports and that cpu_decoder.cpp calls as well; what they do stands at their bodies.
+// The functions that the library exports and also calls itself; what they do stands at their bodies.
 #pragma once
 #include "cpu_attention.h"
+
+namespace quire {
+
+struct Matrix {
+  const void *weight, *bias;  // [out, in]; [out] or null
+};
+
+struct DecoderLayer {
+  const void *attention_norm, *mlp_norm;  // [E]
+  const void* head_norm;                  // [H + K, D] or null
+  Matrix qkv, output, gate_up, down;
+  long window;  // 0: none
+};
+
+// One step. The buffers between the layers' parts are the caller's.
+struct DecoderStep {
+  void* x;                          // [T, E], replaced by the last layer's output
+  void *normed, *heads, *gated;     // [T, E], [T, (H + 2 K) * D], [T, F]
+  const void *cos, *sin;            // [T, half]
+  long rows, hidden, feed_forward, half;
+  long table_layer, kept_layer;     // strides of the page table and of the kept lengths
+  float epsilon;
+  int is_bf16, threads;
+};
+
+}  // namespace quire
 
 extern "C" {
 
@@ -15,4 +41,10 @@ void quire_rotate(void* heads, const void* cos, const void* sin, const void* wei
                   long num_heads, long width, long half, float epsilon, int is_bf16, int threads);
 
 void quire_attention(const quire::Args* args, int do_append, int do_attend, int is_bf16, int threads);
+
+void quire_decoder(const quire::DecoderLayer* layers, long count, const quire::DecoderStep* step,
+                   const quire::Args* attention);
+
+void quire_row_maxima(const float* x, float* values, int64_t* indices, long x_stride, long rows, long width,
+                      int threads);
 }

@@ -61,6 +61,15 @@ class DecoderStepArgs(ctypes.Structure):
     )
 
 
+class DraftChainArgs(ctypes.Structure):
+    """`quire::DraftChain` of cpu_draft_chain.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("tokens", "active", "embedding", "norm", "head", "cos", "sin", "logits")),
+        *((name, _LONG) for name in ("depth", "sequences", "vocab")),
+    )
+
+
 class CpuLibrary:
     """The functions of the library; arguments as in the C++ sources."""
 
@@ -76,8 +85,16 @@ class CpuLibrary:
         self.attention.argtypes = [ctypes.POINTER(AttentionArgs), _INT, _INT, _INT, _INT]
         self.decoder = library.quire_decoder
         self.decoder.argtypes = [_POINTER, _LONG, ctypes.POINTER(DecoderStepArgs), ctypes.POINTER(AttentionArgs)]
+        self.draft_chain = library.quire_draft_chain
+        self.draft_chain.argtypes = [*self.decoder.argtypes, ctypes.POINTER(DraftChainArgs)]
         self.row_maxima = library.quire_row_maxima
         self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
+        self.shape_rows = library.quire_shape_rows
+        self.shape_rows.argtypes = [_POINTER] * 6 + [_LONG] * 3 + [_INT]
+        self.draw_rows = library.quire_draw_rows
+        self.draw_rows.argtypes = [_POINTER] * 4 + [_LONG] * 2 + [_INT]
+        self.judge_rows = library.quire_judge_rows
+        self.judge_rows.argtypes = [_POINTER] * 8 + [_LONG] * 2 + [_INT]
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
         self.attention_columns = library.quire_attention_columns
@@ -86,9 +103,10 @@ class CpuLibrary:
         self.quadratic_form.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_INT]
         self.lag_ranks = library.quire_lag_ranks
         self.lag_ranks.argtypes = [_POINTER] * 3 + [_LONG] * 6 + [_FLOAT, _INT, _INT]
-        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder)
+        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.draft_chain)
+        choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.quadratic_form, self.lag_ranks)
-        for function in (*layers, self.row_maxima, self.compact, *scores):
+        for function in (*layers, *choices, self.compact, *scores):
             function.restype = None
 
 

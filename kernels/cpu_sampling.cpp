@@ -1,26 +1,11 @@
-// The largest logit of each row and where it stands first: one pass over memory, blocks are searched again in L1.
-#include "cpu.h"
-
-#include <math.h>
+// The likeliest token of each row, and one drawn from each. Finding a maximum is one pass over memory: the block that
+// holds it is searched again in L1.
+#include "cpu_rows.h"
 
 namespace quire {
 namespace {
 
 constexpr long kSearched = 2048;  // logits of a block: 8 KiB
-
-// Largest of `count` > 0 numbers; NaN if there is one.
-inline float largest(const float* x, long count) {
-  Vec top = broadcast(-INFINITY), nan = {};
-  long i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vec v = load(x + i);
-    top = v > top ? v : top;
-    nan = v != v ? v : nan;
-  }
-  float best = max_lanes(nan != nan ? nan : top);
-  for (; i < count; i++) best = x[i] > best || x[i] != x[i] ? x[i] : best;
-  return best;
-}
 
 inline void search_row(const float* x, long width, float* value, int64_t* index) {
   float best = -INFINITY;
@@ -46,4 +31,12 @@ extern "C" void quire_row_maxima(const float* x, float* values, int64_t* indices
                                  int threads) {
 #pragma omp parallel for num_threads(rows < threads ? rows : threads) schedule(dynamic, 1)
   for (long row = 0; row < rows; row++) quire::search_row(x + row * x_stride, width, values + row, indices + row);
+}
+
+// tokens [rows] drawn from the softmax of x [rows, width], contiguous, by the noise of (seed, position).
+extern "C" void quire_draw_rows(const float* x, const int64_t* seeds, const int64_t* positions, int64_t* tokens,
+                                long rows, long width, int threads) {
+#pragma omp parallel for num_threads(rows < threads ? rows : threads) schedule(dynamic, 1)
+  for (long row = 0; row < rows; row++)
+    tokens[row] = quire::draw_row(x + row * width, width, quire::NoiseKey(seeds[row], positions[row]));
 }

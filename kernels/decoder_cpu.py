@@ -48,7 +48,7 @@ class DecoderCPU:
         self._heads_width = first.qkv[0].shape[0]
         self._num_heads = first.output[0].shape[1] // head_dim
         self._num_kv_heads, self._head_dim, self._epsilon = num_kv_heads, head_dim, epsilon
-        self._dtype = first.down[0].dtype
+        self.dtype = first.down[0].dtype
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep) -> None:
         """Replace x [T, E], contiguous, by the last layer's output; the keys and values go into the step's cache.
@@ -57,11 +57,27 @@ class DecoderCPU:
         disagree.
         """
         rows = x.shape[0]
+        if x.shape != (rows, self._hidden) or x.dtype != self.dtype:
+            raise ValueError(f"x must be {self.dtype} [T, {self._hidden}], got {x.dtype} {list(x.shape)}")
+        if len(cos) != rows:
+            raise ValueError(f"cos and sin must have {rows} rows, got {len(cos)}")
+        shared, _buffers = self.prepare(x, cos, sin, step)
+        loaded_library().decoder(*self.layers, shared, step.args)
+
+    @property
+    def layers(self) -> tuple[int, int]:
+        """Address and number of the layers, for C."""
+        return ctypes.addressof(self._array), len(self._layers)
+
+    def prepare(self, x: Tensor, cos: Tensor, sin: Tensor, step: PagedStep) -> tuple[DecoderStepArgs, Tensor]:
+        """Arguments of a step whose rows are those of x [T, E], and the memory that they point into besides.
+
+        cos, sin [any, R / 2]; completes `step.args`. Raises `ValueError` where shapes disagree.
+        """
+        rows = x.shape[0]
         args, heads, kv_heads, width = step.args, self._num_heads, self._num_kv_heads, self._head_dim
-        if x.shape != (rows, self._hidden) or x.dtype != self._dtype:
-            raise ValueError(f"x must be {self._dtype} [T, {self._hidden}], got {x.dtype} {list(x.shape)}")
-        if cos.shape != sin.shape or len(cos) != rows or 2 * cos.shape[1] > width or cos.dtype != x.dtype:
-            raise ValueError(f"cos and sin must be {x.dtype} [{rows}, <= {width // 2}], got {list(cos.shape)}")
+        if cos.shape != sin.shape or 2 * cos.shape[1] > width or cos.dtype != x.dtype:
+            raise ValueError(f"cos and sin must be {x.dtype} [.., <= {width // 2}], got {list(cos.shape)}")
         if (args.kv_heads, args.width) != (kv_heads, width):
             raise ValueError(f"the cache must have {kv_heads} heads of {width}, has {args.kv_heads} of {args.width}")
         # One allocation, because fresh memory costs a page fault per 4 KiB.
@@ -81,7 +97,7 @@ class DecoderCPU:
             table_layer=step.table_layer, kept_layer=step.kept_layer, epsilon=self._epsilon,
             is_bf16=x.dtype == torch.bfloat16, threads=torch.get_num_threads(),
         )  # fmt: skip
-        loaded_library().decoder(ctypes.addressof(self._array), len(self._layers), shared, args)
+        return shared, buffers
 
 
 def _layer_args(layer: LayerWeights) -> DecoderLayerArgs:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backend import TRITON_BACKENDS, Backend
+from .cpu_library import loaded_library
 
 CANDIDATES = 1024
 """Sorted candidates looked at before a full sort of the vocabulary; a sort costs ten times as much."""
@@ -21,7 +22,7 @@ def rank_tokens(scores: Tensor, width: int) -> Tensor:
     Sorts integer keys that hold score and token, so that the result is the same whatever algorithm sorts.
     """
     vocab = scores.shape[-1]
-    bits = scores.contiguous().view(torch.int32)
+    bits = (scores + 0.0).view(torch.int32)  # there are two zeros, equal as floats only
     ordered = bits ^ ((bits >> 31) & (2**31 - 1))  # compares like the float it came from
     reverse_id = torch.arange(vocab - 1, -1, -1, device=scores.device)
     keys = (ordered.long() << 32) | reverse_id
@@ -34,24 +35,24 @@ def scale(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=_MIN_TEMPERATURE)[:, None])
 
 
-def full_logits(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+def full_logits(logits: Tensor, temperature: Tensor, min_p: Tensor, backend: Backend = "reference") -> Tensor:
     """[R, V], at most 0: `sample_full` draws from their softmax. Tokens that min-p drops are -inf."""
+    if backend == "cpu":
+        rows = len(logits)
+        return _shaped_cpu(logits, temperature, torch.zeros(rows, dtype=torch.int64), torch.ones(rows), min_p)
     scaled = scale(logits, temperature)
     return scaled.masked_fill_(scaled < min_p.log()[:, None], float("-inf"))
 
 
 def truncated_logits(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    backend: Backend = "reference",
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, backend: Backend = "reference"
 ) -> Tensor:
     """[R, V], at most 0: `sample_truncated` draws from their softmax. Tokens that it drops are -inf.
 
-    Arguments as there; the host reads a [R] mask if V is more than `CANDIDATES`, but not with Triton.
+    Arguments as there; but for our own kernels, the host reads a [R] mask if V is more than `CANDIDATES`.
     """
+    if backend == "cpu":
+        return _shaped_cpu(logits, temperature, top_k, top_p, min_p)
     if backend in TRITON_BACKENDS:
         from .cuts_triton import Truncation  # triton is installed beside a GPU only
         from .sampling_triton import processed_logits_triton
@@ -67,6 +68,23 @@ def truncated_logits(
         tokens, values, _ = best_candidates(scaled[rest], logits.shape[-1], *cuts)
         result[rest] = torch.empty_like(values).scatter_(1, tokens, values)
     return result
+
+
+def _shaped_cpu(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """cpu_distributions.cpp: the same distributions; a row that is not finite becomes NaN."""
+    rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    # Contiguous, and alive until the call returns.
+    cuts = (
+        temperature.clamp(min=_MIN_TEMPERATURE),
+        top_k.contiguous(),
+        top_p.contiguous(),
+        min_p.log(),
+    )
+    scaled = torch.empty((rows, vocab))
+    pointers = (logits.data_ptr(), scaled.data_ptr(), *(cut.data_ptr() for cut in cuts))
+    loaded_library().shape_rows(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
+    return scaled
 
 
 def best_candidates(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backend import TRITON_BACKENDS, Backend
+from .cpu_library import loaded_library
 from .noise import ACCEPT_STREAM, DRAFT_STREAM, stream, uniforms
 from .sampling import draw_scaled
 
@@ -33,9 +34,12 @@ def judge_drafts(
 
     The draft token x with probability min(1, p(x) / q(x)), else one of norm(max(p - q, 0)), which is never x; from p
     where nothing is left of that but rounding, and where q makes no sense. heads [R] int64: the first row of the run of
-    consecutive rows that a row belongs to; what follows a rejection in a run is not drawn, but -1. seeds, positions [R]
-    int64. The host reads how many rows are to be drawn, but not with Triton.
+    consecutive rows that a row belongs to; after a rejection in a run nothing is drawn, and what stands there means
+    nothing: -1, or a draft token. seeds, positions [R] int64. But for our own kernels, the host reads how many rows are
+    to be drawn.
     """
+    if backend == "cpu":
+        return _judge_cpu(scaled, drafts, draft_scaled, heads, seeds, positions)
     if backend in TRITON_BACKENDS:
         from .rejection_triton import judge_drafts_triton  # triton is installed beside a GPU only
 
@@ -50,6 +54,19 @@ def judge_drafts(
     residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
     tokens = torch.where(accepted, drafts, -1)
     tokens[first] = draw_scaled(residual.log_(), seeds[first], positions[first])
+    return tokens
+
+
+def _judge_cpu(
+    scaled: Tensor, drafts: Tensor, draft_scaled: Tensor, heads: Tensor, seeds: Tensor, positions: Tensor
+) -> Tensor:
+    """cpu_rejection.cpp"""
+    rows, vocab = scaled.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    decide = stream(positions, ACCEPT_STREAM)
+    arguments = [part.contiguous() for part in (scaled, draft_scaled, drafts, heads, seeds, decide, positions)]
+    pointers = (tensor.data_ptr() for tensor in (*arguments, tokens))
+    loaded_library().judge_rows(*pointers, rows, vocab, torch.get_num_threads())
     return tokens
 
 

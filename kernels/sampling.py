@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
-from .distributions import CANDIDATES, best_candidates, full_logits, rank_tokens, scale
+from .distributions import CANDIDATES, best_candidates, full_logits, rank_tokens, scale, truncated_logits
 from .noise import gumbel_noise
 
 _LOGPROB_ROWS = 32
@@ -66,17 +66,26 @@ def _row_maxima_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
     return values, tokens
 
 
-def sample_full(logits: Tensor, temperature: Tensor, min_p: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample_full(
+    logits: Tensor,
+    temperature: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    backend: Backend = "reference",
+) -> Tensor:
     """Draw from the whole distribution, of which min-p may cut the tail: logits [R, V] -> [R] int64.
 
     temperature, min_p [R] float32, temperature > 0; a token is dropped if its probability is below min_p times the
     largest one. seeds, positions [R] int64 key the noise (see `kernels.noise`). About 20 V operations per row.
     """
-    return draw_scaled(full_logits(logits, temperature, min_p), seeds, positions)
+    return draw_scaled(full_logits(logits, temperature, min_p, backend), seeds, positions, backend)
 
 
 def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64, drawn from the softmax of [R, V] by the noise of seeds and positions [R] int64."""
+    if backend == "cpu":
+        return _draw_cpu(scaled.contiguous(), seeds.contiguous(), positions.contiguous())
     if backend in TRITON_BACKENDS:
         from .sampling_triton import draw_triton  # triton is installed beside a GPU only
 
@@ -84,6 +93,15 @@ def draw_scaled(scaled: Tensor, seeds: Tensor, positions: Tensor, backend: Backe
         return draw_triton(scaled, one, one - 1, seeds, positions)
     tokens = torch.arange(scaled.shape[-1], device=scaled.device)
     return gumbel_noise(seeds, positions, tokens).add_(scaled).argmax(-1)
+
+
+def _draw_cpu(scaled: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """cpu_sampling.cpp; all contiguous."""
+    rows, vocab = scaled.shape
+    tokens = torch.empty(rows, dtype=torch.int64)
+    pointers = (tensor.data_ptr() for tensor in (scaled, seeds, positions, tokens))
+    loaded_library().draw_rows(*pointers, rows, vocab, torch.get_num_threads())
+    return tokens
 
 
 def sample_truncated(
@@ -94,6 +112,7 @@ def sample_truncated(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
+    backend: Backend = "reference",
 ) -> Tensor:
     """Draw from the best tokens only: logits [R, V] -> [R] int64.
 
@@ -102,6 +121,9 @@ def sample_truncated(
     largest probability; the best token always stays. The `CANDIDATES` best tokens settle most rows; only the rows
     they do not settle are sorted in full (one read of a [R] mask by the host).
     """
+    if backend == "cpu":
+        scaled = truncated_logits(logits, temperature, top_k, top_p, min_p, backend)
+        return draw_scaled(scaled, seeds, positions, backend)
     scaled = scale(logits, temperature)
     width = min(CANDIDATES, logits.shape[-1])
     chosen, settled = _sample_candidates(scaled, width, top_k, top_p, min_p, seeds, positions)

@@ -4,7 +4,7 @@ A checkpoint's tensors are read one by one and copied straight into their place 
 memory never holds more than the model and one tensor.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -96,6 +96,16 @@ class NativeRunner:
         """See `ModelRunner.forward`."""
         cos, sin = self.rotary(positions, lengths, self.decoder.embedding.dtype)
         return self.decoder(input_ids, cos, sin, context, logit_rows)
+
+    def continue_greedily(self, tokens: Tensor, active: Sequence[int], context: AttentionContext) -> bool:
+        """Fill tokens [k, S] int64 behind the first row, which is given, with the likeliest continuation of each.
+
+        As by `forward` of one row per sequence, k - 1 times; active [k]: how many sequences, always the first ones, go
+        on at each depth. The context's `positions` and `kept` are counted up. False, and nothing is done, where no
+        kernel does it in one piece.
+        """
+        angles = self.rotary.table(context.positions, len(tokens), self.decoder.embedding.dtype)
+        return angles is not None and self.decoder.continue_greedily(tokens, active, angles, context)
 
 
 def load_native(

@@ -6,7 +6,7 @@ so that greedy text in 16-bit types parts from it as rarely as possible. The lay
 makes about forty calls, and those of `nn.Module` would cost as much as the arithmetic of a small model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels.backend import TRITON_BACKENDS
 from ..kernels.decoder_cpu import DecoderCPU, LayerWeights
+from ..kernels.draft_chain_cpu import DraftChainCPU
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import add_rms_norm
 from ..kernels.rotary import rotate_heads
@@ -212,10 +213,16 @@ class Decoder:
         weights = [layer.weights() for layer in self.layers]
         return DecoderCPU(weights, self._shape.num_kv_heads, self._shape.head_dim, self._shape.norm_epsilon)
 
+    @cached_property
+    def _chain(self) -> DraftChainCPU:
+        """All passes of a greedy continuation in one call."""
+        return DraftChainCPU(self._fused, self.embedding, self.norm.weight, self.head)
+
     def first(self, count: int) -> "Decoder":
         """A decoder of the first `count` layers, then norm and head; the weights are these."""
         part = copy(self)
-        vars(part).pop("_fused", None)
+        for kernel in ("_fused", "_chain"):
+            vars(part).pop(kernel, None)
         part.layers = self.layers[:count]
         return part
 
@@ -234,6 +241,16 @@ class Decoder:
         last, waiting = (part if part is None else part.index_select(0, logit_rows) for part in stream)
         assert last is not None
         return linear(self.norm((last, waiting))[0], self.head, wide=True, backend=self.backend)
+
+    def continue_greedily(
+        self, tokens: Tensor, active: Sequence[int], angles: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> bool:
+        """Fill tokens [k, S] as `DraftChainCPU` does, if that can be done here."""
+        dtype = self.embedding.dtype
+        step = context.whole_step(self.layers[0].attention.scale, dtype) if self._fusible else None
+        if step is not None:
+            self._chain(tokens, active, angles, step)
+        return step is not None
 
     def parameters(self) -> Iterator[Tensor]:
         """Every weight once."""

@@ -131,17 +131,28 @@ class RotaryEmbedding:
 
         `lengths` [T]: the most tokens each row's sequence can reach.
         """
+        table = self.table(positions, 0, dtype)
+        if table is None:
+            return self._compute(positions, self.frequencies(lengths), dtype)
+        cos, sin = table
+        return cos.index_select(0, positions), sin.index_select(0, positions)
+
+    def table(self, positions: Tensor, ahead: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [P, dim / 2] of all positions from 0 on, with `positions` [T] and `ahead` more among them.
+
+        None where there is no such table.
+        """
         # On a CPU a table costs two look-ups a step where computing costs ten operations; a GPU would have to be asked
         # for the largest position.
-        tabled = positions.device.type == "cpu" and self.settings.kind not in LENGTH_DEPENDENT and len(positions)
-        needed = int(positions.max()) + 1 if tabled else 0
-        if not tabled or needed > _MOST_TABLE:
-            return self._compute(positions, self.frequencies(lengths), dtype)
+        if positions.device.type != "cpu" or self.settings.kind in LENGTH_DEPENDENT or not len(positions):
+            return None
+        needed = int(positions.max()) + 1 + ahead
+        if needed > _MOST_TABLE:
+            return None
         if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) < needed:
             rows = max(_LEAST_TABLE, 1 << (needed - 1).bit_length())
             self._table = self._compute(torch.arange(rows), self._frequencies, dtype)
-        cos, sin = self._table
-        return cos.index_select(0, positions), sin.index_select(0, positions)
+        return self._table
 
     def _compute(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * frequencies

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.plan import NO_TOKEN, IntArray
 from ..kernels.backend import Backend
 from ..models.context import AttentionContext
+from ..models.native import NativeRunner
 from ..models.runner import ModelRunner
 from .drafter import Draw, Proposals
 
@@ -37,8 +38,10 @@ def draft_chain(
     # The sequences that go on at each depth are always the first ones.
     active = (most[:, None] > np.arange(depth)).sum(0).tolist()
     drawn = torch.full((depth, len(most)), NO_TOKEN, dtype=torch.int64, device=lengths.device)
-    rows = torch.arange(len(most), device=lengths.device)
     drawn[0] = draw(logits, members, 0)
+    if draw.greedy and isinstance(runner, NativeRunner) and runner.continue_greedily(drawn, active, context):
+        return drawn
+    rows = torch.arange(len(most), device=lengths.device)
     for level in range(1, depth):
         count = active[level]
         if count < len(context.query_lengths):

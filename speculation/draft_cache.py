@@ -107,7 +107,7 @@ class DraftCache:
 
     def lengths(self, lengths: Tensor) -> Tensor:
         """`lengths` [S] for every head: [S, L, K] int32."""
-        return lengths.int()[:, None, None].repeat(1, *self._head_offsets.shape)
+        return lengths.int().view(-1, 1, 1).expand(-1, *self._head_offsets.shape).contiguous()
 
     def _reclaim(self, total: int) -> None:
         idle = ((self._used < self._calls) & (self._held > 0)).nonzero()[0]

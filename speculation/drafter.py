@@ -19,9 +19,15 @@ from .history import TokenHistory
 class Draw(Protocol):
     """Draws the next draft token of each sequence, as the user's parameters would draw from the target's logits."""
 
+    @property
+    def greedy(self) -> bool:
+        """Whether each token drawn is just the likeliest, so that nobody need ask."""
+        ...
+
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """Tokens [M] int64 on the device from logits [M, V] float32 of the sequences `members` [M], indices into those
-        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too."""
+        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too, unless
+        `greedy`."""
         ...
 
 

@@ -61,5 +61,10 @@ class _DrawAmong:
     among: IntArray
     """[M]: which of all sequences each one is."""
 
+    @property
+    def greedy(self) -> bool:
+        """See `Draw`."""
+        return self.draw.greedy
+
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         return self.draw(logits, self.among[members], depth)

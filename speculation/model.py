@@ -110,7 +110,7 @@ class ModelDrafter:
         order = np.argsort(missing, kind="stable").astype(np.int32)
         order = order[most[order] > 0]
         missing = missing[order]
-        feed = np.clip(CATCH_UP_TOKENS - (missing.cumsum() - missing), 0, missing)
+        feed = np.minimum(np.maximum(CATCH_UP_TOKENS - (missing.cumsum() - missing), 0), missing)
         ready = feed == missing
         entries = stored[order] + feed + np.where(ready, most[order] - 1, 0)
         order, feed, ready, entries = (part[feed > 0] for part in (order, feed, ready, entries))

@@ -134,7 +134,9 @@ def test_a_row_is_drawn_the_same_alone_and_among_others(vocab: int) -> None:
     arguments = (logits, temperature, top_k, top_p, min_p, seeds, torch.arange(rows))
     together = sample_truncated(*arguments)
     for row in range(rows):
-        alone = sample_truncated(*(x[row : row + 1] for x in arguments))
+        one = slice(row, row + 1)
+        cuts = temperature[one], top_k[one], top_p[one], min_p[one]
+        alone = sample_truncated(logits[one], *cuts, seeds[one], torch.arange(rows)[one])
         assert int(alone) == int(together[row])
 
 

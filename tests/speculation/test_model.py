@@ -95,7 +95,7 @@ def test_triton_kernels_propose_the_same(drafts, device):
 
 
 def test_accepted_drafts_are_not_computed_again(drafts, monkeypatch):
-    world = make_world(drafts("native"))
+    world = make_world(drafts("native"), place=replace(CPU, backend="reference"))
     world.enter(1, [5, 6, 7, 8, 9])
     fed: list[int] = []
     forward = world.drafter._runner.forward

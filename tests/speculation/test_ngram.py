@@ -8,7 +8,7 @@ import pytest
 from quire.speculation import ngram
 from quire.speculation.ngram import GramIndex, NgramDrafter
 
-from .world import World, lists, never
+from .world import NeverDraw, World, lists
 
 SHORTEST = ngram.ORDERS[-1]
 
@@ -83,7 +83,7 @@ def test_slots_are_apart_and_forgotten_when_they_change_hands():
     world.enter(0, [1, 2, 3, 4, 1, 2])
     world.enter(2, [1, 2, 9, 9, 7, 1, 2])
     slots, most = np.array([2, 0], np.int32), np.array([4, 1], np.int32)
-    assert lists(drafter.propose(world.history, slots, most, never), most) == [[9, 9], [3]]
+    assert lists(drafter.propose(world.history, slots, most, NeverDraw()), most) == [[9, 9], [3]]
     world.history.extend(0, (3, 4))
     assert world.propose([0], [4]) == [[1, 2, 3, 4]]
     world.enter(0, [8, 3, 4, 1, 2])

@@ -20,7 +20,8 @@ D = TypeVar("D", bound=Drafter)
 class GreedyDraw:
     """Takes the likeliest token, and checks that it is asked as the protocol says."""
 
-    def __init__(self, most: IntArray, vocab_size: int) -> None:
+    def __init__(self, most: IntArray, vocab_size: int, *, greedy: bool = True) -> None:
+        self.greedy = greedy
         self.most, self.vocab_size = most, vocab_size
         self.drawn = np.zeros(len(most), np.int32)
 
@@ -32,9 +33,13 @@ class GreedyDraw:
         return logits.argmax(-1)
 
 
-def never(logits: Tensor, members: IntArray, depth: int) -> Tensor:
+class NeverDraw:
     """The draw of drafters that sample from no distribution."""
-    raise AssertionError("nothing is to be drawn")
+
+    greedy = False
+
+    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        raise AssertionError("nothing is to be drawn")
 
 
 class World(Generic[D]):
