@@ -1,5 +1,6 @@
 """Texts that outgrow the model's context: positions that close up as a sequence forgets (StreamingLLM)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from quire.core.ids import RequestId
 from quire.core.messages import Failed, Tokens, single_events
 from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
+from quire.engine.graphs import DecodeGraphs
 from quire.scheduler import scheduler as some_code
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
@@ -149,11 +151,10 @@ def test_one_that_was_swapped_out_goes_on_as_it_was(model: Path) -> None:
 
 
 def test_log_loss_on_code_stays_what_it_was_inside_the_context() -> None:
-    """The embedded model with a context of 256 reads 1536 tokens; the control reads them all with nothing forgotten."""
-    llm = LLM(
-        device="cpu", dtype="float32", max_num_seqs=1, max_batch_tokens=64, max_model_len=256, max_stream_len=2000
-    )
-    whole = LLM(device="cpu", dtype="float32", max_num_seqs=1, max_batch_tokens=256)
+    """The embedded model reads 1536 tokens with a context of 256; the control has all of them in its context."""
+    shape: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_num_seqs": 1}
+    llm = LLM(**shape, max_batch_tokens=64, max_model_len=256, max_stream_len=1600)
+    whole = LLM(**shape, max_batch_tokens=256)
     ids = llm.tokenizer.encode(Path(some_code.__file__).read_text())[:1536]
     params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     losses = []
@@ -187,6 +188,26 @@ def test_drafts_prefixes_and_backends_change_nothing(model: Path, changes: dict[
         assert again[name][0] == tokens
         assert again[name][1] == pytest.approx(logprobs, abs=2e-3)
     assert (stats.speculation.accepted_tokens > 0) == ("draft" in changes)
+
+
+def test_decode_graphs_say_the_same(model: Path) -> None:
+    asked = [request(str(n), PROMPT[n:], stream() if n else None, max_tokens=80 if n else 17) for n in range(3)]
+    plain, loop = load(model), load(model)
+    engine, replays = loop.engine, list[int]()
+
+    def capture(work: Callable[[], None]) -> Callable[[], None]:
+        def replay() -> None:
+            replays.append(1)
+            work()
+
+        work()
+        return replay
+
+    engine._graphs = DecodeGraphs(engine._runner, engine.cache, (1, 2, 4), "reference", capture)
+    once, again = run(plain, *asked), run(loop, *asked)
+    assert len(replays) > 50
+    for name, (tokens, logprobs) in once.items():
+        assert again[name] == (tokens, pytest.approx(logprobs, abs=2e-3))
 
 
 def test_begins_with_the_exact_blocks_of_others_and_leaves_only_exact_ones(model: Path) -> None:
