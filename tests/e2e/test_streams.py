@@ -33,8 +33,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(11)
     shape: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-    config = transformers.LlamaConfig(**shape, **heads, rope_theta=100.0, initializer_range=0.3, eos_token_id=2)
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "rope_theta": 100.0,
+    }
+    config = transformers.LlamaConfig(**shape, **heads, initializer_range=0.3, eos_token_id=2)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -193,7 +198,8 @@ def test_drafts_prefixes_and_backends_change_nothing(model: Path, changes: dict[
 def test_decode_graphs_say_the_same(model: Path) -> None:
     asked = [request(str(n), PROMPT[n:], stream() if n else None, max_tokens=80 if n else 17) for n in range(3)]
     plain, loop = load(model), load(model)
-    engine, replays = loop.engine, list[int]()
+    engine: Any = loop.engine
+    replays = list[int]()
 
     def capture(work: Callable[[], None]) -> Callable[[], None]:
         def replay() -> None:

@@ -120,6 +120,6 @@ def test_keys_that_are_turned_lie_where_they_would_have_been_rotated_to(kind: st
 
     places = torch.arange(40) * 4
     steps, far = torch.arange(40) - places, rotated(places)
-    close = {"atol": 1e-4, "rtol": 1e-4}
-    torch.testing.assert_close(rotary.turned(far, steps, length), rotated(torch.arange(40)), **close)
+    turned, expected = rotary.turned(far, steps, length), rotated(torch.arange(40))
+    torch.testing.assert_close(turned, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(rotary.turned(far.bfloat16(), torch.zeros_like(steps), length), far.bfloat16())
