@@ -13,6 +13,8 @@ from .speculation import MAX_DRAFT_TOKENS, parse_draft
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
+MAX_LENGTH = 2**30
+"""Tokens of a sequence: positions are 32-bit numbers."""
 _UNITS = {
     "": 1,
     "k": 10**3,
@@ -41,6 +43,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """With the backend triton: replay decode steps as CUDA graphs, captured when first needed."""
     max_model_len: int | None = None
     """Tokens, prompt and output together; None: what the model was trained for."""
+    max_stream_len: int | None = None
+    """Tokens of a sequence whose positions close up as it forgets (`PruneParams.positions`); None, or fewer than
+    `max_model_len`: as many as of any other."""
     max_num_seqs: int = 64
     """Most sequences that run at once."""
     max_batch_tokens: int = 2048
@@ -83,8 +88,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
-        if self.max_model_len is not None and self.max_model_len < 2:
-            raise ConfigError(f"max_model_len must be at least 2, got {self.max_model_len}", param="max_model_len")
+        for name in ("max_model_len", "max_stream_len"):
+            value = getattr(self, name)
+            if value is not None and not 2 <= value <= MAX_LENGTH:
+                raise ConfigError(f"{name} must be from 2 to {MAX_LENGTH:,}, got {value:,}", param=name)
         if self.max_batch_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_batch_tokens ({self.max_batch_tokens}) must be at least max_num_seqs ({self.max_num_seqs})",

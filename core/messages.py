@@ -181,6 +181,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str
     max_model_len: int
     """Tokens, prompt and output together."""
+    max_stream_len: int = 0
+    """The same where positions close up as the sequence forgets (`PruneParams.positions`), if that is more."""
     page_size: int
     num_pages: int
     kv_bytes: int

@@ -33,7 +33,7 @@ class SlotAssignment:
     output_ids: tuple[int, ...]
     """Tokens generated before a preemption (they count for penalties), else empty."""
     max_length: int
-    """Most tokens, prompt included, the sequence can reach: fixes length-dependent RoPE scaling."""
+    """Most positions that its queries and keys are rotated to: fixes length-dependent RoPE scaling."""
     cached: int = 0
     """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
     prune: PruneParams | None = None

@@ -9,6 +9,7 @@ from .errors import InvalidRequestError
 
 Budget = Literal["uniform", "pyramid", "prefix", "ada", "global", "threshold"]
 Refinement = Literal["value-norm", "chunk"]
+Positions = Literal["text", "cache"]
 MAX_WINDOW = 4096
 
 
@@ -43,6 +44,9 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Generated tokens after which to prune again; 0: never while decoding."""
     when: Literal["always", "pressure"] = "always"
     """pressure: only where otherwise somebody would be preempted."""
+    positions: Positions = "text"
+    """Where entries are rotated to: their places in the text, or those among the entries kept (StreamingLLM), so that a
+    text may outgrow the model's context; `cache` goes with policies that say so only (`PolicyInfo.closes_up`)."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -62,6 +66,11 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         if (self.budget == "threshold") != (self.threshold is not None):
             raise InvalidRequestError(
                 "prune.threshold goes with the budget 'threshold', and only with it", param="prune.threshold"
+            )
+        if self.positions == "cache" and (self.budget != "uniform" or self.refine or not self.every):
+            raise InvalidRequestError(
+                "prune.positions 'cache' needs the budget 'uniform', no refinement and prune.every above 0",
+                param="prune.positions",
             )
 
     @property
@@ -87,6 +96,8 @@ class PolicyInfo(msgspec.Struct, frozen=True, kw_only=True):
     """It scores entries by a second pass in which the model repeats its context (KVzip)."""
     observes: Literal["", "newest", "all"] = ""
     """Which queries it must have seen, so that no prefix may be reused that covers them: its window's, or all."""
+    closes_up: bool = False
+    """All heads keep the same entries, which the engine can rotate to places without gaps (`PruneParams.positions`)."""
     obstacle: str | None = None
     """Why the served model cannot be pruned this way; None: it can."""
 

@@ -49,6 +49,8 @@ class KVCache:
         """[N]: columns of the slot's table that its sequence may have used."""
         self.computed = np.zeros(heads[0], np.int64)
         """[N]: tokens computed, the position of the slot's next one."""
+        self._closes_up = np.zeros(heads[0], np.bool_)
+        """[N]: whether the slot's entries are rotated to their places in the cache (`PruneParams.positions`)."""
 
     @property
     def page_tensors(self) -> tuple[Tensor, ...]:
@@ -83,6 +85,8 @@ class KVCache:
         indices, counts = upload(np.array([slots, cached], np.int64), self.device)
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
         for assignment in assignments:
+            prune = assignment.prune
+            self._closes_up[assignment.slot] = prune is not None and prune.positions == "cache"
             if assignment.restored is not None:
                 kept = assignment.restored.kept
                 self._kept_host[assignment.slot] = kept
@@ -111,6 +115,13 @@ class KVCache:
         table = self.page_table.view(len(self._kept_host), -1, self.layout.max_pages)
         table[slots, rows, columns] = pages.int()
         return pages
+
+    def rotary_starts(self, slots: IntArray, starts: IntArray) -> IntArray:
+        """Where the next entries of the slots [S] are rotated to, by their logical positions `starts` [S].
+
+        In a slot that closes up all heads keep equally many entries, entry i rotated to position i.
+        """
+        return np.where(self._closes_up[slots], self._kept_host[slots, 0], starts)
 
     def counts(self, slot: SlotId) -> IntArray:
         """Entries of each head of the slot, int32 [R]."""

@@ -119,6 +119,7 @@ class Engine:
             device=place.device_name,
             dtype=place.dtype_name,
             max_model_len=layout.max_model_len,
+            max_stream_len=max(layout.max_model_len, config.max_stream_len or 0),
             page_size=layout.page_size,
             num_pages=self.cache.num_pages,
             kv_bytes=self.cache.num_bytes,
@@ -157,7 +158,7 @@ class Engine:
 
     def draft_with(self, drafter: Drafter, config: EngineConfig) -> None:
         """Let a drafter propose, from now on; to be called before any step."""
-        self._speculation = Speculation(drafter, self.sampler, self.info.max_model_len)
+        self._speculation = Speculation(drafter, self.sampler, self.info.max_stream_len)
         draft = DraftInfo(
             method=drafter.method,
             name=drafter.method if config.draft == "auto" else config.draft,
@@ -282,7 +283,7 @@ class Engine:
         inputs = build_inputs(plan, self.cache, self._max_lengths, newest, self._place.backend)
         inputs.context.observer, inputs.context.selector = observer, selector
         logits = self._runner.forward(
-            inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, inputs.logit_rows
+            inputs.input_ids, inputs.rotations, inputs.lengths, inputs.context, inputs.logit_rows
         )
         self._pruner.note(inputs.context.scorings)
         self.cache.advance(inputs.slots, inputs.new_entries, inputs.host_slots, inputs.host_lengths)
@@ -350,7 +351,7 @@ class Engine:
     def _step_costs(self, speculation: Speculation, draft: DraftInfo) -> StepCosts:
         """Of steps and of the drafter."""
         probe = CostProbe(self.info, draft.most, self.sampler.table.num_slots, self._max_rows)
-        self._speculation = Speculation(AnyTokens(), self.sampler, self.info.max_model_len)
+        self._speculation = Speculation(AnyTokens(), self.sampler, self.info.max_stream_len)
         rows = probe.rows(self.step)
         self._speculation = speculation
         costs = StepCosts(rows=rows, drafts=probe.drafts(self.step, speculation.propose))

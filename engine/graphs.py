@@ -65,7 +65,7 @@ class _Graph:
     """One captured batch size and number of rows, T rows in all."""
 
     inputs: Tensor
-    """[4, T] int64, read by every replay: token ids, positions, lengths, slots."""
+    """[5, T] int64, read by every replay: token ids, positions, lengths, slots, rotations (see `StepInputs`)."""
     replay: Callable[[], None]
 
 
@@ -137,6 +137,7 @@ class DecodeGraphs:
         starts = np.array([*decodes.starts, *(sequence.start for sequence in others)])
         numbers[0, :end] = [*decodes.token_ids, *chain.from_iterable(sequence.token_ids for sequence in others)]
         numbers[1, :end] = (starts[:, None] + np.arange(rows)).ravel()
+        numbers[4, :end] = (self._cache.rotary_starts(slots, starts)[:, None] + np.arange(rows)).ravel()
         numbers[2, :end] = max_lengths[slots].repeat(rows)
         numbers[3, :end] = slots.repeat(rows)
         graph.inputs.copy_(upload(numbers, self._cache.device))
@@ -149,8 +150,8 @@ class DecodeGraphs:
 
     def _padding(self, size: int, rows: int) -> np.ndarray:
         """Inputs of a step of nothing but padding: token 0 at the first positions of the slot behind all others."""
-        numbers = np.zeros((4, size * rows), np.int64)
-        numbers[1] = np.tile(np.arange(rows), size)
+        numbers = np.zeros((5, size * rows), np.int64)
+        numbers[1] = numbers[4] = np.tile(np.arange(rows), size)
         numbers[2], numbers[3] = rows, len(self._cache.page_table)
         return numbers
 
@@ -161,9 +162,9 @@ class DecodeGraphs:
         starts = torch.arange(0, total + 1, rows, device=self._cache.device, dtype=torch.int32)
 
         def work() -> None:
-            ids, positions, lengths, slots = inputs
+            ids, positions, lengths, slots, rotations = inputs
             context = self._context(positions, slots[::rows].contiguous(), starts, rows)
-            self._logits[:total].copy_(self._runner.forward(ids, positions, lengths, context, logit_rows))
+            self._logits[:total].copy_(self._runner.forward(ids, rotations, lengths, context, logit_rows))
 
         try:
             graph = _Graph(inputs, self._capture(work))

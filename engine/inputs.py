@@ -38,10 +38,10 @@ class StepInputs:
 
     input_ids: Tensor
     """[T] int64."""
-    positions: Tensor
-    """[T] int64."""
+    rotations: Tensor
+    """[T] int64: positions to which queries and keys are rotated; the logical ones are the context's."""
     lengths: Tensor
-    """[T] int64: most tokens the row's sequence can reach."""
+    """[T] int64: most positions that the row's sequence is rotated to."""
     context: AttentionContext
     logit_rows: Tensor
     """[R] int64."""
@@ -97,8 +97,9 @@ def build_inputs(
 ) -> StepInputs:
     """Tensors of one step, the plan's decodes first; its page changes must have been applied to the cache.
 
-    max_lengths [slots] int64: most tokens each slot's sequence can reach; newest [slots] int64, on the device: the
-    token that each sampled last. All other numbers are computed on the host and go to the device in one piece.
+    max_lengths [slots] int64: most positions that each slot's sequence is rotated to; newest [slots] int64, on the
+    device: the token that each sampled last. All other numbers are computed on the host and go to the device in one
+    piece.
     """
     decodes, others = plan.decodes, plan.sequences
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
@@ -106,12 +107,15 @@ def build_inputs(
     stored = (1,) * len(decodes) + tuple(0 if part.scratch or part.drafts else len(part.token_ids) for part in others)
     layout = logit_layout(plan)
     rows = np.array(counts, np.int64)
-    ids, positions, ends = _rows(plan, rows)
-    parts = (ids, positions, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends)
+    ids, starts, ends = _rows(plan, rows)
+    firsts = ends - rows
+    positions = np.arange(len(ids)) + (starts - firsts).repeat(rows)
+    rotations = np.arange(len(ids)) + (cache.rotary_starts(slots, starts) - firsts).repeat(rows)
+    parts = (ids, positions, rotations, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
-    input_ids, position_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
-        [len(ids)] * 3 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
+    input_ids, position_rows, rotation_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
+        [len(ids)] * 4 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
     )
     fill_unknown(input_ids[: len(decodes)], slot_rows[: len(decodes)], decodes, newest)
     longest = cache.longest(slots, counts)
@@ -129,15 +133,14 @@ def build_inputs(
         backend=backend,
     )
     return StepInputs(
-        input_ids, position_rows, length_rows, context, logit_rows, layout, slot_rows, new.int(), slots, stored
+        input_ids, rotation_rows, length_rows, context, logit_rows, layout, slot_rows, new.int(), slots, stored
     )
 
 
 def _rows(plan: BatchPlan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids [T] and positions [T] of the batch, and the row after each sequence's last [S], by counts [S]."""
+    """Token ids [T], first positions [S], and the row after each sequence's last [S], by counts [S]."""
     decodes, others = plan.decodes, plan.sequences
     starts = np.concatenate([decodes.starts, np.array([sequence.start for sequence in others], np.int32)])
     chunks = np.fromiter(chain.from_iterable(sequence.token_ids for sequence in others), np.int32)
     ids = np.concatenate([decodes.token_ids, chunks])
-    ends = counts.cumsum()
-    return ids, np.arange(len(ids)) + (starts - (ends - counts)).repeat(counts), ends
+    return ids, starts, counts.cumsum()

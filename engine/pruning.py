@@ -14,6 +14,7 @@ from ..core.plan import BatchPlan, Compaction, IntArray, PruneOrder, SlotAssignm
 from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..kernels.backend import Backend
 from ..models.context import Scoring
+from ..models.native import NativeRunner
 from ..models.rope import RotaryEmbedding
 from ..models.runner import ModelRunner
 from ..pruning.policy import LayerView, Needs, Policy, Rotation
@@ -39,7 +40,10 @@ def offered_policies(runner: ModelRunner) -> dict[str, PolicyInfo]:
             obstacle = "all its layers have a sliding window, which forgets by itself"
         elif needs.moments and runner.rope is None:
             obstacle = "it needs a rotary embedding of a kind that is known here"
-        offered[name] = msgspec.structs.replace(info, observes=observes, obstacle=obstacle)
+        # No layer may go by positions of its own: that the library's code does not, nobody has checked.
+        closes_up = info.closes_up and isinstance(runner, NativeRunner) and not any(runner.spec.windows)
+        changes = {"observes": observes, "obstacle": obstacle, "closes_up": closes_up}
+        offered[name] = msgspec.structs.replace(info, **changes)
     return offered
 
 
@@ -70,11 +74,15 @@ class Pruner:
         """By window."""
         self._chosen: dict[SlotId, Selection] = {}
         self._scorings: dict[int, Scoring] = {}
+        self._closing: dict[SlotId, int] = {}
+        """Slots whose positions close up, with the most that they are rotated to."""
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot."""
         slot, params = assignment.slot, assignment.prune
         self._forget(slot)
+        if params is not None and params.positions == "cache":
+            self._closing[slot] = assignment.max_length
         if params is None or policy_infos()[params.policy].selects or not params.forgets:
             return
         policy = make_policy(params)
@@ -126,11 +134,29 @@ class Pruner:
         for compaction in compactions:
             chosen = self._chosen[compaction.slot]
             self._cache.compact(compaction, self._layers, chosen.keep, self._backend)
+            if compaction.slot in self._closing:
+                self._close_up(compaction.slot, chosen)
             seen = self._seen.get(compaction.slot)
             if seen is not None:
                 for layer, index, counts in zip(self._layers, chosen.keep, chosen.counts, strict=True):
                     seen.keep(layer, index, counts)
         self._chosen.clear()
+
+    def _close_up(self, slot: SlotId, chosen: Selection) -> None:
+        """Rotate the slot's keys, which were rotated to their places before, to those that they have now.
+
+        All heads keep the same entries (`PolicyInfo.closes_up`), so the steps of one serve all.
+        """
+        assert self._rotary is not None
+        kept = chosen.keep[0, 0, : int(chosen.counts[0, 0])].long()
+        steps = torch.arange(len(kept), device=kept.device) - kept
+        (moved,) = steps.nonzero(as_tuple=True)
+        size, length = self._cache.layout.page_size, self._closing[slot]
+        pages, offsets = self._cache.page_table[slot, :, :, moved // size].long(), moved % size
+        for of_layer in pages:
+            keys = self._cache.pool[of_layer, 0, offsets].transpose(0, 1)
+            turned = self._rotary.turned(keys, steps[moved], length)
+            self._cache.pool[of_layer, 0, offsets] = turned.transpose(0, 1)
 
     def choose(self, orders: Sequence[PruneOrder]) -> tuple[tuple[IntArray, ...], tuple[float, ...]]:
         """Per order, entries that each head would keep, int32 [R], and the seconds it took to say."""
@@ -149,13 +175,14 @@ class Pruner:
 
     def clear(self) -> None:
         """Forget all slots."""
-        for table in (self._policies, self._seen, self._chosen, self._rings):
+        for table in (self._policies, self._seen, self._chosen, self._rings, self._closing):
             table.clear()
 
     def _forget(self, slot: SlotId) -> None:
         """The slot's sequence is gone."""
         self._policies.pop(slot, None)
         self._chosen.pop(slot, None)
+        self._closing.pop(slot, None)
         seen = self._seen.pop(slot, None)
         if seen is not None and seen.rings is not None:
             seen.rings.give(seen.row)

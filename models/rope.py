@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ModelLoadError
+from ..kernels.rotary import rotate_reference
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -153,6 +154,14 @@ class RotaryEmbedding:
             rows = max(_LEAST_TABLE, 1 << (needed - 1).bit_length())
             self._table = self._compute(torch.arange(rows), self._frequencies, dtype)
         return self._table
+
+    def turned(self, heads: Tensor, steps: Tensor, length: int) -> Tensor:
+        """`heads` [T, N, D], rotated already, as if they stood `steps` [T] positions later; computed in float32.
+
+        length: the most tokens that their sequence can reach. A new tensor in their dtype; where steps are 0, the same.
+        """
+        angles = steps.float()[:, None] * self.frequencies(torch.full_like(steps, length))
+        return rotate_reference(heads.float(), angles.cos(), angles.sin()).to(heads.dtype)
 
     def _compute(self, positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = positions.float()[:, None] * frequencies

@@ -37,8 +37,9 @@ class ModelRunner(Protocol):
     ) -> Tensor:
         """Compute the batch, storing its keys and values through `context.attend`, once per layer.
 
-        input_ids [T] int64; positions [T] int64; lengths [T] int64: the most tokens the row's sequence can reach
-        (fixes length-dependent RoPE scaling per sequence); logit_rows [R] int64: rows whose logits are wanted.
+        input_ids [T] int64; positions [T] int64: what queries and keys are rotated to, or the model embeds;
+        lengths [T] int64: the most of them that the row's sequence can reach (fixes length-dependent RoPE scaling per
+        sequence); logit_rows [R] int64: rows whose logits are wanted.
         Returns logits [R, V] float32.
         """
         ...

@@ -29,7 +29,11 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 """Those that evict: each scores entries."""
 
-_INFOS = {name: PolicyInfo(repeats=name == "kvzip") for name in POLICIES} | {"quest": PolicyInfo(selects=True)}
+_INFOS = {name: PolicyInfo() for name in POLICIES} | {
+    "window": PolicyInfo(closes_up=True),
+    "kvzip": PolicyInfo(repeats=True),
+    "quest": PolicyInfo(selects=True),
+}
 """All of them: `quest` selects pages (`pruning.quest`) and scores nothing."""
 
 

@@ -6,7 +6,7 @@ from .policy import LayerView, Limits, Needs
 
 
 class WindowPolicy:
-    """The newer, the better. Entries keep their own positions, so no text gets longer than the model's context."""
+    """The newer, the better."""
 
     needs = Needs(keys=False, values=False)
 

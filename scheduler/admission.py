@@ -52,6 +52,10 @@ def _pruning_fault(
     if policy is None:
         known = ", ".join(sorted(policies)) or "none"
         return f"there is no pruning policy {prune.policy[:50]!r}; known: {known}"
+    if prune.positions == "cache" and not policy.closes_up:
+        closing = ", ".join(sorted(name for name, info in policies.items() if info.closes_up))
+        which = f"goes with: {closing}" if closing else "needs Quire's own model code and no sliding windows"
+        return f"prune.positions 'cache' {which}"
     if policy.obstacle:
         return f"the policy {prune.policy!r} cannot prune this model: {policy.obstacle}"
     missing = [refinement for refinement in prune.refine if refinement not in refinements]
@@ -88,7 +92,10 @@ def _check_ids(name: str, ids: Iterable[int], vocab_size: int, param: str) -> No
 
 def _check_length(request: Request, config: SchedulerConfig) -> None:
     prompt, limit, wanted = len(request.prompt_ids), longest(request, config), request.params.max_tokens
-    holder = "the model's context" if limit == config.max_model_len else "the KV cache"
+    if limit <= config.max_model_len:
+        holder = "the model's context" if limit == config.max_model_len else "the KV cache"
+    else:
+        holder = "a stream that is pruned so"
     if prompt >= limit:
         raise ContextLengthError(
             f"the prompt has {prompt:,} tokens but {holder}, one generated token included, holds at most "

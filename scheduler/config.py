@@ -36,6 +36,8 @@ class SchedulerConfig:
     """Most tokens of a sequence, prompt and output together."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    max_stream_len: int = 0
+    """As `max_model_len` where positions close up as it forgets (`PruneParams.positions`), if that is more."""
     model: str = ""
     """Name of the model whose keys and values the pool holds."""
     rope_length: int | None = None

@@ -24,18 +24,22 @@ def most_entries(prune: PruneParams, config: SchedulerConfig, length: int, conte
 
 
 def longest(request: Request, config: SchedulerConfig) -> int:
-    """Most tokens of the request's sequences, prompt and output, that context and pool allow, alone in the pool."""
+    """Most tokens of the request's sequences, prompt and output, that context and pool allow, alone in the pool.
+
+    Where positions close up, the context holds what is stored, not what was read.
+    """
     prune = request.prune
     if prune is None or not stays_bounded(prune, config):
         return config.max_length
     prompt = len(request.prompt_ids)
     context = min(prune.context or prompt, prompt)
-    low, high = config.max_length, config.max_model_len
+    closes_up = prune.positions == "cache"
+    low, high = config.max_length, max(config.max_model_len, config.max_stream_len if closes_up else 0)
     while low < high:
         middle = (low + high + 1) // 2
         stored = middle - 1  # the last token is never computed
         entries = most_entries(prune, config, stored, min(context, stored))
-        if config.pages_pruned(entries, stored) <= config.num_pages:
+        if entries < config.max_model_len and config.pages_pruned(entries, stored) <= config.num_pages:
             low = middle
         else:
             high = middle - 1

@@ -152,7 +152,11 @@ class Growth:
         So such a prompt takes no more than it keeps and a small chunk, and nobody has to go for a large one.
         """
         prune, least, room = sequence.prune, self._config.least_chunk, sequence.table.room
-        if prune is None or not prune.bounded or count <= max(least, room):
+        if prune is None or not prune.bounded:
+            return count
+        # Where positions close up, no entry is rotated past the model's context.
+        count = min(count, self._config.max_model_len - int(sequence.table.kept.max()))
+        if count <= max(least, room):
             return count
         spare = max(self._cache.available - self._cache.watermark, 0) // self._config.num_rows
         return max(least, min(count, room + spare * self._config.page_size))

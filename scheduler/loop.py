@@ -135,6 +135,7 @@ def scheduler_config(
         max_batch_tokens=max_batch_tokens,
         max_waiting=max_waiting,
         max_model_len=info.max_model_len,
+        max_stream_len=info.max_stream_len,
         vocab_size=info.model.vocab_size,
         eos_token_ids=info.model.eos_token_ids,
         model=info.model.name,

@@ -116,6 +116,8 @@ class SequenceState:
     """Tokens that end the sequence."""
     max_length: int
     """Most tokens, prompt included."""
+    most_positions: int
+    """To which its queries and keys are rotated: fewer than `max_length` where positions close up."""
     table: PageTable
     tokens: list[int]
     """All known tokens: the prompt, then the output."""
@@ -166,8 +168,9 @@ class SequenceState:
         max_length = most if params.max_tokens is None else num_prompt + params.max_tokens
         # Then all its pages are its own, so that none of its prunes is ever denied.
         fits_whole = max_length <= config.max_length
+        most_positions = min(max_length, config.max_model_len)
         # Sequences whose keys are rotated differently must not share them.
-        rotation = max(config.rope_length, max_length) if config.rope_length else None
+        rotation = max(config.rope_length, most_positions) if config.rope_length else None
         namespace = (config.model, request.namespace, request.cache_salt, rotation)
         return SequenceState(
             request=request,
@@ -177,6 +180,7 @@ class SequenceState:
             seed=choice_seed(request.seed, index),
             stop_ids=tuple(sorted({*ends, *params.stop_token_ids})),
             max_length=max_length,
+            most_positions=most_positions,
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
             hashes=BlockHashes(
@@ -318,7 +322,7 @@ class SequenceState:
             stop_ids=self.stop_ids,
             prompt_ids=self.request.prompt_ids,
             output_ids=tuple(self.tokens[self.num_prompt :]),
-            max_length=self.max_length,
+            max_length=self.most_positions,
             cached=0 if restored else self.num_computed,
             restored=restored,
             prune=self.request.prune,

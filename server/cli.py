@@ -52,6 +52,7 @@ def serve(
     attention_backend: opt.AttentionBackend = "auto",
     cuda_graphs: opt.CudaGraphs = _DEFAULTS.cuda_graphs,
     max_model_len: opt.MaxModelLen = None,
+    max_stream_len: opt.MaxStreamLen = None,
     trust_remote_code: opt.TrustRemoteCode = False,
     seed: opt.Seed = None,
     max_num_seqs: opt.MaxNumSeqs = _DEFAULTS.max_num_seqs,

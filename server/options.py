@@ -82,6 +82,15 @@ MaxModelLen = Annotated[
         "QUIRE_MAX_MODEL_LEN", "Longest prompt + output in tokens; default: what the model was trained for.", _MODEL
     ),
 ]
+MaxStreamLen = Annotated[
+    int | None,
+    _option(
+        "QUIRE_MAX_STREAM_LEN",
+        "The same for requests whose positions close up as they forget (prune.positions), which may outgrow the "
+        "model's context; default: no more than others.",
+        _MODEL,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     _option(

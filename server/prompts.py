@@ -101,14 +101,15 @@ def _request(
 ) -> Request:
     if not ids:
         raise InvalidRequestError("the prompt is empty", param=param)
-    limit = service.max_model_len
+    limit, prune = service.max_model_len, _pruning(service, body)
+    if limit is not None and prune is not None and prune.positions == "cache":
+        limit = max(limit, service.max_stream_len)
     if limit is not None and len(ids) >= limit:  # the engine would say so too: this spares it the tokens
         raise ContextLengthError(
             f"the prompt has {len(ids):,} tokens but the model's context, one generated token included, holds at most "
             f"{limit:,} tokens",
             param=param,
         )
-    prune = _pruning(service, body)
     return Request.create(
         request_id,
         ids,

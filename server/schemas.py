@@ -10,7 +10,7 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from ..core.errors import InvalidRequestError
-from ..core.pruning import Budget, PruneParams, Refinement
+from ..core.pruning import Budget, Positions, PruneParams, Refinement
 from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS
 from .errors import invalid_request
 
@@ -175,6 +175,7 @@ class PruneBody(BaseModel):
     context: Int32 | None = None
     every: Int32 | None = None
     when: Literal["always", "pressure"] | None = None
+    positions: Positions | None = None
 
     def params(self) -> PruneParams:
         """Raises `InvalidRequestError` for what is out of range."""

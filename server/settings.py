@@ -66,6 +66,11 @@ class Service:
         """Tokens, prompt and output together; None until the engine was ready once."""
         return self.client.info.max_model_len if self.client.info else None
 
+    @property
+    def max_stream_len(self) -> int:
+        """See `EngineInfo.max_stream_len`."""
+        return self.client.info.max_stream_len if self.client.info else 0
+
     def served_name(self, asked: str | None) -> str:
         """The name to answer with. Raises `ModelNotFoundError` for a model that is not served here."""
         names = self.settings.served_model_names

@@ -41,7 +41,9 @@ class LayerskipDrafter:
         members = np.argsort(-most, kind="stable").astype(np.int32)
         wanted, chosen = most[members], slots[members]
         last = history.known[chosen] - 1
-        numbers = np.stack([chosen, last, history.tokens[chosen, last]]).astype(np.int64)
+        # Their logical positions, where these are others, verification writes.
+        places = self._cache.rotary_starts(chosen, last)
+        numbers = np.stack([chosen, places, history.tokens[chosen, last]]).astype(np.int64)
         slot_rows, positions, ids = torch.from_numpy(numbers).to(self._place.device)
         longest = self._cache.longest(chosen, wanted.tolist())
         table, kept = self._cache.tables(slot_rows, longest)

@@ -95,7 +95,7 @@ def make_drafter(
     if choice.method == "layerskip":
         return LayerskipDrafter(_skippable(target, choice.layers), choice.layers, cache, place)
     if draft is None:
-        return NgramDrafter(num_slots, max_model_len)
+        return NgramDrafter(num_slots, max(max_model_len, config.max_stream_len or 0))
     # As many tokens as the target's own pages hold: what the draft lacks beyond that, pruning has freed above.
     heads = target.spec.num_layers * target.spec.num_kv_heads
     num_pages, page_size = cache.entry_positions.shape

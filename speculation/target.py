@@ -20,6 +20,10 @@ class TargetCache(Protocol):
         """Entries of the longest head once each of the slots [S] has got `lengths` more."""
         ...
 
+    def rotary_starts(self, slots: IntArray, starts: IntArray) -> IntArray:
+        """Where the next entries of the slots [S] are rotated to, by their logical positions `starts` [S]."""
+        ...
+
     def tables(self, slots: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Copies of the slots' page tables [S, L, K, M] int32, M pages holding `longest` entries, and of their kept
         lengths [S, L, K] int32."""

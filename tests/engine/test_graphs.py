@@ -154,7 +154,7 @@ def test_drafts_are_verified_by_graphs_of_their_own(drafts: int) -> None:
         plan = verification(plain, count, drafts)
         inputs = build_inputs(plan, plain.cache, plain._max_lengths, plain.sampler.table.newest, "reference")
         rows = torch.arange(count * (1 + drafts))
-        expected = runner.forward(inputs.input_ids, inputs.positions, inputs.lengths, inputs.context, rows)
+        expected = runner.forward(inputs.input_ids, inputs.rotations, inputs.lengths, inputs.context, rows)
         plan = verification(padded, count, drafts)
         assert graphs.takes(plan)
         step = graphs.run(plan, padded._max_lengths, padded.sampler.table.newest)

@@ -105,3 +105,21 @@ def test_partial_rotation_leaves_the_rest_alone():
 def test_unusable_settings_are_refused(scaling, reason):
     with pytest.raises(ModelLoadError, match=reason):
         rope_settings({"max_position_embeddings": TRAINED, "rope_parameters": scaling}, HEAD_DIM)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_keys_that_are_turned_lie_where_they_would_have_been_rotated_to(kind: str) -> None:
+    """Also back, and without sharpening twice; frequencies are those of the sequence's length."""
+    scaling = {"rope_type": kind.split()[0]} | KINDS[kind]
+    config = {"max_position_embeddings": TRAINED, "rope_theta": 500.0, "rope_scaling": scaling}
+    rotary, length = RotaryEmbedding(rope_settings(config, HEAD_DIM), torch.device("cpu")), 3 * TRAINED
+    keys = torch.randn(40, 2, HEAD_DIM, generator=torch.Generator().manual_seed(0))
+
+    def rotated(positions: torch.Tensor) -> torch.Tensor:
+        return rotate_reference(keys, *rotary(positions, torch.full_like(positions, length), torch.float32))
+
+    places = torch.arange(40) * 4
+    steps, far = torch.arange(40) - places, rotated(places)
+    turned, expected = rotary.turned(far, steps, length), rotated(torch.arange(40))
+    torch.testing.assert_close(turned, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(rotary.turned(far.bfloat16(), torch.zeros_like(steps), length), far.bfloat16())

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from quire.core.errors import ContextLengthError
+from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import single_events
 from quire.core.plan import BatchPlan
 from quire.core.pruning import PolicyInfo, PruneCounts, PruneParams
@@ -288,3 +288,30 @@ def test_a_prompt_that_is_pruned_takes_smaller_chunks_where_pages_are_short():
     assert sizes == [12, 4, 15, 10, 11, 8], "beside one that decodes 15 could be computed: pages were short"
     assert not world.scheduler.stats().preemptions_total
     assert len(world.tokens["large", 0]) == 8
+
+
+def test_a_stream_may_outgrow_the_context_while_what_it_keeps_does_not():
+    """Its prompt too, whose chunks are cut to the room that is left."""
+    limits: dict[str, Any] = {"max_batch_tokens": 30, "max_model_len": 40, "max_stream_len": 300, "num_pages": 60}
+    world = world_of(**limits)
+    values: dict[str, Any] = {"policy": "any", "keep": 0.01, "floor": 14, "window": 1, "sinks": 1, "every": 5}
+    params = PruneParams(**values, positions="cache")
+    with pytest.raises(InvalidRequestError, match="code"):
+        world.scheduler.add(msgspec.structs.replace(make_request("no", PROMPT), prune=params))
+    world = World(make_config(**limits, policies={"any": PolicyInfo(closes_up=True)}))
+    long = make_request("a", [1 + i % 40 for i in range(150)], max_tokens=150)
+    for changes in ({"positions": "text"}, {"keep": 0.2}):
+        with pytest.raises(ContextLengthError):
+            world.scheduler.add(msgspec.structs.replace(long, prune=PruneParams(**values | changes)))
+    with pytest.raises(ContextLengthError, match="300"):
+        longer = msgspec.structs.replace(long.params, max_tokens=151)
+        world.scheduler.add(msgspec.structs.replace(long, params=longer, prune=params))
+    world.scheduler.add(msgspec.structs.replace(long, prune=params))
+    chunks = []
+    while world.scheduler.has_work:
+        plan = step(world)
+        chunks += [len(part.token_ids) for part in plan.sequences]
+        for sequence in world.scheduler._running:
+            assert sequence.table.kept.max() + sequence.in_flight <= 40
+        assert all(assignment.max_length == 40 for assignment in plan.assignments)
+    assert max(chunks) == 30 and 26 in chunks and len(world.tokens["a", 0]) == 150

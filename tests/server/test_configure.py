@@ -16,6 +16,7 @@ OPTIONS: dict[str, tuple[list[str], Any]] = {
     "attention_backend": (["--attention-backend", "triton"], "triton"),
     "cuda_graphs": (["--no-cuda-graphs"], False),
     "max_model_len": (["--max-model-len", "512"], 512),
+    "max_stream_len": (["--max-stream-len", "100000"], 100000),
     "trust_remote_code": (["--trust-remote-code"], True),
     "max_num_seqs": (["--max-num-seqs", "3"], 3),
     "max_batch_tokens": (["--max-batch-tokens", "256"], 256),

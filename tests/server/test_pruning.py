@@ -28,12 +28,30 @@ async def test_all_fields_reach_the_engine(http: httpx.AsyncClient, client: Fake
         "threshold": 0.5, "refine": ["chunk"], "chunked": False, "every": 8, "when": "pressure",
     }  # fmt: skip
     assert (await http.post("/v1/completions", json=BODY | {"prune": asked})).status_code == 200
-    chat = {"messages": [{"role": "user", "content": "hi"}], "prune": {"policy": "window"}}
+    stream = {"policy": "window", "positions": "cache"}
+    chat = {"messages": [{"role": "user", "content": "hi"}], "prune": stream}
     assert (await http.post("/v1/chat/completions", json=chat)).status_code == 200
     first, second = client.requests
     assert first.prune == PruneParams(**asked | {"refine": ("chunk",)})
-    assert second.prune == PruneParams(policy="window")
+    assert second.prune == PruneParams(policy="window", positions="cache")
     assert tokenizer.decode(list(first.repeat_ids)) == REPEAT_INSTRUCTION
+
+
+async def test_a_prompt_past_the_context_is_taken_where_positions_close_up(
+    http: httpx.AsyncClient, client: FakeClient
+) -> None:
+    client.script = says([70])
+    assert client.info is not None
+    client.info = msgspec.structs.replace(client.info, max_stream_len=2 * client.info.max_model_len)
+    for length, positions, status in (
+        (1, "text", 400),
+        (1, "cache", 200),
+        (client.info.max_model_len + 1, "cache", 400),
+    ):
+        prompt, prune = [70] * (client.info.max_model_len + length - 1), {"policy": "window", "positions": positions}
+        answer = await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 1, "prune": prune})
+        assert answer.status_code == status, (length, positions)
+    assert len(client.requests) == 1
 
 
 @pytest.mark.parametrize("opts_out", [False, None])
