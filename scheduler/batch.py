@@ -46,10 +46,11 @@ class BatchDraft:
         self.prunes: dict[SequenceState, PruneOrder] = {}
         self.waiting: set[SequenceState] = set()
         """Who runs, but lacks pages for this step."""
-        self.assignments: list[SlotAssignment] = []
+        self.entered: dict[SequenceState, SlotAssignment] = {}
+        """Who has just got a slot."""
         self._drops: list[PageDrop] = []
         self._grants: list[PageGrants] = []
-        self._shares: list[PageGrants] = []
+        self._shares: dict[SequenceState, PageGrants] = {}
 
     @property
     def size(self) -> int:
@@ -59,14 +60,14 @@ class BatchDraft:
     @property
     def is_empty(self) -> bool:
         """Whether the engine would have nothing to do."""
-        return not (self.size or self.prunes or self.compactions or self._drops)
+        return not (self.size or self.prunes or self.compactions or self._drops or self.entered)
 
     def enter(self, sequence: SequenceState) -> None:
         """The sequence has just got its slot; it begins with what is in its table."""
-        self.assignments.append(sequence.assignment())
+        self.entered[sequence] = sequence.assignment()
         if sequence.table.num_pages:
             rows, columns, pages = sequence.table.places()
-            self._shares.append(PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages))
+            self._shares[sequence] = PageGrants(np.full_like(rows, sequence.slot), rows, columns, pages)
 
     def promise(self, sequence: SequenceState) -> None:
         """A steady decode will be in this step: it got pages for it, which nobody may take back."""
@@ -102,6 +103,8 @@ class BatchDraft:
 
     def forget(self, sequence: SequenceState) -> None:
         """The sequence, which is not in the step, has just lost its slot."""
+        self.entered.pop(sequence, None)
+        self._shares.pop(sequence, None)
         self.compactions.pop(sequence, None)
         self.prunes.pop(sequence, None)
 
@@ -132,10 +135,10 @@ class BatchDraft:
         """The finished plan, with what travels between device and host."""
         return BatchPlan(
             tuple(self.plans),
-            assignments=tuple(self.assignments),
+            assignments=tuple(self.entered.values()),
             drops=tuple(self._drops),
             grants=_joined(self._grants),
-            shares=_joined(self._shares),
+            shares=_joined(list(self._shares.values())),
             decodes=self.decodes,
             parks=swaps.parks,
             unparked=swaps.unparked,

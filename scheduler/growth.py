@@ -178,26 +178,29 @@ class Growth:
                     return False
                 assert enough, "a sequence that was admitted does not fit the pool alone"
                 break
-            victim = self._victim(draft)
+            victim = self._victim(sequence, draft)
             if self._waits(sequence, victim, draft):
                 draft.owed += needed
                 draft.wait(sequence, drops)
                 return False
-            self._preempt(victim, victim in draft.compactions)
+            self._preempt(victim, victim in draft.compactions or victim in draft.entered)
             draft.forget(victim)
             if victim is sequence:
                 return False
         self._hang_in(sequence, drops, lacking, draft)
         return True
 
-    def _victim(self, draft: BatchDraft) -> SequenceState:
+    def _victim(self, asking: SequenceState, draft: BatchDraft) -> SequenceState:
         """Who goes when pages are short: the last in line, of those that come back as they are if there are such.
 
         Never one that is in this step already: its tokens and pages are promised.
         """
         idle = [sequence for sequence in self._running if not sequence.in_flight]
         whole = [sequence for sequence in idle if self._comes_back_whole(sequence, draft)]
-        return max(whole or idle, key=lambda sequence: position(self._policy, sequence))
+        # Who has just been brought back cannot leave again in the same plan; who has just begun loses nothing.
+        stay = {s for s, assignment in draft.entered.items() if assignment.restored is not None}
+        whole, idle = ([s for s in group if s not in stay] for group in (whole, idle))
+        return max(whole or idle or [asking], key=lambda sequence: position(self._policy, sequence))
 
     def _comes_back_whole(self, sequence: SequenceState, draft: BatchDraft) -> bool:
         """Whether preempting the sequence now changes nothing of what it says."""
@@ -209,6 +212,9 @@ class Growth:
         If it is the victim itself, it waits while others move. One that is compacted in this very step can be swapped
         out in the next.
         """
+        entry = draft.entered.get(victim)
+        if entry is not None and entry.restored is not None:
+            return True
         if self._comes_back_whole(victim, draft):
             return False
         if victim is sequence and any(other.in_flight for other in self._running):

@@ -283,13 +283,14 @@ class Scheduler:
         draft.add(sequence, sequence.plan_repetition(ids, count))
         self._pruning.order_if_due(sequence, draft)
 
-    def _preempt(self, sequence: SequenceState, compacts: bool = False) -> None:
+    def _preempt(self, sequence: SequenceState, changes: bool = False) -> None:
         """Take back pages and slot; what was not swapped out is recomputed when the sequence re-enters.
 
-        One that `compacts` in this plan cannot be swapped out by it: its pages are not what its table says yet.
+        One that `changes` in this plan, because it compacts or has just got its slot, cannot be swapped out by it: what
+        the engine has there is not what its table says yet.
         """
         self._growth.shed(sequence)
-        if not compacts:
+        if not changes:
             self._cache.swaps.swap_out(sequence, self._swap_costs)
         if sequence.prune is not None:
             sequence.prune.cancel()

@@ -64,8 +64,8 @@ class Speculation:
 
     def plan(self, draft: BatchDraft) -> None:
         """Let members of the step, which is otherwise complete, draft."""
-        if draft.assignments:
-            self.lengths.forget([assignment.slot for assignment in draft.assignments])
+        if draft.entered:
+            self.lengths.forget([assignment.slot for assignment in draft.entered.values()])
         others = [place for place, part in enumerate(draft.plans) if _may_draft(draft.members[place], part)]
         may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), list[int]()
         if may_draft and not self.lengths.idle(len(draft.decoders) + len(others)):

@@ -183,7 +183,7 @@ def _watch(loop: EngineLoop, run: Run) -> None:
 def request(name: str, prompt: Sequence[int], seed: int = 5, seeded: bool = True, **settings: Any) -> Request:
     """Up to 24 tokens, past the model's own end unless `settings` say otherwise; seeded: as its user wishes."""
     own = {key: settings.pop(key) for key in Request.__struct_fields__ if key in settings}
-    params = {"max_tokens": 24, "ignore_eos": True, "seed": seed if seeded else None} | settings
+    params: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "seed": seed if seeded else None} | settings
     return Request(
         id=RequestId(name), prompt_ids=tuple(prompt), params=SamplingParams(**params), seed=seed, **own
     )  # fmt: skip

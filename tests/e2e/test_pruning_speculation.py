@@ -52,7 +52,7 @@ def serving(stack: Stack, model: Path, draft: str | None, fixed: bool = True, **
 
 def policies(serving: Serving, policy: str) -> None:
     """All that differs in how it may be asked for; decoding in columns, alone, drawn and beside who forgets nothing."""
-    ask = {"max_tokens": OUTPUT}
+    ask: dict[str, Any] = {"max_tokens": OUTPUT}
     budget = "uniform" if policy == "quest" else "ada"
     serving.submit("columns", prompt(61), params(policy, every=EVERY), logprobs=None, **ask)
     serving.submit("scored", prompt(45, 1), params(policy, every=EVERY + 2, budget=budget), **ask)

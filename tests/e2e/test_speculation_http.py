@@ -15,7 +15,7 @@ CODE = "def area(width, height):\n    return width * height\n\ndef volume(width,
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0, "max_tokens": 61},
     "drawn": {"temperature": 0.7, "seed": 3, "n": 2, "max_tokens": 30},
-    "stopped": {"temperature": 0, "max_tokens": 61, "stop": ["width *", "\n\n"]},
+    "stopped": {"temperature": 0, "max_tokens": 61, "stop": ["return", "\n\n"]},
     "scored": {"temperature": 0, "max_tokens": 20, "logprobs": 2},
     "pruned": {
         "temperature": 0,
@@ -28,6 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def drafting() -> Iterator[RunningServer]:
     running = start_server("--dtype", "float32", "--max-num-seqs", "8", "--draft", "ngram", "--draft-tokens", "4")
+    complete(running, max_tokens=4)  # metrics begin with the first report of a step
     yield running
     assert running.stop() == 0
 
@@ -43,9 +44,11 @@ def answer(server: RunningServer, stream: bool, **fields: Any) -> tuple[dict[int
         fields |= {"stream_options": {"include_usage": True}}
     response = complete(server, stream=stream, **fields)
     assert response.status_code == 200, response.text
-    bodies = [response.json()]
-    if stream:
+    if not stream:
+        bodies = [response.json()]
+    else:
         lines = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: ")]
+        lines = [line for line in lines if line]
         assert lines.pop() == "[DONE]"
         bodies = [json.loads(line) for line in lines]
     told: dict[int, list[Any]] = {}
