@@ -118,7 +118,8 @@ class CacheManager:
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
         config, entries = self._config, sequence.most_entries(self._config)
-        most = sequence.most_pages(config)
+        # One that prunes may begin with more than it will ever hold of its own.
+        most = max(sequence.most_pages(config), len(hits) * config.num_rows)
         in_use = sum(1 for bundle in hits if bundle.pages is not None and (bundle.users or bundle.pinned))
         if sequence.swapped is not None:
             most = sequence.swapped.most_pages(max(entries, len(sequence.tokens)), config.page_size, most)

@@ -40,7 +40,7 @@ def save_like(folder: Path, model: Path, noise: float = 0.06) -> Path:
     torch.manual_seed(7)
     with torch.no_grad():
         for weight in other.parameters():
-            weight += noise * weight.std() * torch.randn_like(weight)
+            weight.add_(noise * weight.std() * torch.randn_like(weight))
     other.save_pretrained(folder)
     return folder
 

@@ -228,9 +228,10 @@ def test_asking_is_not_free_even_if_nothing_is_proposed():
     for step in range(3000):
         batch = replace(candidates([8] * 8), known=np.full(8, 50 + step, np.int32))
         asked = np.zeros(8, np.int32) if lengths.idle(8) else lengths.choose(batch)
-        drafted = (asked > 0) * np.array([rng.random() < 0.1 for _ in range(8)], np.int32)
+        drafted = np.where(asked > 0, [rng.random() < 0.1 for _ in range(8)], 0).astype(np.int32)
         rows, some = 8 + int(drafted.sum()), asked > 0
-        outcome = Outcome(*(column[some] for column in (batch.slots, asked, drafted, drafted, batch.known)))
+        slots, known, right = batch.slots[some], batch.known[some], drafted[some]
+        outcome = Outcome(slots, asked[some], right, right, known)
         seconds = LOOKUP.step(rows) * (1 + 0.1 * some.mean()) * rng.uniform(0.95, 1.05)
         lengths.learn(outcome if some.any() else None, rows, seconds, 0.0001 * some.any(), pure=True)
         late.append(int(some.sum()))
