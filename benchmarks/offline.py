@@ -39,7 +39,7 @@ def prompts_from_stdlib(tokenizer: PreTrainedTokenizerFast, count: int, length: 
 
 def quire_contender(model: str, dtype: str, max_num_seqs: int) -> Contender:
     """Quire's offline API: all prompts at once, continuous batching."""
-    llm = LLM(model, dtype=dtype, max_num_seqs=max_num_seqs)
+    llm = LLM(model, dtype=dtype, max_num_seqs=max_num_seqs, draft="none")
 
     def run(prompts: Prompts, output: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)

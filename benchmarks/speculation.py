@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.stepping import drain, load
-from benchmarks.upscale import PRESETS, cached
+from benchmarks.upscale import PRESETS, cached, standalone
 from benchmarks.workloads import WORKLOADS, Workloads, has_chat, request
 from quire.core.config import embedded_model
 from quire.core.errors import QuireError
@@ -308,8 +308,9 @@ def arguments() -> argparse.Namespace:
 def default_drafters(own: bool) -> list[str]:
     """N-grams, the draft that comes with quire-mini, and quire-mini itself where the target is an enlarged one."""
     mini = embedded_model()
-    models = [mini / "draft", *([mini] if own else [])]
-    return ["ngram", *(str(folder) for folder in models if folder.is_dir())]
+    drafts = [mini / "draft"] if (mini / "draft").is_dir() else []
+    models = [*(standalone(draft, mini) for draft in drafts), mini] if own else drafts
+    return ["ngram", *map(str, models)]
 
 
 def main() -> None:

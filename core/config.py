@@ -78,7 +78,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Most prompt tokens that wait beside one request; beyond, requests are refused with a retry time."""
     queue_timeout: float | None = None
     """Seconds in which a request must start; None: no limit."""
-    draft: str = "none"
+    draft: str = "auto"
     """Who drafts: `ngram`, the folder or hub name of a draft model, `ngram+` such a name for both, `layerskip:N`,
     `none`; `auto`: n-grams, with the draft model that the checkpoint brings along in `draft/` if it does."""
     draft_tokens: int | None = None

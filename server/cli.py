@@ -68,7 +68,7 @@ def serve(
     prune_keep: opt.PruneKeep = 0.5,
     prune_min_keep: opt.PruneMinKeep = 0.0,
     pressure: opt.Pressure = _DEFAULTS.pressure,
-    draft: opt.Draft = "auto",
+    draft: opt.Draft = _DEFAULTS.draft,
     draft_tokens: opt.DraftTokens = "auto",
     policy: opt.Policy = _DEFAULTS.policy,
     max_itl_ms: opt.MaxItlMs = None,
@@ -96,7 +96,7 @@ def complete(
     runner: opt.Runner = "auto",
     attention_backend: opt.AttentionBackend = "auto",
     trust_remote_code: opt.TrustRemoteCode = False,
-    draft: opt.Draft = "auto",
+    draft: opt.Draft = _DEFAULTS.draft,
     draft_tokens: opt.DraftTokens = "auto",
     seed: opt.Seed = None,
 ) -> None:

@@ -37,15 +37,15 @@ class OfflineEngines:
     def step_seconds(self, checkpoint: str, sizes: Sequence[int]) -> dict[int, float]:
         """Seconds of a decode step of each number of sequences, the least of a few runs."""
         settings = self._settings | {"max_model_len": PROMPT_TOKENS + MORE_STEPS, "max_num_seqs": max(sizes)}
-        llm = LLM(checkpoint, prefix_cache=False, **settings)
+        llm = LLM(checkpoint, prefix_cache=False, draft="none", **settings)
         return {size: _step_seconds(llm, size) for size in sizes}
 
     def _load(self, checkpoint: str, sequences: int) -> LLM:
         """The target stays loaded; a draft changes from call to call."""
         if checkpoint != self._target:
-            return LLM(checkpoint, max_num_seqs=sequences, **self._settings)
+            return LLM(checkpoint, max_num_seqs=sequences, draft="none", **self._settings)
         if self._llm is None:
-            self._llm = LLM(checkpoint, max_num_seqs=sequences, **self._settings)
+            self._llm = LLM(checkpoint, max_num_seqs=sequences, draft="none", **self._settings)
         return self._llm
 
 

@@ -62,7 +62,14 @@ def evaluate(options: EvalOptions) -> None:
     """Run it all. Raises `QuireError` for what cannot be measured, before anything is."""
     require_matplotlib()
     _make_folder(options.out)
-    llm = LLM(options.model, max_num_seqs=1, max_batch_tokens=options.chunk, prefix_cache=False, **options.engine)
+    llm = LLM(
+        options.model,
+        max_num_seqs=1,
+        max_batch_tokens=options.chunk,
+        prefix_cache=False,
+        draft="none",
+        **options.engine,
+    )
     text_format = options.text_format or ("code" if llm.info.model.name == str(embedded_model()) else "prose")
     sweep = Sweep(
         settings=settings(options, llm.info),

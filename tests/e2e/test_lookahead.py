@@ -123,6 +123,7 @@ def test_both_loops_tell_the_same(tmp_path: Path, kind: str, graphs: bool) -> No
         max_batch_tokens=32,
         kv_memory=400_000,
         pressure="prune",
+        draft="none",
     )
     loop = load_in_process(settings, lambda phase, done, total: None)
     engine, config = loop.engine, loop.scheduler.config

@@ -70,7 +70,12 @@ class Serving:
     """A loop whose every step is checked; remembers what each choice was told."""
 
     def __init__(self, model: Path, loop: EngineLoop | None = None, **settings: Any) -> None:
-        options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 6, "max_batch_tokens": 24} | settings
+        options: dict[str, Any] = {
+            "page_size": 4,
+            "max_num_seqs": 6,
+            "max_batch_tokens": 24,
+            "draft": "none",
+        } | settings
         self.model = model
         self.loop = loop or load_in_process(
             EngineConfig(model=str(model), device="cpu", dtype="float32", **options), lambda phase, done, total: None

@@ -51,7 +51,7 @@ def test_every_option_of_the_engine_reaches_it(started: list[ServeOptions]) -> N
 def test_without_options_the_defaults_hold(started: list[ServeOptions]) -> None:
     assert CliRunner().invoke(app, ["serve"], catch_exceptions=False).exit_code == 0
     (options,) = started
-    assert options.engine == EngineConfig(model=str(embedded_model()), draft="auto")
+    assert options.engine == EngineConfig(model=str(embedded_model()))
     assert (options.host, options.port, options.http.served_model_names) == ("127.0.0.1", 8000, ("quire-mini",))
     assert not options.http.api_keys and options.http.prune is None
 
