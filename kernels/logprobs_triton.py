@@ -21,6 +21,7 @@ _MOST = 128
 @triton.jit
 def _key(x: tl.tensor, token: tl.tensor) -> tl.tensor:
     """int64 that compare as logits do, and among equals the other way round than ids."""
+    x = tl.where(x == 0.0, 0.0, x)  # there are two zeros, equal as floats only
     bits = x.to(tl.int32, bitcast=True)
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 

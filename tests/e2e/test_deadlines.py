@@ -49,7 +49,7 @@ def test_a_request_past_its_timeout_ends_with_the_error_and_gives_its_pages_back
 
 def test_a_request_that_does_not_start_in_time_ends_while_another_goes_on(server: RunningServer) -> None:
     answers: list[httpx.Response] = []
-    long = threading.Thread(target=lambda: answers.append(complete(server, max_tokens=200)))
+    long = threading.Thread(target=lambda: answers.append(complete(server, max_tokens=200, speculate=False)))
     long.start()
     server.wait_until(lambda: pages_used(server) > 0)
     refused = complete(server, key="two", priority=5)
