@@ -360,6 +360,7 @@ def _add_columns(
         scale=scoring.scale,
         softcap=scoring.softcap,
         sinks=scoring.sinks,
+        backend=context.backend,
     )
     if watched.scratch:  # its own entries do not stay
         new = new[:, : entries - len(query)]
