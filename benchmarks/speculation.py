@@ -24,7 +24,6 @@ sequences generate, so prompts and the thinning out at the end do not. A round g
 
 import argparse
 import itertools
-import random
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,6 +41,7 @@ from quire.core.config import embedded_model
 from quire.core.errors import QuireError
 from quire.core.ids import RequestId
 from quire.core.messages import EngineInfo, EngineStats, Event, Failed, Finished, Tokens
+from quire.core.request import SeedSource
 from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
 from quire.scheduler.loop import EngineLoop
 from quire.server.drafting import draft_settings, parse_draft_tokens
@@ -184,7 +184,7 @@ def run(
     """The batch from the first prompt to the last token: what each said, times, and what was drafted."""
     before = loop.stats().speculation
     watcher = Watcher(len(prompts), before)
-    seeds = random.Random(0)
+    seeds = SeedSource()
     requests = [request(one, args.output, args.temperature, seeds, speculate=speculate) for one in prompts]
     drain(loop, requests, watcher.watch)
     said = [watcher.tokens[one.id] for one in requests]

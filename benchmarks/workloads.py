@@ -6,7 +6,6 @@ prompt. chat: the second question of a conversation, through the model's templat
 
 import itertools
 import keyword
-import random
 import re
 from collections import Counter
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from quire.core.errors import InvalidRequestError
 from quire.core.ids import RequestId
-from quire.core.request import Request, SamplingParams
+from quire.core.request import Request, SamplingParams, SeedSource
 from quire.distill.corpus import documented_functions, is_held_out, standard_library
 from quire.evaluation.material import Material
 from quire.server.text import Tokenizer
@@ -82,7 +81,7 @@ def has_chat(tokenizer: Tokenizer) -> bool:
     return True
 
 
-def request(prompt: list[int], output: int, temperature: float, seeds: random.Random, *, speculate: bool) -> Request:
+def request(prompt: list[int], output: int, temperature: float, seeds: SeedSource, *, speculate: bool) -> Request:
     """Of a set length and without a seed of its own, under a fresh name."""
     params = SamplingParams(temperature=temperature, max_tokens=output, ignore_eos=True)
     return Request.create(RequestId(f"benchmark-{next(_names)}"), prompt, params, seeds, speculate=speculate)

@@ -31,6 +31,26 @@ def _check_range(name: str, value: float | None, low: float, high: float | None,
         raise InvalidRequestError(f"{name} must be {span}, got {value}", param=name)
 
 
+class SeedSource:
+    """Seeds for requests that bring none."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        """seed: with it, the requests have the seeds of an earlier run, in the order in which they come."""
+        self._random = random.Random(seed)
+        self._repeatable = seed is not None
+
+    def settle(self, params: "SamplingParams") -> "tuple[SamplingParams, int]":
+        """The parameters, and 64 bits of seed for them.
+
+        Where runs are to be repeatable, a request is treated as if it had asked for its seed: how many tokens are
+        drafted follows the clock, and must not then decide what is drawn.
+        """
+        if params.seed is not None:
+            return params, params.seed % 2**64
+        seed = self._random.getrandbits(64)
+        return (msgspec.structs.replace(params, seed=seed) if self._repeatable else params), seed
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn. Order of application: penalties, bias, minimum length, temperature, top-k/p/min-p.
 
@@ -144,7 +164,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        seeds: random.Random,
+        seeds: SeedSource,
         *,
         cache_salt: str = "",
         cache_ttl: float = 0.0,
@@ -157,7 +177,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         speculate: bool = True,
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
-        seed = seeds.getrandbits(64) if params.seed is None else params.seed % 2**64
+        params, seed = seeds.settle(params)
         return Request(
             id=RequestId(request_id),
             prompt_ids=tuple(prompt_ids),

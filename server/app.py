@@ -1,10 +1,10 @@
 """`create_app`: the HTTP application over an engine client and a tokenizer."""
 
-import random
 import time
 
 from fastapi import FastAPI
 
+from ..core.request import SeedSource
 from ..scheduler.client import EngineClient
 from . import openai_routes, ops_routes
 from .errors import install_handlers
@@ -18,7 +18,7 @@ from .traffic_log import TrafficLog
 def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSettings) -> FastAPI:
     """The application; `app.state.service` is the `Service` that its routes work with."""
     metrics = Metrics(client, settings.served_model_names[0], settings.metrics_prefix)
-    seeds = random.Random(settings.seed)
+    seeds = SeedSource(settings.seed)
     service = Service(client, tokenizer, settings, metrics, created=int(time.time()), seeds=seeds)
     if settings.distill_log is not None:
         service.traffic_log = TrafficLog(settings.distill_log)

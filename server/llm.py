@@ -1,6 +1,5 @@
 """The offline API: `LLM(model).generate(prompts, params)`, on the server's scheduler and engine, in this process."""
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from ..core.errors import InvalidRequestError, revive
 from ..core.ids import RequestId
 from ..core.messages import EngineInfo, EngineStats, Event, Failed, FinishReason, Logprob, Tokens, single_events
 from ..core.pruning import CacheUse, PruneParams
-from ..core.request import Request, SamplingParams
+from ..core.request import Request, SamplingParams, SeedSource
 from ..scheduler.client import load_in_process
 from .generation import Job, RequestOutput
 from .text import Tokenizer
@@ -70,7 +69,7 @@ class LLM:
         config = EngineConfig(**{"model": model or str(embedded_model()), "max_waiting": _NO_LIMIT, **settings})
         self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
         self._loop = load_in_process(config, lambda phase, done, total: None)
-        self._seeds = random.Random(seed)
+        self._seeds = SeedSource(seed)
         self._served = 0
         self._prune = config.prune
 

@@ -1,11 +1,11 @@
 """What the HTTP layer is built from: the operator's settings and the objects every route works with."""
 
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import ConfigError, ModelNotFoundError
 from ..core.pruning import PruneParams
+from ..core.request import SeedSource
 from ..scheduler.client import EngineClient
 from .keys import ApiKey
 from .metrics import Metrics
@@ -53,7 +53,7 @@ class Service:
     metrics: Metrics
     created: int
     """When the server started; Unix time in seconds."""
-    seeds: random.Random
+    seeds: SeedSource
     """Gives the seeds of requests that bring none."""
     draining: bool = False
     """Set when the server is about to stop: /ready turns 503 and new work is refused while open requests end."""

@@ -13,7 +13,7 @@ from benchmarks.gpu.measure import Meter, Row
 from quire.core.config import EngineConfig
 from quire.core.messages import Failed, Tokens, single_events
 from quire.core.model_spec import ModelSpec
-from quire.core.request import Request, SamplingParams
+from quire.core.request import Request, SamplingParams, SeedSource
 from quire.engine.engine import Engine
 from quire.kernels.backend import Backend
 from quire.models import native_layers
@@ -99,10 +99,10 @@ def run_load(engine: Engine, load: Load, looks_ahead: bool | None = None) -> tup
         prefix_cache=False,
     )
     loop = EngineLoop(engine, Scheduler(config), looks_ahead)
-    seeds = random.Random(0)
+    dice, seeds = random.Random(0), SeedSource()
     params = SamplingParams(temperature=0.0, max_tokens=load.output, ignore_eos=True)
     for number in range(load.requests):
-        ids = [seeds.randrange(engine.spec.vocab_size) for _ in range(load.prompt)]
+        ids = [dice.randrange(engine.spec.vocab_size) for _ in range(load.prompt)]
         loop.submit(Request.create(f"r{number}", ids, params, seeds))
     started, filled, decodes, tokens = time.perf_counter(), 0.0, list[float](), 0
     while loop.has_work:

@@ -1,7 +1,6 @@
 """The yardstick of speculation: which steps count, what is made of them, and what is asked of the engine."""
 
 import argparse
-import random
 import re
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from benchmarks.workloads import WORKLOADS, Workloads, edit_prompt, has_chat, na
 from quire.core.config import embedded_model
 from quire.core.ids import RequestId
 from quire.core.messages import EngineStats, Event, Finished, StepReport, Tokens
-from quire.core.request import Request
+from quire.core.request import Request, SeedSource
 from quire.core.speculation import SpeculationCounts
 from quire.server.text import Tokenizer
 
@@ -136,5 +135,5 @@ def test_an_edit_renames_whole_words() -> None:
 
 
 def test_a_request_has_no_seed_of_its_own() -> None:
-    one = request([1, 2], 5, 0.8, random.Random(0), speculate=False)
+    one = request([1, 2], 5, 0.8, SeedSource(), speculate=False)
     assert (one.params.seed, one.params.max_tokens, one.params.temperature, one.speculate) == (None, 5, 0.8, False)

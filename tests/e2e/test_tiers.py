@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from quire.core.request import Request, SamplingParams
+from quire.core.request import Request, SamplingParams, SeedSource
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.sequence import SequenceState
 from quire.scheduler.snapshot import load_cache, save_cache
@@ -183,7 +183,7 @@ def test_a_pinned_prompt_survives_what_evicts_others(model: Path) -> None:
     now = [0.0]
     client.loop.scheduler._cache._clock = lambda: now[0]
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
-    pinned = Request.create("pinned", prompt, params, random.Random(), cache_ttl=60.0)
+    pinned = Request.create("pinned", prompt, params, SeedSource(), cache_ttl=60.0)
     client.loop.submit(pinned)
     client.drain()
     assert client.ended["pinned", 0].pinned_tokens == 20

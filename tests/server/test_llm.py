@@ -62,6 +62,16 @@ def test_a_seeded_run_repeats() -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_seeded_run_repeats_whatever_is_drafted() -> None:
+    """How many tokens are drafted follows the clock; what is drawn must not."""
+    params, texts = SamplingParams(max_tokens=24, ignore_eos=True), set()
+    for draft, draft_tokens in (("none", None), ("ngram", 2), ("auto", 5)):
+        llm = LLM(seed=3, max_num_seqs=2, kv_memory=16 * 2**20, draft=draft, draft_tokens=draft_tokens)
+        both = llm.generate(PROMPTS[:2], params, progress=False)
+        texts.add(tuple(one.choices[0].text for one in both))
+    assert len(texts) == 1
+
+
 def test_drafts_can_be_declined(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     submit, asked = llm._loop.submit, list[bool]()
 
