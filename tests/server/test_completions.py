@@ -219,7 +219,7 @@ async def test_what_was_withheld_is_shown_at_the_end(
     assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("hello EN", "length")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(alphabet="ab 你😀", max_size=20),
     stops=st.lists(st.text(alphabet="ab 你", min_size=1, max_size=4), max_size=3),

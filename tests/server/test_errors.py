@@ -206,7 +206,7 @@ JSON = st.recursive(
 FIELDS = sorted({name for fields, _ in BAD_COMPLETIONS + BAD_CHATS for name in fields} | {"user", "ignore_eos"})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([COMPLETIONS, CHAT]))
 async def test_no_body_breaks_the_server(http: httpx.AsyncClient, fields: dict[str, Any], url: str) -> None:
     response = await http.post(url, content=json.dumps({"prompt": "hello", "messages": MESSAGES} | fields))
