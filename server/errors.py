@@ -106,7 +106,8 @@ def invalid_request(error: ValidationError | RequestValidationError) -> InvalidR
     )
     first = errors[0]
     path = ".".join(str(part) for part in first["loc"])[:MAX_MESSAGE_CHARS]
-    message = str(first["msg"]).removeprefix("Value error, ")
+    unknown = first["type"] == "extra_forbidden"
+    message = "there is no such field" if unknown else str(first["msg"]).removeprefix("Value error, ")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     line = f"{path}: {message}{more}" if path else f"{message}{more}"
     return InvalidRequestError(line.replace("\n", " ")[:MAX_MESSAGE_CHARS], param=path or None)
