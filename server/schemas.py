@@ -1,7 +1,8 @@
 """The request bodies of the API, in one place. Types are strict: true is no number and "5" is not 5.
 
 Ranges of sampling parameters are checked once, by `SamplingParams`. Unknown fields are ignored, as OpenAI-compatible
-servers do; fields that are known but not supported, at all (`UNSUPPORTED`) or here, are refused when they ask for something.
+servers do; fields that are known but not supported, at all (`UNSUPPORTED`) or at this endpoint, are refused when they
+ask for something.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
