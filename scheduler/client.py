@@ -43,6 +43,7 @@ SNAPSHOT_SECONDS = 600.0
 _LAST_WORDS_SECONDS = 5.0
 """How long to wait for why an engine ended that never was ready, on a machine that is busy with other things."""
 MAX_DEATHS = 5
+"""In a row: an engine that was ready for `STABLE_SECONDS` begins a new one."""
 STABLE_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 30.0
 log = logging.getLogger("quire.client")
@@ -114,11 +115,6 @@ class ProcessClient:
         """Seconds since the engine's last sign of life."""
         return time.monotonic() - self._last_sign
 
-    @property
-    def engine_pid(self) -> int:
-        """Process id of the present engine."""
-        return self._engine.pid
-
     def add_stats_listener(self, callback: Callable[[EngineStats], None]) -> None:
         """Call `callback` with each report's stats."""
         self._listeners.append(callback)
@@ -167,6 +163,8 @@ class ProcessClient:
             self._engine.close()
             if self.info is None or deaths >= MAX_DEATHS:
                 self.status = "stopped"
+                if deaths > 1:
+                    reason = EngineUnavailableError(f"{reason.message}, {deaths} times in a row: not started again")
                 self._fail_streams(reason)
                 self.failed.set_result(reason)
                 return
