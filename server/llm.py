@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,14 +60,14 @@ class Completion:
 class LLM:
     """A model, loaded once; for one thread."""
 
-    def __init__(self, model: str | None = None, *, seed: int | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | Path | None = None, *, seed: int | None = None, **settings: Any) -> None:
         """Load a checkpoint folder or hub name, the embedded model by default.
 
         seed makes the draws of requests without a seed of their own repeatable;
         settings are fields of `core.config.EngineConfig` (device, dtype, kv_memory in bytes, ...). Raises `QuireError`
         where the model or the settings cannot work.
         """
-        config = EngineConfig(**{"model": model or str(embedded_model()), "max_waiting": _NO_LIMIT, **settings})
+        config = EngineConfig.of({"model": str(model or embedded_model()), "max_waiting": _NO_LIMIT, **settings})
         self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
         self._loop = load_in_process(config, lambda phase, done, total: None)
         self._seeds = SeedSource(seed)
