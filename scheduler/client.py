@@ -159,6 +159,7 @@ class ProcessClient:
             reason = await self._run_engine()
             served = self.ready.is_set() and time.monotonic() - self._ready_since > STABLE_SECONDS
             self.ready.clear()
+            self._tell(EngineStats())  # what it held is gone: nobody runs or waits, no page is used
             deaths = 1 if served else deaths + 1
             self._engine.close()
             if self.info is None or deaths >= MAX_DEATHS:
@@ -209,13 +210,11 @@ class ProcessClient:
 
     def _handle(self, message: EngineMessage) -> None:
         if isinstance(message, StepReport):
-            self.stats = message.stats
             for event in single_events(message.events):
                 stream = self._streams.get(event.request_id)
                 if stream is not None:  # else the request was closed meanwhile; its abort is on the way
                     stream.put_nowait(event)
-            for listener in self._listeners:
-                listener(message.stats)
+            self._tell(message.stats)
         elif isinstance(message, Ready):
             self.info = message.info
             self._ready_since = time.monotonic()
@@ -223,6 +222,11 @@ class ProcessClient:
             self.ready.set()
         elif isinstance(message, Progress) and self._on_progress:
             self._on_progress(message)
+
+    def _tell(self, stats: EngineStats) -> None:
+        self.stats = stats
+        for listener in self._listeners:
+            listener(stats)
 
     def _fail_streams(self, error: QuireError) -> None:
         for request_id, stream in self._streams.items():
