@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,8 +12,6 @@ from .errors import ConfigError
 from .pruning import PruneParams
 from .speculation import MAX_DRAFT_TOKENS, parse_draft
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda")
 MAX_LENGTH = 2**30
 """Tokens of a sequence: positions are 32-bit numbers."""
 _UNITS = {
@@ -28,7 +27,7 @@ _UNITS = {
 }
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the engine process is started with."""
 
     model: str
@@ -83,6 +82,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     `none`; `auto`: n-grams, with the draft model that the checkpoint brings along in `draft/` if it does."""
     draft_tokens: int | None = None
     """Tokens of every draft; None: as many as measured acceptance and step costs make worth while, 0 included."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, object]) -> "EngineConfig":
+        """From a caller's keywords, names and types checked too. Raises `ConfigError`."""
+        try:
+            return msgspec.convert(settings, cls)
+        except msgspec.ValidationError as error:
+            text = str(error).replace("Object contains unknown field", "there is no setting")
+            reason, _, field = text.partition(" - at `$.")
+            name = field.rstrip("`")
+            raise ConfigError(f"{name}: {reason}" if name else reason, param=name or None) from error
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batch_tokens", "max_waiting", "page_size"):

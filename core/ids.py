@@ -3,8 +3,5 @@
 from typing import NewType
 
 RequestId = NewType("RequestId", str)
-TokenId = NewType("TokenId", int)
 SlotId = NewType("SlotId", int)
 """A row of the engine's per-sequence tensors; lent to a running sequence, given back when it leaves."""
-PageId = NewType("PageId", int)
-"""A page of the KV pool: `page_size` entries of ONE KV head of ONE layer."""

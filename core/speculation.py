@@ -7,7 +7,6 @@ import msgspec
 from .errors import ConfigError
 
 DraftMethod = Literal["model", "ngram", "hybrid", "layerskip"]
-DRAFT_METHODS: tuple[DraftMethod, ...] = ("model", "ngram", "hybrid", "layerskip")
 MAX_DRAFT_TOKENS = 16
 """Most tokens of one proposal."""
 HYBRID_DEPTH = 6

@@ -22,10 +22,6 @@ from .optimizer import MaskedMuon, Rates
 from .target_rows import Batch, Shard, read_rows
 
 
-class Stopped(Exception):
-    """The user asked for an end; what is saved goes on from here."""
-
-
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """How long and how fast a draft learns."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import ModelLoadError
+from ..core.folders import model_folder
 from .runner import ProgressCallback
 
 _DTYPES = {
@@ -140,13 +141,9 @@ class TensorReader:
 
 def _find_folder(name: str, with_code: bool) -> Path:
     """The folder of `name`, fetching it from the hub if it is neither a folder nor in the local cache."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ModelLoadError(f"{name} is a file; a model folder in Hugging Face format is needed")
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise ModelLoadError(f"no such model folder: {name}")
+    folder = model_folder(name)
+    if folder is not None:
+        return folder
     patterns = [*_HUB_PATTERNS, "*.py"] if with_code else _HUB_PATTERNS
     cached = _cached_snapshot(name)
     if cached is not None:

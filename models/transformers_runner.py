@@ -49,11 +49,6 @@ class TransformersRunner:
         """See `ModelRunner.output_weight`."""
         return self._outputs.get(layer)
 
-    @property
-    def synchronises(self) -> bool:
-        """Whether a step reads device values on the host (length-dependent RoPE), so that no graph can hold it."""
-        return bool(self._ropes)
-
     def forward(
         self,
         input_ids: Tensor,

@@ -43,6 +43,7 @@ SNAPSHOT_SECONDS = 600.0
 _LAST_WORDS_SECONDS = 5.0
 """How long to wait for why an engine ended that never was ready, on a machine that is busy with other things."""
 MAX_DEATHS = 5
+"""In a row: an engine that was ready for `STABLE_SECONDS` begins a new one."""
 STABLE_SECONDS = 60.0
 MAX_BACKOFF_SECONDS = 30.0
 log = logging.getLogger("quire.client")
@@ -114,11 +115,6 @@ class ProcessClient:
         """Seconds since the engine's last sign of life."""
         return time.monotonic() - self._last_sign
 
-    @property
-    def engine_pid(self) -> int:
-        """Process id of the present engine."""
-        return self._engine.pid
-
     def add_stats_listener(self, callback: Callable[[EngineStats], None]) -> None:
         """Call `callback` with each report's stats."""
         self._listeners.append(callback)
@@ -163,10 +159,13 @@ class ProcessClient:
             reason = await self._run_engine()
             served = self.ready.is_set() and time.monotonic() - self._ready_since > STABLE_SECONDS
             self.ready.clear()
+            self._tell(EngineStats())  # what it held is gone: nobody runs or waits, no page is used
             deaths = 1 if served else deaths + 1
             self._engine.close()
             if self.info is None or deaths >= MAX_DEATHS:
                 self.status = "stopped"
+                if deaths > 1:
+                    reason = EngineUnavailableError(f"{reason.message}, {deaths} times in a row: not started again")
                 self._fail_streams(reason)
                 self.failed.set_result(reason)
                 return
@@ -211,13 +210,11 @@ class ProcessClient:
 
     def _handle(self, message: EngineMessage) -> None:
         if isinstance(message, StepReport):
-            self.stats = message.stats
             for event in single_events(message.events):
                 stream = self._streams.get(event.request_id)
                 if stream is not None:  # else the request was closed meanwhile; its abort is on the way
                     stream.put_nowait(event)
-            for listener in self._listeners:
-                listener(message.stats)
+            self._tell(message.stats)
         elif isinstance(message, Ready):
             self.info = message.info
             self._ready_since = time.monotonic()
@@ -225,6 +222,11 @@ class ProcessClient:
             self.ready.set()
         elif isinstance(message, Progress) and self._on_progress:
             self._on_progress(message)
+
+    def _tell(self, stats: EngineStats) -> None:
+        self.stats = stats
+        for listener in self._listeners:
+            listener(stats)
 
     def _fail_streams(self, error: QuireError) -> None:
         for request_id, stream in self._streams.items():

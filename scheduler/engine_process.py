@@ -45,11 +45,6 @@ class EngineProcess:
         return socket
 
     @property
-    def pid(self) -> int:
-        """Of the engine process."""
-        return self._popen.pid
-
-    @property
     def exit_code(self) -> int | None:
         """None while it runs; negative for the signal that killed it."""
         return self._popen.poll()

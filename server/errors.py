@@ -106,7 +106,8 @@ def invalid_request(error: ValidationError | RequestValidationError) -> InvalidR
     )
     first = errors[0]
     path = ".".join(str(part) for part in first["loc"])[:MAX_MESSAGE_CHARS]
-    message = str(first["msg"]).removeprefix("Value error, ")
+    unknown = first["type"] == "extra_forbidden"
+    message = "there is no such field" if unknown else str(first["msg"]).removeprefix("Value error, ")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     line = f"{path}: {message}{more}" if path else f"{message}{more}"
     return InvalidRequestError(line.replace("\n", " ")[:MAX_MESSAGE_CHARS], param=path or None)
@@ -118,7 +119,8 @@ def install_handlers(app: FastAPI, on_failure: Callable[[QuireError], None]) -> 
     async def on_quire_error(_: Request, error: Exception) -> Response:
         assert isinstance(error, QuireError)
         on_failure(error)
-        if mapping_of(error).status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        # 503 and 504 are what the operator's log has once, or a limit that was set: each one is in the metrics alone.
+        if mapping_of(error).status == HTTPStatus.INTERNAL_SERVER_ERROR:
             logger.warning("request failed: %s: %s", type(error).__name__, error.message)
         return error_response(error)
 

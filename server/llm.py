@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -59,14 +60,14 @@ class Completion:
 class LLM:
     """A model, loaded once; for one thread."""
 
-    def __init__(self, model: str | None = None, *, seed: int | None = None, **settings: Any) -> None:
+    def __init__(self, model: str | Path | None = None, *, seed: int | None = None, **settings: Any) -> None:
         """Load a checkpoint folder or hub name, the embedded model by default.
 
         seed makes the draws of requests without a seed of their own repeatable;
         settings are fields of `core.config.EngineConfig` (device, dtype, kv_memory in bytes, ...). Raises `QuireError`
         where the model or the settings cannot work.
         """
-        config = EngineConfig(**{"model": model or str(embedded_model()), "max_waiting": _NO_LIMIT, **settings})
+        config = EngineConfig.of({"model": str(model or embedded_model()), "max_waiting": _NO_LIMIT, **settings})
         self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
         self._loop = load_in_process(config, lambda phase, done, total: None)
         self._seeds = SeedSource(seed)
@@ -85,27 +86,29 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
         *,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         prune: PruneParams | None = None,
         speculate: bool = True,
         progress: bool = True,
     ) -> list[Completion]:
-        """Complete all prompts (texts or token ids), batched together; results are in the order of the prompts.
+        """Complete one prompt or several (texts or token ids), batched together; results are in the prompts' order.
 
-        params: one for all, or one per prompt; stop: texts that end a completion and are cut off; prune: how their KV
-        cache is pruned, by default as the settings say; speculate: whether their tokens may be drafted, where the
-        settings name a drafter (`draft`). Raises `QuireError`
-        when a prompt cannot be served, before any is computed, or its computation fails.
+        params: one for all, or one per prompt; stop: text or texts that end a completion and are cut off; prune: how
+        their KV cache is pruned, by default as the settings say; speculate: whether their tokens may be drafted, where
+        the settings name a drafter (`draft`). Raises `QuireError` when a prompt cannot be served, before any is
+        computed, or its computation fails.
         """
-        all_params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(all_params) != len(prompts):
-            raise InvalidRequestError(f"{len(prompts)} prompts, but {len(all_params)} sampling parameters")
+        listed = _listed(prompts)
+        all_params = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        if len(all_params) != len(listed):
+            raise InvalidRequestError(f"{len(listed)} prompts, but {len(all_params)} sampling parameters")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         works = [
-            self._work(prompt, one, tuple(stop), prune or self._prune, speculate)
-            for prompt, one in zip(prompts, all_params, strict=True)
+            self._work(prompt, one, stops, prune or self._prune, speculate)
+            for prompt, one in zip(listed, all_params, strict=True)
         ]
         try:
             self._run({work.request.id: work for work in works}, progress)
@@ -147,6 +150,19 @@ class LLM:
                         self._loop.abort(event.request_id)  # a stop string ends what the engine would go on with
                         bar.advance(task)
                 bar.update(task, rate=tokens / (time.perf_counter() - started))
+
+
+def _listed(prompts: str | Sequence[int] | Sequence[str | Sequence[int]]) -> Sequence[str | Sequence[int]]:
+    """One text is one prompt and no list of letters; one list of token ids is one prompt, too."""
+    if isinstance(prompts, str):
+        return [prompts]
+    ids = [prompt for prompt in prompts if isinstance(prompt, int)]
+    if ids and len(ids) == len(prompts):
+        return [ids]
+    listed = [prompt for prompt in prompts if not isinstance(prompt, int)]
+    if len(listed) < len(prompts):
+        raise InvalidRequestError("prompts are texts or lists of token ids, or one of these; some are single numbers")
+    return listed
 
 
 class _Work:

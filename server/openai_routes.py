@@ -18,7 +18,7 @@ from .docs import body_schema
 from .generation import Delta, Job, stream_deltas
 from .prompts import chat_jobs, completion_jobs
 from .responses import ChatFormat, CompletionFormat, Heading, ResponseFormat, Usage, WholeChoice
-from .schemas import ChatBody, CompletionBody, GenerationBody, parse_body
+from .schemas import ChatBody, CompletionBody, GenerationBody, StreamOptions, parse_body
 from .settings import Service
 from .streaming import EventStreamResponse, event_stream, first_of, until_disconnect
 
@@ -128,7 +128,7 @@ async def _respond(request: Request, body: GenerationBody, answer: _Answer) -> R
         answer.style,
         answer.usage,
         num_choices=answer.num_choices,
-        include_usage=body.stream_options is not None and body.stream_options.include_usage,
+        options=body.stream_options or StreamOptions(),
         metrics=answer.service.metrics,
     )
     # The status is decided by the first event: a refusal by the engine is a real 4xx or 5xx here too.

@@ -76,7 +76,7 @@ async def chat_ids(
             [message.model_dump(exclude_none=True) for message in messages],
             add_generation_prompt=options.add_generation_prompt,
             continue_final_message=options.continue_final_message,
-            template_kwargs=options.chat_template_kwargs,
+            template_kwargs=options.template_variables,
         )
 
     text = await tokenizer.run(sum(len(message.content) for message in messages), write)

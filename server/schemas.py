@@ -1,7 +1,8 @@
 """The request bodies of the API, in one place. Types are strict: true is no number and "5" is not 5.
 
 Ranges of sampling parameters are checked once, by `SamplingParams`. Unknown fields are ignored, as OpenAI-compatible
-servers do; fields that are known but not supported (`UNSUPPORTED`) are refused when they ask for something.
+servers do; fields that are known but not supported, at all (`UNSUPPORTED`) or at this endpoint, are refused when they
+ask for something.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
@@ -44,12 +45,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "store": (False,),
     "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "verbosity": ("medium",),
     "web_search_options": (),
 }
 """Field -> the values beside null with which it asks for nothing."""
@@ -156,6 +159,8 @@ class StreamOptions(BaseModel):
 
     include_usage: bool = False
     """Send a last chunk with the usage and no choices."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`: every chunk tells the usage so far (vLLM's extension)."""
 
 
 class PruneBody(BaseModel):
@@ -183,7 +188,14 @@ class PruneBody(BaseModel):
         return PruneParams(**fields | {"refine": tuple(fields.get("refine", ()))})
 
 
-Pruning = Annotated[PruneBody | None, BeforeValidator(lambda value: None if value is False else value)]
+def _prune(value: Any) -> Any:
+    """False says the same as null."""
+    if value is not None and value is not False and not isinstance(value, dict):
+        raise ValueError('an object such as {"policy": "keydiff", "keep": 0.5}, or false, is wanted')
+    return None if value is False else value
+
+
+Pruning = Annotated[PruneBody | None, BeforeValidator(_prune)]
 
 
 class GenerationBody(Body):
@@ -253,6 +265,14 @@ class TemplateOptions(BaseModel):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    """Given to the template, for models whose template asks for it."""
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the request adds to the template's variables."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
 
 class ChatBody(GenerationBody, TemplateOptions):
@@ -296,15 +316,18 @@ def parse_body(kind: type[AnyBody], raw: bytes) -> AnyBody:
         raise InvalidRequestError(f"the body is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(data, dict):
         raise InvalidRequestError("the body must be a JSON object")
-    _refuse_unsupported(data)
+    _refuse_unsupported(kind, data)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise invalid_request(error) from error
 
 
-def _refuse_unsupported(data: dict[str, Any]) -> None:
-    for name in data.keys() & UNSUPPORTED.keys():
+def _refuse_unsupported(kind: type[Body], data: dict[str, Any]) -> None:
+    for name in sorted(data.keys() & _elsewhere(kind)):
+        if data[name] is not None and data[name] is not False:
+            raise InvalidRequestError(f"{name} is no parameter of this endpoint", param=name)
+    for name in sorted(data.keys() & UNSUPPORTED.keys()):
         if data[name] is not None and data[name] not in UNSUPPORTED[name]:
             raise InvalidRequestError(f"{name} is not supported", param=name)
     best_of = data.get("best_of")
@@ -315,3 +338,9 @@ def _refuse_unsupported(data: dict[str, Any]) -> None:
         for name in ("tool_calls", "function_call"):
             if isinstance(message, dict) and message.get(name):
                 raise InvalidRequestError(f"{name} is not supported", param=f"messages.{number}.{name}")
+
+
+def _elsewhere(kind: type[Body]) -> set[str]:
+    """Parameters of the other of the two endpoints that generate: ignored, they would change the answer unnoticed."""
+    others = {CompletionBody: ChatBody, ChatBody: CompletionBody}
+    return others[kind].model_fields.keys() - kind.model_fields.keys() if kind in others else set()

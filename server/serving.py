@@ -88,8 +88,9 @@ class _StartDisplay:
         self._bars.update(self._tasks[progress.phase], completed=progress.done, total=progress.total)
 
     def close(self) -> None:
-        """Leave the terminal clean."""
-        self._bars.stop()
+        """Leave the terminal clean; where nothing was shown, `stop` would print an empty line."""
+        if self._tasks:
+            self._bars.stop()
 
 
 def serve(options: ServeOptions) -> None:

@@ -15,6 +15,7 @@ from .errors import error_body, unexpected
 from .generation import Delta
 from .metrics import Metrics
 from .responses import ResponseFormat, Usage
+from .schemas import StreamOptions
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
@@ -60,15 +61,20 @@ async def event_stream(
     usage: Usage,
     *,
     num_choices: int,
-    include_usage: bool,
+    options: StreamOptions,
     metrics: Metrics,
 ) -> AsyncGenerator[bytes, None]:
     """The response as events. What fails before the first one is raised, so that it becomes an HTTP status.
 
     Later failures become an error event that ends the stream, without `[DONE]`.
     """
-    extra = {"usage": None} if include_usage else {}
-    opening = [server_sent_event(body | extra) for body in style.opening(num_choices)]
+
+    def event(body: dict[str, Any]) -> bytes:
+        if not options.include_usage:
+            return server_sent_event(body)
+        return server_sent_event(body | {"usage": usage.body() if options.continuous_usage_stats else None})
+
+    opening = [event(body) for body in style.opening(num_choices)]
     begun = False
     try:
         async with aclosing(deltas):
@@ -76,11 +82,11 @@ async def event_stream(
                 events = [] if begun else opening
                 for delta in batch:
                     usage.add(delta)
-                    events += [server_sent_event(body | extra) for body in style.chunks(delta)]
+                    events += [event(body) for body in style.chunks(delta)]
                 if events or not begun:
                     begun = True
                     yield b"".join(events)
-        yield (server_sent_event(style.usage_chunk(usage)) if include_usage else b"") + DONE
+        yield (server_sent_event(style.usage_chunk(usage)) if options.include_usage else b"") + DONE
     except Exception as error:
         if not begun:
             raise

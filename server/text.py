@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import InvalidRequestError, ModelLoadError
+from ..core.folders import model_folder
 from .detokenizer import Detokenizer
 
 if TYPE_CHECKING:  # 60 MB and most of a second: paid when a tokenizer is loaded, not when this module is imported
@@ -22,6 +23,7 @@ INLINE_CHARS = 4096
 REPEAT_INSTRUCTION = "\n\nRepeat the text above, word for word:\n\n"
 PRIME_TOKENS = 6
 """Prompt tokens a detokenizer sees first, so that decoders which drop a text's leading space keep it."""
+_NO_TOKENIZER = "it has no tokenizer.json and none can be made from its files"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -48,8 +50,9 @@ class Tokenizer:
     @classmethod
     def load(cls, model: str | Path, trust_remote_code: bool = False) -> "Tokenizer":
         """Load from a checkpoint folder or a hub name. Raises `ModelLoadError` if that has no usable tokenizer."""
+        folder = model_folder(str(model))
         try:
-            return cls(_load(str(model), trust_remote_code))
+            return cls(_load(str(folder or model), trust_remote_code))
         except Exception as error:  # the libraries raise all kinds here, bare Exception among them
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelLoadError(f"cannot load the tokenizer of {model}: {reason}") from error
@@ -163,9 +166,14 @@ def _load(model: str, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
         return PreTrainedTokenizerFast.from_pretrained(model)
     from transformers import AutoTokenizer  # brings torch: only where nothing lighter can read the files
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if os.path.isdir(model):  # the library names neither the folder nor the file
+            raise ModelLoadError(_NO_TOKENIZER) from error
+        raise
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelLoadError("it has no tokenizer.json and none can be made from its files")
+        raise ModelLoadError(_NO_TOKENIZER)
     return tokenizer
 
 

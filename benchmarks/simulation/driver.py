@@ -50,7 +50,6 @@ class Simulation:
 
     def __init__(self, device: Device, traffic: Traffic, limits: Limits) -> None:
         self._clock = VirtualClock()
-        self._traffic = traffic
         engine = SimulatedEngine(device, self._clock, limits.max_num_seqs, device.kv_tokens // PAGE_SIZE)
         self._engine = engine
         self._loop = EngineLoop(engine, Scheduler(_config(engine, limits), clock=self._clock))

@@ -17,6 +17,7 @@ from quire.core.errors import (
 )
 from quire.core.ids import RequestId
 from quire.core.messages import ClientMessage, Submit
+from quire.core.pruning import PruneParams
 from quire.core.request import MAX_CACHE_SALT, Request, SamplingParams
 
 
@@ -102,3 +103,20 @@ def test_bad_sizes(text: str) -> None:
 def test_impossible_settings(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
         EngineConfig(model="m", **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"device": "tpu"}, "device: Invalid enum value 'tpu'"),
+        ({"kv_memory": "1GiB"}, "kv_memory: Expected `int"),
+        ({"page_sise": 8}, "there is no setting `page_sise`"),
+        ({"page_size": 0}, "page_size must be at least 1"),
+    ],
+)
+def test_settings_of_a_program_are_checked_by_name_and_type(settings: dict[str, object], reason: str) -> None:
+    prune = PruneParams(policy="window")
+    good = EngineConfig.of({"model": "m", "max_cache_ttl": 3, "prune": prune})
+    assert good == EngineConfig(model="m", max_cache_ttl=3.0, prune=prune)
+    with pytest.raises(ConfigError, match=reason):
+        EngineConfig.of({"model": "m"} | settings)

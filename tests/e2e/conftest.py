@@ -14,7 +14,6 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-START_SECONDS = 120
 MODEL_NAME = "quire-mini"
 
 

@@ -35,7 +35,7 @@ def protected_counts(view: LayerView, sinks: int = 2, window: int = 4) -> list[i
     ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada", "global"]),
     lengths=st.integers(1, 3).flatmap(

@@ -264,7 +264,7 @@ def test_bfloat16_cache(name: str) -> None:
     torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=1e-3, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(list(POLICIES)),
     budget=st.sampled_from(["uniform", "pyramid", "prefix", "ada", "global"]),

@@ -47,7 +47,7 @@ class Cache:
 LENGTHS = st.lists(st.lists(st.integers(1, 40), min_size=KV_HEADS, max_size=KV_HEADS), min_size=1, max_size=3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
 def test_everything_is_read_where_the_budget_allows_it(lengths: list[list[int]], seed: int) -> None:
     cache = Cache(lengths, seed)
@@ -56,7 +56,7 @@ def test_everything_is_read_where_the_budget_allows_it(lengths: list[list[int]],
     torch.testing.assert_close(cache.attend(table, kept), cache.attend(cache.table, cache.total - 1))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(lengths=LENGTHS, seed=st.integers(0, 99), budget=st.integers(1, 48))
 def test_the_best_pages_in_their_order_and_the_newest_last(lengths: list[list[int]], seed: int, budget: int) -> None:
     cache = Cache(lengths, seed)

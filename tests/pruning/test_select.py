@@ -35,7 +35,7 @@ def best(scores: Tensor, view: LayerView, head: int, params: PruneParams, count:
     return set(stays) | set(others[: max(0, count - len(stays))])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     target=st.integers(1, 50),

@@ -299,7 +299,7 @@ def test_a_large_head_of_the_queue_is_not_starved_by_small_ones(policy):
     assert name in world.finished
 
 
-@settings(max_examples=24, deadline=None)
+@settings(max_examples=24)
 @given(seed=st.integers(0, 2**32), policy=st.sampled_from(POLICIES))
 def test_nobody_starves_at_twice_the_load_that_can_be_served(seed, policy):
     """Arrivals for ever; everybody who came in the first seconds ends while they go on."""

@@ -197,7 +197,7 @@ class Traffic:
         assert not (name in world.failed and name in self.aborted)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 2**32), actions=st.lists(st.sampled_from("aaasssssc"), min_size=5, max_size=100))
 def test_any_traffic_in_any_configuration(seed, actions):
     rng = random.Random(seed)

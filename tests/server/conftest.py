@@ -20,7 +20,7 @@ BOS, EOS = 0, 1
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "<|bos|>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    "{{ mood | default('') }}"
+    "{{ mood | default('') }}{{ reasoning_effort | default('') }}"
 )
 CORPUS = ["hello world, the quick brown fox stops here. The end", "héllo wörld 你好 世界 😀 €"] * 3
 

@@ -93,9 +93,11 @@ async def test_content_forms(
 async def test_template_options(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer) -> None:
     await post(http, chat_template_kwargs={"mood": " :)"})
     assert tokenizer.decode(client.requests[0].prompt_ids, False).endswith("assistant: :)")
+    await post(http, reasoning_effort="low", chat_template_kwargs={"mood": "very "})
+    assert tokenizer.decode(client.requests[1].prompt_ids, False).endswith("assistant:very low")
     messages = [*ASK["messages"], {"role": "assistant", "content": "I say"}]
     await post(http, messages=messages, add_generation_prompt=False, continue_final_message=True)
-    assert tokenizer.decode(client.requests[1].prompt_ids, False).endswith("assistant: I say")
+    assert tokenizer.decode(client.requests[2].prompt_ids, False).endswith("assistant: I say")
 
 
 async def test_max_completion_tokens_wins(http: httpx.AsyncClient, client: FakeClient) -> None:
@@ -113,6 +115,9 @@ async def test_fields_that_ask_for_nothing_are_fine(http: httpx.AsyncClient, cli
         response_format={"type": "text"},
         modalities=["text"],
         best_of=1,
+        echo=False,
+        store=False,
+        verbosity="medium",
         unknown_field={"x": 1},
     )
     assert len(client.requests) == 1

@@ -97,6 +97,16 @@ async def test_stream_shape(http: httpx.AsyncClient, client: FakeClient, tokeniz
     assert not any("\ufffd" in event["choices"][0]["text"] for event in events[:-2])
 
 
+async def test_usage_so_far_with_every_chunk(http: httpx.AsyncClient, client: FakeClient) -> None:
+    client.script = says([70, 71, 72])
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, done = await stream(http, stream_options=options)
+    assert done == "[DONE]" and last["choices"] == []
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] > 0 and counts[-1] == last["usage"]["completion_tokens"] == 3
+    assert all(chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] > 0 for chunk in chunks)
+
+
 async def test_no_usage_unless_asked(http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer) -> None:
     client.script = says(tokenizer.encode("hello", False))
     assert all("usage" not in event for event in (await stream(http))[:-1])
@@ -219,7 +229,7 @@ async def test_what_was_withheld_is_shown_at_the_end(
     assert (body["choices"][0]["text"], body["choices"][0]["finish_reason"]) == ("hello EN", "length")
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(alphabet="ab 你😀", max_size=20),
     stops=st.lists(st.text(alphabet="ab 你", min_size=1, max_size=4), max_size=3),

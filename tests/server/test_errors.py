@@ -119,6 +119,9 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"timeout": 1e9}, "timeout"),
     ({"timeout": "5"}, "timeout"),
     ({"user": 5}, "user"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"store": True}, "store"),
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": None}, "messages"),
@@ -147,6 +150,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize"),
     ({"chat_template_kwargs": []}, "chat_template_kwargs"),
     ({"continue_final_message": True}, "messages"),
+    ({"echo": True}, "echo"),
+    ({"prompt": "hi"}, "prompt"),
+    ({"store": True}, "store"),
+    ({"verbosity": "low"}, "verbosity"),
+    ({"reasoning_effort": 5}, "reasoning_effort"),
 ]
 
 
@@ -206,7 +214,7 @@ JSON = st.recursive(
 FIELDS = sorted({name for fields, _ in BAD_COMPLETIONS + BAD_CHATS for name in fields} | {"user", "ignore_eos"})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4), st.sampled_from([COMPLETIONS, CHAT]))
 async def test_no_body_breaks_the_server(http: httpx.AsyncClient, fields: dict[str, Any], url: str) -> None:
     response = await http.post(url, content=json.dumps({"prompt": "hello", "messages": MESSAGES} | fields))

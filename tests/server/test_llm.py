@@ -30,6 +30,14 @@ def test_text_is_the_decoded_tokens(llm: LLM) -> None:
     assert llm.tokenizer.decode(ids) == PROMPTS[0] + completion.choices[0].text
 
 
+def test_one_prompt_and_one_stop_need_no_list(llm: LLM) -> None:
+    (listed,) = llm.generate(PROMPTS[:1], GREEDY, progress=False)
+    assert llm.generate(PROMPTS[0], GREEDY, progress=False) == [listed]
+    assert llm.generate(listed.prompt_ids, GREEDY, progress=False) == [listed]
+    stop = listed.choices[0].text[3:6]
+    assert llm.generate(PROMPTS[0], GREEDY, stop=stop, progress=False)[0].choices[0].text == listed.choices[0].text[:3]
+
+
 def test_parameters_per_prompt_and_several_choices(llm: LLM) -> None:
     params = [SamplingParams(max_tokens=n, ignore_eos=True, n=n, seed=n) for n in (1, 2, 3)]
     completions = llm.generate(PROMPTS, params, progress=False)
@@ -92,4 +100,6 @@ def test_refusals_leave_the_engine_usable(llm: LLM) -> None:
         llm.generate(["x = 1", ""], GREEDY, progress=False)
     with pytest.raises(InvalidRequestError, match="2 prompts"):
         llm.generate(["a", "b"], [GREEDY], progress=False)
+    with pytest.raises(InvalidRequestError, match="single numbers"):
+        llm.generate([5, "a"], GREEDY, progress=False)  # type: ignore[list-item]
     assert llm.generate(["x"], GREEDY, progress=False)[0].choices[0].token_ids

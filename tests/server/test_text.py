@@ -160,7 +160,9 @@ def test_a_template_that_refuses_or_is_missing_is_the_clients_error(tokenizer: T
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match="cannot load the tokenizer"):
+    with pytest.raises(ModelLoadError, match=r"no such model folder: .*/nowhere"):
+        Tokenizer.load(tmp_path / "nowhere")
+    with pytest.raises(ModelLoadError, match=r"cannot load the tokenizer of .*: it has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{ not json")
     with pytest.raises(ModelLoadError, match="cannot load the tokenizer"):
