@@ -17,7 +17,7 @@ from quire.speculation.drafter import Drafter
 from ..kernels.triton_interpreter import ON_GPU
 from ..models.conftest import load, make_checkpoint
 from .harness import Harness, Sequence
-from .scripted import SamplingDrafter, ScriptedDrafter
+from .scripted import SamplingDrafter, ScriptedDrafter, TreeDrafter
 from .test_graphs import FakeCapture
 
 PARAMS = [
@@ -83,6 +83,28 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
         engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
     for text, plain in zip(run(engine, drafts=2), expected, strict=True):
         assert text[: len(plain)] == plain
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_trees_change_no_token(checkpoint: Path, device: str) -> None:
+    """By graphs where all sequences bring as many rows, else without."""
+    expected = run(make_engine(checkpoint, "reference"))
+    texts = {4 - i: [*prompt, *text] for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))}
+
+    def tree(slot: int, known: list[int], limit: int) -> list[tuple[int, int]]:
+        first, second, third = (*texts[slot][len(known) :], 3, 4, 5)[:3]
+        return [(-1, (first + 1) % 97), (-1, first), (0, second), (1, (second + 1) % 97), (1, second), (4, third)]
+
+    engine = make_engine(checkpoint, "triton", TreeDrafter(tree))
+    capture = FakeCapture()
+    if device == "cpu":
+        graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", capture, most_drafts=6)
+        engine._graphs = graphs
+    found = run(engine, drafts=6)
+    for text, plain in zip(found, expected, strict=True):
+        assert text[: len(plain)] == plain[: len(text)]
+    assert sum(map(len, found)) > sum(map(len, expected))
+    assert device == "cuda" or capture.replayed > 0
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
