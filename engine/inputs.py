@@ -114,7 +114,7 @@ def build_inputs(
     places = np.arange(len(ids)) if trees is None else np.arange(len(ids)) + trees.shifts
     positions = places + (starts - firsts).repeat(rows)
     rotations = places + (cache.rotary_starts(slots, starts) - firsts).repeat(rows)
-    masks = [] if trees is None else trees.visible
+    masks = np.empty(0, np.int64) if trees is None else trees.visible
     parts = (ids, positions, rotations, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends, masks)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)

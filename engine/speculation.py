@@ -80,11 +80,11 @@ class Speculation:
         """The sequence's part with its proposals."""
         # Policies that watch attention or select pages know no trees, and a row's mask has only so many bits: there the
         # first path of a tree must do.
-        read = parents and any(reads(part.slot) for reads in self._readers)
-        if read or (parents and len(part.token_ids) + len(drafts) > MASKED_ROWS):
+        rows = len(part.token_ids) + len(drafts)
+        if parents and (rows > MASKED_ROWS or any(reads(part.slot) for reads in self._readers)):
             nodes = first_chain(parents)
             drafts, parents = tuple(drafts[node] for node in nodes), tuple(range(-1, len(nodes) - 1))
-        if parents == tuple(range(-1, len(drafts) - 1)):
+        if parents and parents == tuple(range(-1, len(drafts) - 1)):
             parents = ()
         return replace(part, token_ids=part.token_ids + drafts, drafts=len(drafts), parents=parents)
 

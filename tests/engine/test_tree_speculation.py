@@ -230,7 +230,12 @@ def last_plan(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
     seen: list[BatchPlan] = []
     engine: Any = harness.engine
     forward = engine._forward
-    monkeypatch.setattr(engine, "_forward", lambda plan, *more: seen.append(plan) or forward(plan, *more))
+
+    def watched(plan: BatchPlan, *more: Any) -> Any:
+        seen.append(plan)
+        return forward(plan, *more)
+
+    monkeypatch.setattr(engine, "_forward", watched)
     return lambda: seen[-1].sequences[-1]
 
 

@@ -248,9 +248,8 @@ def test_branches_of_trees_do_not_count_as_places_that_failed(told: bool):
         asked = int(lengths.choose(replace(candidates([MOST]), known=known))[0]) if not lengths.idle(1) else 0
         depth = asked - asked // 3
         right = next((place for place in range(depth) if rng.random() >= 0.9), depth)
-        columns = (np.array([number], np.int32) for number in (asked, asked, right))
-        branched = np.array([asked // 3 if told else 0], np.int32)
-        outcome = Outcome(slots, *columns, known, branched) if asked else None
+        ask, right_ones, branched = (np.array([n], np.int32) for n in (asked, right, asked // 3 if told else 0))
+        outcome = Outcome(slots, ask, ask, right_ones, known, branched) if asked else None
         propose = asked * COMPUTE_BOUND.draft(1)
         lengths.learn(outcome, 1 + asked, COMPUTE_BOUND.step(1 + asked), propose, pure=True)
         asked_for.append(asked)
