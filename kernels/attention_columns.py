@@ -33,8 +33,9 @@ def attention_columns(
 ) -> Tensor:
     """[K, E] float32: the probability that the rows give each entry, summed (or the greatest) over rows and group.
 
-    query [n, H, D] at positions [n], none if nothing was seen yet; keys [K, E, D], their rows' own included; entry_positions [K, E]; lengths [K]:
-    what lies past them counts for nothing, whatever it holds; sinks [H]: logits without an entry. Softmax in float32.
+    query [n, H, D] at positions [n], n = 0 if nothing was seen yet; keys [K, E, D], their rows' own included;
+    entry_positions [K, E]; lengths [K]: what lies past them counts for nothing, whatever it holds; sinks [H]: logits
+    without an entry. Softmax in float32.
     2 * n * H * E * D FLOPs at most.
     """
     if backend == "cpu" and len(query) and keys.dtype == query.dtype and keys.dtype in DTYPES:
