@@ -21,7 +21,7 @@ from .inputs import LogitLayout
 from .rows import DraftDistributions, Judged, Rows, sampled_rows
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 from .staging import Download, upload
-from .trees import accepted_rows, branched, spelling_rows
+from .trees import accepted_rows, accepted_tokens, branched
 
 _JUDGED = len(DRAW_KINDS)
 """A row that is drawn in view of a draft token."""
@@ -144,7 +144,7 @@ class Sampler:
         for index, first, tokens in zip(layout.samplers, layout.sampler_rows, accepted, strict=True):
             top = self.table.states[plan.sequences[index].slot].params.logprobs
             if top is not None:
-                for row, token in zip(spelling_rows(plan.sequences[index], tokens), tokens, strict=True):
+                for row, token in zip(accepted_rows(plan.sequences[index], tokens), tokens, strict=True):
                     wanted.append(_LogprobRequest(index, first + row, token, top, of_prompt=False))
         for index, first in layout.scored:
             top = self.table.states[plan.sequences[index].slot].params.prompt_logprobs or 0
@@ -328,12 +328,11 @@ def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[boo
 
 
 def _accepted(plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[tuple[int, ...]]:
-    """Of each of the layout's samplers, the tokens drawn up to the first that is not the draft's."""
+    """Of each of the layout's samplers, what it gets of the tokens drawn."""
     accepted: list[tuple[int, ...]] = []
     first = 0
     for index, drafted in zip(layout.samplers, layout.drafted, strict=True):
-        said = drawn[first : first + 1 + drafted]
-        accepted.append(tuple(said[row] for row in accepted_rows(plan.sequences[index], said)))
+        accepted.append(accepted_tokens(plan.sequences[index], drawn[first : first + 1 + drafted]))
         first += 1 + drafted
     return accepted
 

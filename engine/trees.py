@@ -44,25 +44,28 @@ def first_chain(parents: Sequence[int]) -> list[int]:
     return path
 
 
-def accepted_rows(part: SequencePlan, said: Sequence[int]) -> Sequence[int]:
-    """Those of a sequence's 1 + k sampled rows, the root's first, that are right by what the target `said` after each.
+def accepted_tokens(part: SequencePlan, said: Sequence[int]) -> tuple[int, ...]:
+    """What a step gives a sequence, by what the target `said` [1 + k] after the root and after each proposal: its
+    tokens along the proposals that are the same, and the one that is not.
 
     What a rejection left undrawn (-1) ends a chain too: the token in its place may happen to be the draft's.
     """
-    drafts = part.token_ids[len(part.token_ids) - part.drafts :]
     if part.parents:
-        children, path = _children(part), [0]
-        while (row := children.get((path[-1], said[path[-1]]))) is not None:
-            path.append(row)
-        return path
-    last = 0
+        children, tokens, row = _children(part), list[int](), 0
+        while True:
+            tokens.append(said[row])
+            following = children.get((row, said[row]))
+            if following is None:
+                return tuple(tokens)
+            row = following
+    drafts, last = part.token_ids[len(part.token_ids) - part.drafts :], 0
     while last < len(drafts) and said[last] == drafts[last] and said[last + 1] >= 0:
         last += 1
-    return range(last + 1)
+    return tuple(said[: last + 1])
 
 
-def spelling_rows(part: SequencePlan, tokens: Sequence[int]) -> Sequence[int]:
-    """The same, told by the `tokens` that the step gave the sequence."""
+def accepted_rows(part: SequencePlan, tokens: Sequence[int]) -> Sequence[int]:
+    """Which of a sequence's 1 + k sampled rows, the root's first, gave it the `tokens` of a step."""
     if not part.parents:
         return range(len(tokens))
     children, path = _children(part), [0]
@@ -78,7 +81,7 @@ def staying_rows(part: SequencePlan, tokens: Sequence[int]) -> Sequence[int]:
     before = len(part.token_ids) - part.drafts - 1
     if not part.parents:
         return range(before + len(tokens))
-    return [*range(before), *(before + row for row in spelling_rows(part, tokens))]
+    return [*range(before), *(before + row for row in accepted_rows(part, tokens))]
 
 
 def _children(part: SequencePlan) -> dict[tuple[int, int], int]:
