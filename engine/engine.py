@@ -235,10 +235,10 @@ class Engine:
             return outputs
         stay = {part.slot: staying_rows(part, output.token_ids) for part, output in verified}
         slots, entries = np.array([*stay], np.int32), tuple(map(len, stay.values()))
-        if any(part.parents for part, _ in verified):
-            self.cache.keep_rows(stay.keys(), stay.values())
         if launched.observer is not None:
             launched.observer.settle(dict(zip(stay, entries, strict=True)))
+        if any(part.parents for part, _ in verified):
+            self.cache.keep_rows(stay.keys(), stay.values())
         rows, counts = upload(np.array([slots, entries], np.int64), self._place.device)
         self.cache.advance(rows, counts.int(), slots, entries)
         return self._redo(plan, outputs)

@@ -108,7 +108,7 @@ class TreeRows:
     """What the rows of a step with trees differ in from those of chains."""
 
     shifts: npt.NDArray[np.int64]
-    """[T], 0 or less: how far behind its place in the batch a row's position is."""
+    """[T], 0 or less: by how much a row's position is less than its place among the sequence's rows says."""
     visible: npt.NDArray[np.int64]
     """[T]: masks as `models.context.AttentionContext` has them."""
 
