@@ -45,9 +45,10 @@ class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
     drafts: int = 0
     """Proposals of at least one token."""
     draft_tokens: int = 0
+    """Tokens of proposals, those of a tree on whichever branch."""
     accepted_tokens: int = 0
     accepted_per_position: list[int] = []
-    """Accepted tokens by their place in the proposal."""
+    """Accepted tokens by their place in the proposal: in a tree, how deep it is."""
     lengths: list[int] = []
     """How often each length was asked for: by 0, 1, ... tokens, of sequences that decode and may speculate."""
     draft_seconds: float = 0.0

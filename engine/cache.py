@@ -1,6 +1,6 @@
 """`KVCache`: the tensors of the paged KV cache and of every slot's page table. Which page is whose, others decide."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
 from ..kernels.backend import TRITON_BACKENDS, Backend
-from ..kernels.cache import entry_destinations, zeros
+from ..kernels.cache import entry_destinations, move_entries, row_destinations, zeros
 from ..kernels.compaction_cpu import compact_kv_cpu
 from ..kernels.compaction_reference import compact_kv
 from .sizing import CacheLayout
@@ -174,6 +174,24 @@ class KVCache:
         columns = -(-longest // self.layout.page_size)
         assert columns <= self.layout.max_pages, "a head outgrows its page table"
         return self.page_table[..., :columns].index_select(0, slots), self.kept.index_select(0, slots)
+
+    def keep_rows(self, slots: Iterable[SlotId], rows: Iterable[Sequence[int]]) -> None:
+        """Of the entries that the step stored for each of the slots, those of `rows` are to stay: they come to follow
+        the slot's own, one after another, for `advance` to count them. rows: ascending, from 0, per slot."""
+        moves = [
+            (slot, row, place)
+            for slot, staying in zip(slots, rows, strict=True)
+            for place, row in enumerate(staying)
+            if row != place
+        ]
+        if not moves:
+            return
+        owners, *orders = upload(np.array(moves, np.int64).T.copy(), self.device)
+        size = self.layout.page_size
+        sources, targets = (
+            row_destinations(self.page_table, self.kept, owners, order, page_size=size).flatten() for order in orders
+        )
+        move_entries(self.pool, self.entry_positions, sources, targets)
 
     def advance(self, slots: Tensor, lengths: Tensor, host_slots: IntArray, host_lengths: Sequence[int]) -> None:
         """The step stored `lengths` [S] int32 new entries for every head of the (distinct) `slots` [S] int64."""

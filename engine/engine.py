@@ -50,6 +50,7 @@ from .speculation import Proposed, Speculation, unspeculative, without_proposals
 from .staging import Download, upload
 from .step_costs import AnyTokens, CostProbe
 from .timer import Moment, StepTimer
+from .trees import branched, staying_rows
 
 _WARM_UP_TOKENS = 8
 
@@ -158,7 +159,8 @@ class Engine:
 
     def draft_with(self, drafter: Drafter, config: EngineConfig) -> None:
         """Let a drafter propose, from now on; to be called before any step."""
-        self._speculation = Speculation(drafter, self.sampler, self.info.max_stream_len)
+        readers = self._pruner.watches, self._selection.selects
+        self._speculation = Speculation(drafter, self.sampler, self.info.max_stream_len, readers)
         draft = DraftInfo(
             method=drafter.method,
             name=drafter.method if config.draft == "auto" else config.draft,
@@ -228,16 +230,15 @@ class Engine:
         if self._speculation is None:
             return outputs
         self._speculation.note(plan, decoded, outputs)
-        stay = {
-            part.slot: len(part.token_ids) - part.drafts - 1 + len(output.token_ids) if output.error is None else 0
-            for part, output in zip(plan.sequences, outputs, strict=True)
-            if part.drafts
-        }
-        if not stay:
+        verified = [(part, output) for part, output in zip(plan.sequences, outputs, strict=True) if part.drafts]
+        if not verified:
             return outputs
+        stay = {part.slot: staying_rows(part, output.token_ids) for part, output in verified}
+        slots, entries = np.array([*stay], np.int32), tuple(map(len, stay.values()))
         if launched.observer is not None:
-            launched.observer.settle(stay)
-        slots, entries = np.array([*stay], np.int32), tuple(stay.values())
+            launched.observer.settle(dict(zip(stay, entries, strict=True)))
+        if any(part.parents for part, _ in verified):
+            self.cache.keep_rows(stay.keys(), stay.values())
         rows, counts = upload(np.array([slots, entries], np.int64), self._place.device)
         self.cache.advance(rows, counts.int(), slots, entries)
         return self._redo(plan, outputs)
@@ -255,8 +256,8 @@ class Engine:
         again = self.step(BatchPlan(tuple(without_proposals(plan.sequences[index]) for index in failed)))
         redone = dict(zip(failed, again.sequences, strict=True))
         return tuple(
-            replace(redone[index], drafted=plan.sequences[index].drafts) if index in redone else output
-            for index, output in enumerate(outputs)
+            replace(redone[index], drafted=part.drafts, branched=branched(part)) if index in redone else output
+            for index, (part, output) in enumerate(zip(plan.sequences, outputs, strict=True))
         )
 
     def _compute(self, plan: BatchPlan) -> LaunchedStep:

@@ -2,11 +2,11 @@
 
 A step is taken in which all sequences bring equally many rows: one token each, or one and as many draft tokens to be
 verified. A graph is captured for each of at most 16 batch sizes per number of rows, when a batch first needs it; a
-smaller batch is padded to the next size. Padding is harmless by construction: its rows are tokens of a slot of their
-own (`KVCache.padded_table`), which has no entries, writes into a page that is nobody's, and sees only what it wrote
-there. Inside a graph nothing depends on a length: kernels read the tables of all slots in place and the kept lengths on
-the device, and heads are split into as many parts as the longest sequence there may be asks for (parts past a head's
-end have nothing to do).
+smaller batch is padded to the next size. Steps with trees of draft tokens have graphs of their own, in which attention
+reads masks. Padding is harmless by construction: its rows are tokens of a slot of their own (`KVCache.padded_table`),
+which has no entries, writes into a page that is nobody's, and sees only what it wrote there. Inside a graph nothing
+depends on a length: kernels read the tables of all slots in place and the kept lengths on the device, and heads are
+split into as many parts as the longest sequence there may be asks for (parts past a head's end have nothing to do).
 """
 
 import logging
@@ -27,6 +27,7 @@ from ..models.runner import ModelRunner
 from .cache import KVCache
 from .inputs import fill_unknown
 from .staging import upload
+from .trees import TreeRows
 
 log = logging.getLogger("quire")
 
@@ -65,7 +66,7 @@ class _Graph:
     """One captured batch size and number of rows, T rows in all."""
 
     inputs: Tensor
-    """[5, T] int64, read by every replay: token ids, positions, lengths, slots, rotations (see `StepInputs`)."""
+    """[6, T] int64, read by every replay: token ids, positions, lengths, slots, rotations (see `StepInputs`), masks."""
     replay: Callable[[], None]
 
 
@@ -102,7 +103,8 @@ class DecodeGraphs:
         self._sizes = sizes
         self._backend = backend
         self._capture = capture
-        self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        """By sequences, rows of each, and whether these may be of trees."""
         most_rows = max(sizes[-1], min(sizes[-1] * (1 + most_drafts), SIZES[-1]))
         self._logits = torch.empty(most_rows, runner.spec.vocab_size, device=cache.device)
         """[most rows, V] float32, written by every graph: the logits of each in its own would be many times as large
@@ -129,17 +131,22 @@ class DecodeGraphs:
         decodes, others = plan.decodes, plan.sequences
         slots = np.array([*decodes.slots, *(sequence.slot for sequence in others)], np.int32)
         count, rows = len(slots), _rows_each(plan)
-        size = self._size(count, rows)
-        graph = None if size is None else self._graphs.get((size, rows)) or self._captured(size, rows)
+        size, end = self._size(count, rows), count * rows
+        trees = TreeRows.of(plan, np.arange(0, end, rows), end)
+        shape = size or 0, rows, trees is not None
+        graph = None if size is None else self._graphs.get(shape) or self._captured(*shape)
         if size is None or graph is None:
             return None
-        numbers, end = self._padding(size, rows), count * rows
+        numbers = self._padding(size, rows)
         starts = np.array([*decodes.starts, *(sequence.start for sequence in others)])
         numbers[0, :end] = [*decodes.token_ids, *chain.from_iterable(sequence.token_ids for sequence in others)]
         numbers[1, :end] = (starts[:, None] + np.arange(rows)).ravel()
         numbers[4, :end] = (self._cache.rotary_starts(slots, starts)[:, None] + np.arange(rows)).ravel()
         numbers[2, :end] = max_lengths[slots].repeat(rows)
         numbers[3, :end] = slots.repeat(rows)
+        if trees is not None:
+            numbers[[1, 4], :end] += trees.shifts
+            numbers[5, :end] = trees.visible
         graph.inputs.copy_(upload(numbers, self._cache.device))
         fill_unknown(graph.inputs[0, : len(decodes)], graph.inputs[3, : len(decodes)], decodes, newest)
         graph.replay()
@@ -150,20 +157,21 @@ class DecodeGraphs:
 
     def _padding(self, size: int, rows: int) -> np.ndarray:
         """Inputs of a step of nothing but padding: token 0 at the first positions of the slot behind all others."""
-        numbers = np.zeros((5, size * rows), np.int64)
+        numbers = np.zeros((6, size * rows), np.int64)
         numbers[1] = numbers[4] = np.tile(np.arange(rows), size)
         numbers[2], numbers[3] = rows, len(self._cache.page_table)
         return numbers
 
-    def _captured(self, size: int, rows: int) -> _Graph | None:
+    def _captured(self, size: int, rows: int, trees: bool) -> _Graph | None:
         inputs = upload(self._padding(size, rows), self._cache.device)
         total = size * rows
         logit_rows = torch.arange(total, device=self._cache.device)
         starts = torch.arange(0, total + 1, rows, device=self._cache.device, dtype=torch.int32)
 
         def work() -> None:
-            ids, positions, lengths, slots, rotations = inputs
+            ids, positions, lengths, slots, rotations, masks = inputs
             context = self._context(positions, slots[::rows].contiguous(), starts, rows)
+            context.visible = masks if trees else None
             self._logits[:total].copy_(self._runner.forward(ids, rotations, lengths, context, logit_rows))
 
         try:
@@ -172,7 +180,7 @@ class DecodeGraphs:
             log.warning("decode steps run without CUDA graphs: %s", str(error).strip().splitlines()[0])
             self._sizes = ()
             return None
-        self._graphs[size, rows] = graph
+        self._graphs[size, rows, trees] = graph
         return graph
 
     def _context(self, positions: Tensor, slots: Tensor, starts: Tensor, rows: int) -> AttentionContext:

@@ -12,6 +12,7 @@ from ..kernels.backend import Backend
 from ..models.context import AttentionContext
 from .cache import KVCache
 from .staging import upload
+from .trees import TreeRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +110,16 @@ def build_inputs(
     rows = np.array(counts, np.int64)
     ids, starts, ends = _rows(plan, rows)
     firsts = ends - rows
-    positions = np.arange(len(ids)) + (starts - firsts).repeat(rows)
-    rotations = np.arange(len(ids)) + (cache.rotary_starts(slots, starts) - firsts).repeat(rows)
-    parts = (ids, positions, rotations, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends)
+    trees = TreeRows.of(plan, firsts, len(ids))
+    places = np.arange(len(ids)) if trees is None else np.arange(len(ids)) + trees.shifts
+    positions = places + (starts - firsts).repeat(rows)
+    rotations = places + (cache.rotary_starts(slots, starts) - firsts).repeat(rows)
+    masks = np.empty(0, np.int64) if trees is None else trees.visible
+    parts = (ids, positions, rotations, max_lengths[slots].repeat(rows), slots, stored, layout.rows, [0], ends, masks)
     # Every part as int64, so that one transfer takes them all.
     packed = upload(np.concatenate([np.asarray(part, np.int64) for part in parts]), cache.device)
-    input_ids, position_rows, rotation_rows, length_rows, slot_rows, new, logit_rows, start = packed.split(
-        [len(ids)] * 4 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1]
+    input_ids, position_rows, rotation_rows, length_rows, slot_rows, new, logit_rows, start, visible = packed.split(
+        [len(ids)] * 4 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1, len(masks)]
     )
     fill_unknown(input_ids[: len(decodes)], slot_rows[: len(decodes)], decodes, newest)
     longest = cache.longest(slots, counts)
@@ -130,6 +134,7 @@ def build_inputs(
         positions=position_rows,
         destinations=None,
         max_kept=longest,
+        visible=None if trees is None else visible,
         backend=backend,
     )
     return StepInputs(

@@ -56,6 +56,10 @@ class PageSelection:
         if slot in self._params:
             self._known[slot] = state
 
+    def selects(self, slot: SlotId) -> bool:
+        """Whether the slot's rows read pages of their own choice."""
+        return slot in self._params
+
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
         if not self._params or not self._layers:

@@ -118,6 +118,10 @@ class Pruner:
             if newest is not None:
                 seen.rings.restore(seen.row, newest.to(self._cache.device))
 
+    def watches(self, slot: SlotId) -> bool:
+        """Whether the slot's policy looks on while layers attend."""
+        return slot in self._seen
+
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
         if not self._seen:

@@ -9,6 +9,7 @@ from ..core.plan import NO_TOKEN, BatchPlan, IntArray
 from .inputs import LogitLayout
 from .slots import SlotTable
 from .staging import upload
+from .trees import depths, paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,9 @@ def sampled_rows(
         return Rows(np.concatenate([plan.decodes.slots, slots]), np.concatenate([plan.decodes.starts + 1, ends]))
     counts = np.array(layout.drafted, np.int32) + 1
     within = np.arange(counts.sum(), dtype=np.int32) - (counts.cumsum() - counts).repeat(counts)
+    if any(part.parents for part in parts):
+        levels = [[0, *depths(part.parents)] if part.parents else range(1 + part.drafts) for part in parts]
+        within = np.concatenate(levels, dtype=np.int32)
     positions = (ends - counts + 1).repeat(counts) + within
     return Rows(
         np.concatenate([plan.decodes.slots, slots.repeat(counts)]),
@@ -82,7 +86,12 @@ def _first_rows(plan: BatchPlan, layout: LogitLayout) -> list[tuple[int, int, tu
 
 def _prefix(plan: BatchPlan, layout: LogitLayout, table: SlotTable) -> Tensor:
     prefix = np.full((len(layout.sampled), max(layout.drafted)), NO_TOKEN, np.int64)
-    for _, row, drafts in _first_rows(plan, layout):
+    for index, row, drafts in _first_rows(plan, layout):
+        parents = plan.sequences[index].parents
+        if parents:
+            for node, path in enumerate(paths(parents), 1):
+                prefix[row + node, : len(path)] = [drafts[i] for i in path]
+            continue
         for count in range(1, len(drafts) + 1):
             prefix[row + count, :count] = drafts[:count]
     return upload(prefix, table.device)

@@ -21,6 +21,7 @@ from .inputs import LogitLayout
 from .rows import DraftDistributions, Judged, Rows, sampled_rows
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 from .staging import Download, upload
+from .trees import accepted_rows, accepted_tokens, branched
 
 _JUDGED = len(DRAW_KINDS)
 """A row that is drawn in view of a draft token."""
@@ -120,7 +121,7 @@ class Sampler:
                 outputs.append(SequenceOutput(error=NON_FINITE))
                 continue
             of_output, of_prompt = (tuple(logprobs.get((index, kind), ())) for kind in (False, True))
-            outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt, part.drafts))
+            outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt, part.drafts, branched(part)))
         return tuple(outputs)
 
     def _remember_accepted(self, plan: BatchPlan, outputs: Sequence[SequenceOutput]) -> None:
@@ -143,8 +144,8 @@ class Sampler:
         for index, first, tokens in zip(layout.samplers, layout.sampler_rows, accepted, strict=True):
             top = self.table.states[plan.sequences[index].slot].params.logprobs
             if top is not None:
-                for row, token in enumerate(tokens, first):
-                    wanted.append(_LogprobRequest(index, row, token, top, of_prompt=False))
+                for row, token in zip(accepted_rows(plan.sequences[index], tokens), tokens, strict=True):
+                    wanted.append(_LogprobRequest(index, first + row, token, top, of_prompt=False))
         for index, first in layout.scored:
             top = self.table.states[plan.sequences[index].slot].params.prompt_logprobs or 0
             for offset, token in enumerate(plan.sequences[index].score_ids):
@@ -327,17 +328,11 @@ def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[boo
 
 
 def _accepted(plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> list[tuple[int, ...]]:
-    """Of each of the layout's samplers, the tokens drawn up to the first that is not the draft's.
-
-    What a rejection left undrawn (-1) ends a run too: the token in its place may happen to be the draft's.
-    """
+    """Of each of the layout's samplers, what it gets of the tokens drawn."""
     accepted: list[tuple[int, ...]] = []
     first = 0
     for index, drafted in zip(layout.samplers, layout.drafted, strict=True):
-        ids, last = plan.sequences[index].token_ids, 0
-        while last < drafted and drawn[first + last] == ids[len(ids) - drafted + last] and drawn[first + last + 1] >= 0:
-            last += 1
-        accepted.append(tuple(drawn[first : first + last + 1]))
+        accepted.append(accepted_tokens(plan.sequences[index], drawn[first : first + 1 + drafted]))
         first += 1 + drafted
     return accepted
 

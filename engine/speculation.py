@@ -5,13 +5,16 @@ In the plan that it returns, and wherever a step is computed, a sequence's `toke
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..core.ids import SlotId
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
 from ..kernels import sampling
 from ..speculation.drafter import Drafter, Proposals
@@ -19,6 +22,7 @@ from ..speculation.history import TokenHistory
 from .rows import DraftDistributions, Rows
 from .sampler import Sampler
 from .staging import upload
+from .trees import MASKED_ROWS, first_chain, valid_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,18 @@ class Proposed:
 class Speculation:
     """A drafter, and the known tokens of the slots, which it continues."""
 
-    def __init__(self, drafter: Drafter, sampler: Sampler, max_length: int) -> None:
+    def __init__(
+        self,
+        drafter: Drafter,
+        sampler: Sampler,
+        max_length: int,
+        readers: Sequence[Callable[[SlotId], bool]] = (),
+    ) -> None:
+        """max_length: of a sequence; readers: whether they look at a slot's rows, and take each to follow the one
+        before it."""
         self.drafter = drafter
         self._sampler = sampler
+        self._readers = readers
         self._history = TokenHistory(sampler.table.num_slots, max_length)
 
     def assign(self, assignment: SlotAssignment) -> None:
@@ -55,12 +68,25 @@ class Speculation:
         assert all(part.start + len(part.token_ids) == end for part, end in zip(parts, known, strict=True))
         draw = ProposalDraw(self._sampler, slots, known, int(most.max()))
         proposals = self.drafter.propose(self._history, slots, most, draw)
-        tokens = _usable(proposals, most, self._sampler.table.vocab_size)
+        shapes, chains = _shapes(proposals, most)
         sequences = list(plan.sequences)
-        for index, part, drafts in zip(asked, parts, tokens, strict=True):
-            sequences[index] = replace(part, token_ids=part.token_ids + drafts, drafts=len(drafts))
-        distributions = draw.distributions(asked)
+        tokens = _usable(proposals, most, self._sampler.table.vocab_size)
+        for index, part, drafts, parents in zip(asked, parts, tokens, shapes, strict=True):
+            sequences[index] = self._with(part, drafts, parents[: len(drafts)])
+        distributions = draw.distributions(asked, chains)
         return Proposed(replace(plan, sequences=tuple(sequences)), distributions, time.perf_counter() - started)
+
+    def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...]) -> SequencePlan:
+        """The sequence's part with its proposals."""
+        # Policies that watch attention or select pages know no trees, and a row's mask has only so many bits: there the
+        # first path of a tree must do.
+        rows = len(part.token_ids) + len(drafts)
+        if parents and (rows > MASKED_ROWS or any(reads(part.slot) for reads in self._readers)):
+            nodes = first_chain(parents)
+            drafts, parents = tuple(drafts[node] for node in nodes), tuple(range(-1, len(nodes) - 1))
+        if parents and parents == tuple(range(-1, len(drafts) - 1)):
+            parents = ()
+        return replace(part, token_ids=part.token_ids + drafts, drafts=len(drafts), parents=parents)
 
     def note(self, plan: BatchPlan, decoded: IntArray, outputs: tuple[SequenceOutput, ...]) -> None:
         """What a step has made known."""
@@ -81,7 +107,7 @@ class Speculation:
 
 def without_proposals(part: SequencePlan) -> SequencePlan:
     """The sequence's part of a step as if nothing had been proposed."""
-    return replace(part, token_ids=part.token_ids[: len(part.token_ids) - part.drafts], drafts=0)
+    return replace(part, token_ids=part.token_ids[: len(part.token_ids) - part.drafts], drafts=0, parents=())
 
 
 def unspeculative(plan: BatchPlan) -> BatchPlan:
@@ -131,18 +157,31 @@ class ProposalDraw:
             self._scaled.append(scaled)
         return tokens
 
-    def distributions(self, asked: list[int]) -> DraftDistributions | None:
-        """Those of the sequences, which are called `asked` [S]; None if none matters."""
+    def distributions(self, asked: list[int], chains: npt.NDArray[np.bool_]) -> DraftDistributions | None:
+        """Those of the sequences, which are called `asked` [S], that are `chains` [S]; None if none matters."""
         if not self._scaled:
             return None
-        counts = (self._places >= 0).cumprod(1).sum(1)
+        counts = (self._places >= 0).cumprod(1).sum(1) * chains
         places = {index: row[:count] for index, row, count in zip(asked, self._places, counts, strict=True) if count}
         return DraftDistributions(places, torch.cat(self._scaled))
 
 
 def _usable(proposals: Proposals, most: IntArray, vocab_size: int) -> list[tuple[int, ...]]:
-    """Tokens of each proposal, up to the first that is none of the target's."""
+    """Tokens of each proposal, up to the first that is none of the target's or whose place in a tree is none."""
     tokens, counts = proposals.tokens, np.minimum(proposals.counts, most)
     inside = (tokens >= 0) & (tokens < vocab_size) & (np.arange(tokens.shape[1]) < counts[:, None])
+    if proposals.parents is not None:
+        inside &= valid_nodes(tokens, proposals.parents)
     lengths = inside.cumprod(1).sum(1)
     return [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
+
+
+def _shapes(proposals: Proposals, most: IntArray) -> tuple[list[tuple[int, ...]], npt.NDArray[np.bool_]]:
+    """Parents of each proposal, none for chains, and [S] which are chains: by what was handed in, which no token that
+    turns out to be unusable may change."""
+    parents = proposals.parents
+    if parents is None:
+        return [()] * len(most), np.ones(len(most), np.bool_)
+    order = np.arange(parents.shape[1])
+    chains = ((parents == order - 1) | (order >= np.minimum(proposals.counts, most)[:, None])).all(1)
+    return [() if chain else tuple(row) for chain, row in zip(chains, parents.tolist(), strict=True)], chains

@@ -33,11 +33,12 @@ def attention_columns(
 ) -> Tensor:
     """[K, E] float32: the probability that the rows give each entry, summed (or the greatest) over rows and group.
 
-    query [n, H, D] at positions [n]; keys [K, E, D], their rows' own included; entry_positions [K, E]; lengths [K]:
-    what lies past them counts for nothing, whatever it holds; sinks [H]: logits without an entry. Softmax in float32.
+    query [n, H, D] at positions [n], n = 0 if nothing was seen yet; keys [K, E, D], their rows' own included;
+    entry_positions [K, E]; lengths [K]: what lies past them counts for nothing, whatever it holds; sinks [H]: logits
+    without an entry. Softmax in float32.
     2 * n * H * E * D FLOPs at most.
     """
-    if backend == "cpu" and keys.dtype == query.dtype and keys.dtype in DTYPES:
+    if backend == "cpu" and len(query) and keys.dtype == query.dtype and keys.dtype in DTYPES:
         parts = _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
         return parts.sum(1) if reduce == "sum" else parts.amax(1)
     return attention_columns_reference(

@@ -41,7 +41,7 @@ def entry_destinations(
     """
     sequence = row_sequences(query_start, num_tokens)
     order = torch.arange(num_tokens, device=page_table.device) - query_start[sequence]
-    return _destinations(page_table, kept, sequence, order, page_size)
+    return row_destinations(page_table, kept, sequence, order, page_size=page_size)
 
 
 def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, rows: int, page_size: int) -> Tensor:
@@ -51,11 +51,11 @@ def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, rows
     a length: a CUDA graph can hold it.
     """
     order = torch.arange(rows, device=slots.device).repeat(len(slots))
-    return _destinations(page_table, kept, slots.repeat_interleave(rows), order, page_size)
+    return row_destinations(page_table, kept, slots.repeat_interleave(rows), order, page_size=page_size)
 
 
-def _destinations(page_table: Tensor, kept: Tensor, sequence: Tensor, order: Tensor, page_size: int) -> Tensor:
-    """[L, T, K] int64 of tokens that are the order[T]-th new ones of the sequences [T]."""
+def row_destinations(page_table: Tensor, kept: Tensor, sequence: Tensor, order: Tensor, *, page_size: int) -> Tensor:
+    """`entry_destinations` of any tokens: the order[T]-th new ones, int64, of the sequences [T] int64."""
     num_sequences, num_layers, num_heads, num_columns = page_table.shape
     index = kept[sequence].long().add_(order[:, None, None])  # [T, L, K]
     heads = torch.arange(num_sequences * num_layers * num_heads, device=page_table.device)
@@ -94,6 +94,19 @@ def append_kv(
         append_kv_triton(pool, entry_positions, key, value, destinations, positions)
     else:
         append_kv_reference(pool, entry_positions, key, value, destinations, positions)
+
+
+def move_entries(pool: Tensor, entry_positions: Tensor, sources: Tensor, targets: Tensor) -> None:
+    """Entries `targets` become what entries `sources` are: key, value and position. Mutates pool and entry_positions.
+
+    sources, targets [N] int64: page * B + offset, as of `entry_destinations`; no two targets are the same. A target may
+    be another's source: all is read before anything is written. Moves N * 2 * D elements of pool [P, 2, B, D].
+    """
+    size = pool.shape[2]
+    page, place = sources.div(size, rounding_mode="floor"), sources % size
+    moved, positions = pool[page, :, place], entry_positions[page, place]
+    page, place = targets.div(size, rounding_mode="floor"), targets % size
+    pool[page, :, place], entry_positions[page, place] = moved, positions
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -89,6 +89,8 @@ class Outcome:
     """[S]"""
     known: IntArray
     """[S]: tokens known now."""
+    branched: IntArray | int = 0
+    """[S]: those of `drafted` that tried no further place, as `SequenceOutput` has it."""
 
 
 class DraftLengths:
@@ -205,7 +207,7 @@ class DraftLengths:
             gained = self.rows.one(rows - int(outcome.drafted.sum())) * (1 + outcome.accepted.sum() / self._looked_at)
             self._pay(step_seconds + draft_seconds - float(gained) - self._estimate)
             self._probed(outcome)
-        self.acceptance.learn(outcome.slots, outcome.asked, outcome.accepted)
+        self.acceptance.learn(outcome.slots, outcome.asked - outcome.branched, outcome.accepted)
 
     def _learn_asking(self, outcome: Outcome, rows: int, step_seconds: float) -> float:
         """Seconds that asking took in the step. It can be told from the time of further rows only where these are few;
@@ -296,5 +298,5 @@ class DraftLengths:
     def _probed(self, outcome: Outcome) -> None:
         """A draft that was all right, where few would have been, calls for another one soon."""
         self.acceptance.fade(outcome.slots, _FADED)
-        if self._hoped < _LIKELY and (outcome.accepted == outcome.asked).all():
+        if self._hoped < _LIKELY and (outcome.accepted == outcome.asked - outcome.branched).all():
             self._pause, self._next_look = _SHORTEST, self._steps

@@ -151,7 +151,14 @@ def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
 def _outcome(drafts: list[tuple[SequencePlan, SequenceOutput]]) -> Outcome:
     columns = zip(
         *(
-            (part.slot, part.drafts, result.drafted, len(result.token_ids) - 1, part.start + 1 + len(result.token_ids))
+            (
+                part.slot,
+                part.drafts,
+                result.drafted,
+                len(result.token_ids) - 1,
+                part.start + 1 + len(result.token_ids),
+                result.branched,
+            )
             for part, result in drafts
         ),
         strict=True,

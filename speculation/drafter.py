@@ -39,6 +39,10 @@ class Proposals:
     """[S, k], padded with `core.plan.NO_TOKEN`."""
     counts: IntArray
     """[S]: tokens of each, 0 to k."""
+    parents: IntArray | None = None
+    """[S, k]: which of the sequence's tokens each follows, an earlier one, or -1: the last known token; those that
+    follow the same one differ. Of what breaks these rules nothing is verified from there on. None, and wherever each
+    follows the one before it: chains."""
 
 
 class Drafter(Protocol):
@@ -62,6 +66,11 @@ class Drafter(Protocol):
         does not call it. Whether a drawn token is proposed may depend on those before it, not on which one it is: it
         is part of the draw that verification corrects. No proposal is as good as a short one: nothing fails for want of
         one.
+
+        A tree is verified by walking it: at each of its tokens the target draws the next one with the noise of (seed,
+        position), and goes on where a token that follows says the same. So the text is the one that the target would
+        have drawn alone, however the tree came about. The rejection rule, which accepts more of what was drawn, holds
+        for chains alone; so which tokens were drawn must not decide whether they become a tree or a chain.
         """
         ...
 

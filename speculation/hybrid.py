@@ -48,6 +48,7 @@ class HybridDrafter:
         if len(others):
             wanted = np.minimum(most[others], HYBRID_DEPTH)
             drawn = self._model.propose(history, slots[others], wanted, _DrawAmong(draw, others))
+            assert found.parents is None and drawn.parents is None, "a pair proposes chains"
             found.tokens[others, : drawn.tokens.shape[1]] = drawn.tokens
             found.counts[others] = drawn.counts
         return found

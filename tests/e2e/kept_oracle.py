@@ -81,6 +81,8 @@ class Recorder:
             zip(selected.query_start.tolist(), selected.query_lengths, strict=False)
         ):
             for offset, (index, part, ahead) in enumerate(rows[start : start + count]):
+                if part.parents:  # who selects has none
+                    continue
                 query, life = part.start + ahead, self.lives[self._owner(part.slot)][-1]
                 for head in range(context.kept.shape[2]):
                     whole = context.page_table[index, layer, head], context.kept[index, layer, head] + ahead

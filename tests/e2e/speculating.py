@@ -20,7 +20,10 @@ from quire.engine.engine import Engine
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.scheduler import Scheduler
+from quire.speculation.drafter import Drafter
 from quire.speculation.loading import load_draft, make_drafter
+
+from ..engine.scripted import BranchingDrafter
 
 PAGE = 4
 CHEAP = StepCosts(rows=[(1, 1.0), (64, 1.1)], drafts=[(1, 0.01), (8, 0.01)])
@@ -95,18 +98,23 @@ class Stack:
         self.rows = self.config.num_rows
         self._drafts: dict[str, Any] = {}
 
-    def draft(self, name: str, most: int = 4, fixed: bool = True) -> DraftInfo:
-        """Let somebody draft from now on, named as in `EngineConfig.draft`; what the scheduler is to know of it."""
+    def draft(self, name: str, most: int = 4, fixed: bool = True, trees: bool = False) -> DraftInfo:
+        """Let somebody draft from now on, named as in `EngineConfig.draft`; what the scheduler is to know of it.
+
+        trees: what is proposed is hidden in them.
+        """
         engine: Any = self.engine
         config = EngineConfig(model=self.settings.model, draft=name, dtype="float32", device="cpu")
         place = engine._place
         if name not in self._drafts:
             self._drafts[name] = load_draft(config, engine._runner, place, lambda phase, done, total: None)
-        drafter = make_drafter(
+        drafter: Drafter | None = make_drafter(
             config, engine._runner, self._drafts[name], engine.cache, place,
             max_model_len=engine.info.max_model_len, num_slots=self.config.max_num_seqs,
         )  # fmt: skip
         assert drafter is not None
+        if trees:
+            drafter = BranchingDrafter(drafter, engine.spec.vocab_size)
         engine.draft_with(drafter, config)
         return DraftInfo(method=drafter.method, name=name, most=most, fixed=fixed, costs=CHEAP)
 

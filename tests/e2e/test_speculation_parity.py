@@ -15,9 +15,10 @@ from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.models.runner import ModelRunner
+from quire.speculation.drafter import Drafter
 
 from ..engine.harness import Harness, Sequence, make_engine
-from ..engine.scripted import ScriptedDrafter
+from ..engine.scripted import BranchingDrafter, ScriptedDrafter
 from ..models.conftest import load
 from .test_parity import CASES, GQA
 
@@ -44,9 +45,12 @@ def run(
     prompts: list[list[int]] = PROMPTS,
     params: SamplingParams | None = None,
     prune: PruneParams | None = None,
+    trees: bool = False,
 ) -> tuple[Harness, list[Sequence]]:
-    """All prompts together, up to exactly `TOKENS` tokens each."""
-    drafter = None if guess is None else ScriptedDrafter(guess)
+    """All prompts together, up to exactly `TOKENS` tokens each; trees: guesses are hidden in them."""
+    drafter: Drafter | None = None if guess is None else ScriptedDrafter(guess)
+    if trees and drafter is not None:
+        drafter = BranchingDrafter(drafter, 97)
     harness = Harness(make_engine(runner, drafter, max_model_len=100), drop_windows=True)
     sequences = [harness.add(slot, prompt, params, slot, prune=prune) for slot, prompt in enumerate(prompts)]
     while open_ := [s for s in sequences if len(s.output_ids) < TOKENS]:

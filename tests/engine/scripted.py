@@ -1,5 +1,6 @@
 """Drafters that follow a script."""
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from quire.core.plan import NO_TOKEN, IntArray
 from quire.core.speculation import DraftMethod
-from quire.speculation.drafter import Draw, Proposals
+from quire.speculation.drafter import Drafter, Draw, Proposals
 from quire.speculation.history import TokenHistory
 
 
@@ -59,3 +60,66 @@ class SamplingDrafter(ScriptedDrafter):
                 known[member].append(token)
                 tokens[member, depth] = token
         return Proposals(tokens, most)
+
+
+class TreeDrafter(ScriptedDrafter):
+    """Proposes the trees that a function of slot, known tokens and limit gives: (parent, token) per node."""
+
+    def __init__(self, tree: Callable[[int, list[int], int], list[tuple[int, int]]]) -> None:
+        super().__init__(lambda slot, known: [])
+        self.tree = tree
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        tokens = np.full((len(slots), int(most.max())), NO_TOKEN, np.int32)
+        parents, counts = np.full_like(tokens, 77), np.zeros(len(slots), np.int32)
+        for place, (slot, limit) in enumerate(zip(slots.tolist(), most.tolist(), strict=True)):
+            self.known[slot] = history.of(slot).tolist()
+            nodes = self.tree(slot, self.known[slot], limit)[:limit]
+            counts[place] = len(nodes)
+            for node, (parent, token) in enumerate(nodes):
+                parents[place, node], tokens[place, node] = parent, token
+        return Proposals(tokens, counts, parents)
+
+
+class BranchingDrafter:
+    """Hides what another drafter proposes in trees: beside it, other tokens of `vocab`, and what might follow those."""
+
+    num_bytes = 0
+
+    def __init__(self, inner: Drafter, vocab: int, seed: int = 0) -> None:
+        self.inner, self.method, self.vocab = inner, inner.method, vocab
+        self.dice = random.Random(seed)
+
+    def assign(self, slot: int) -> None:
+        self.inner.assign(slot)
+
+    def clear(self) -> None:
+        self.inner.clear()
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        found = self.inner.propose(history, slots, np.maximum(1, (2 * most) // 3), draw)
+        assert found.parents is None
+        tokens = np.full((len(slots), int(most.max())), NO_TOKEN, np.int32)
+        parents, counts = np.full_like(tokens, -1), np.zeros(len(slots), np.int32)
+        for place, (limit, count) in enumerate(zip(most.tolist(), found.counts.tolist(), strict=True)):
+            nodes = self._hide(found.tokens[place, :count].tolist(), limit)
+            counts[place] = len(nodes)
+            for node, (parent, token) in enumerate(nodes):
+                parents[place, node], tokens[place, node] = parent, token
+        return Proposals(tokens, counts, parents)
+
+    def _hide(self, path: list[int], limit: int) -> list[tuple[int, int]]:
+        nodes: list[tuple[int, int]] = []
+        last = -1
+        while len(nodes) < limit:
+            if path and (limit - len(nodes) <= len(path) or self.dice.random() < 0.5):
+                node = last, path.pop(0)
+                hidden = [i for i, other in enumerate(nodes) if other == node]
+                if not hidden:
+                    nodes.append(node)
+                last = hidden[0] if hidden else len(nodes) - 1
+                continue
+            node = self.dice.randrange(-1, len(nodes)), self.dice.randrange(self.vocab)
+            if node not in nodes:
+                nodes.append(node)
+        return nodes

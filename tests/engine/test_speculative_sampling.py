@@ -3,15 +3,18 @@
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
 
 from quire.core.model_spec import ModelSpec
+from quire.core.plan import IntArray
 from quire.core.request import SamplingParams
 from quire.models.context import AttentionContext
-from quire.speculation.drafter import Drafter
+from quire.speculation.drafter import Drafter, Draw, Proposals
+from quire.speculation.history import TokenHistory
 
 from .harness import Harness, make_engine
 from .scripted import SamplingDrafter, ScriptedDrafter
@@ -143,6 +146,25 @@ def test_coupled_proposals_give_it_too(settings: dict[str, Any], kind: str) -> N
         drafter = SamplingDrafter(lambda known: DRAFTS["good"][known[-1]])
     runs, right = generate(params, drafter, drafts=3)
     assert p_value(params, runs) > 1e-3
+    assert 0 < right < 1
+
+
+class Beside(SamplingDrafter):
+    """Two drawn tokens, another one beside each, and one that follows where the first was wrong."""
+
+    def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
+        drawn = super().propose(history, slots, np.minimum(most, 2), draw).tokens
+        first, second = drawn.T
+        tokens = np.stack([first, (first + 1) % VOCAB, second, (second + 2) % VOCAB, second], axis=1)
+        parents = np.broadcast_to(np.array([-1, -1, 0, 0, 1]), tokens.shape)
+        return Proposals(tokens.astype(np.int32), np.full(len(slots), 5, np.int32), parents.astype(np.int32))
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.75}, {"frequency_penalty": 1.0, "top_k": 4, "min_tokens": 2}])
+def test_trees_of_drawn_tokens_give_it_too(settings: dict[str, Any]) -> None:
+    drafter = Beside(lambda known: DRAFTS["good"][known[-1]])
+    runs, right = generate(SamplingParams(**settings), drafter, drafts=5)
+    assert p_value(SamplingParams(**settings), runs) > 1e-3
     assert 0 < right < 1
 
 

@@ -17,7 +17,7 @@ from quire.speculation.drafter import Drafter
 from ..kernels.triton_interpreter import ON_GPU
 from ..models.conftest import load, make_checkpoint
 from .harness import Harness, Sequence
-from .scripted import SamplingDrafter, ScriptedDrafter
+from .scripted import SamplingDrafter, ScriptedDrafter, TreeDrafter
 from .test_graphs import FakeCapture
 
 PARAMS = [
@@ -83,6 +83,30 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
         engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
     for text, plain in zip(run(engine, drafts=2), expected, strict=True):
         assert text[: len(plain)] == plain
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_trees_change_no_token(checkpoint: Path, device: str, graphs: bool) -> None:
+    """A step with a tree, and one on what it left in the cache."""
+    prompt = PROMPTS[1]
+    harness = Harness(make_engine(checkpoint, "reference"))
+    text = [*prompt, *harness.generate(harness.add(0, prompt, PARAMS[1]), 8)]
+
+    def tree(slot: int, known: list[int], limit: int) -> list[tuple[int, int]]:
+        first, second = text[len(known) :][:2]
+        return [(-1, (first + 1) % 97), (-1, first), (1, (second + 1) % 97), (1, second)]
+
+    engine, capture = make_engine(checkpoint, "triton", TreeDrafter(tree)), FakeCapture()
+    if device == "cpu" and graphs:
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, (1,), "triton", capture, most_drafts=4)
+    harness = Harness(engine, drafts=4)
+    sequence = harness.add(0, prompt, PARAMS[1])
+    for known in (2, 5, 8):
+        assert sequence.tokens == text[:known]
+        harness.step([(sequence, len(sequence.tokens) - sequence.computed)])
+    assert [output.branched for output in sequence.outputs] == [2, 2, 2]
+    assert device == "cuda" or capture.replayed == 2 * graphs
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])

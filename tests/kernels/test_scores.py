@@ -55,6 +55,14 @@ def test_attention_columns(
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_no_rows_give_nothing() -> None:
+    """A sequence that begins with cached entries may have to forget some before it has computed a row."""
+    places = torch.arange(9, dtype=torch.int32).expand(2, 9)
+    arguments = (torch.randn(0, 4, 16), torch.randn(2, 9, 16), places, torch.tensor([9, 9]), torch.arange(0))
+    found = attention_columns(*arguments, reduce="sum", scale=1.0, backend="cpu")
+    assert torch.equal(found, torch.zeros(2, 9))
+
+
 def test_row_that_sees_nothing_gives_nothing() -> None:
     keys, positions = noise(1, 5, 32), torch.arange(10, 15, dtype=torch.int32)[None]
     arguments = noise(2, 1, 32), keys, positions, torch.tensor([5]), torch.tensor([3, 20])

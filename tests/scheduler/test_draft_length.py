@@ -236,3 +236,21 @@ def test_asking_is_not_free_even_if_nothing_is_proposed():
         lengths.learn(outcome if some.any() else None, rows, seconds, 0.0001 * some.any(), pure=True)
         late.append(int(some.sum()))
     assert np.mean(late[1000:]) < 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_branches_of_trees_do_not_count_as_places_that_failed(told: bool):
+    """A third of what is asked for stands beside the path; taken for places of the path, it would shrink the drafts."""
+    lengths, rng, asked_for = DraftLengths(COMPUTE_BOUND.info(), 4), random.Random(2), list[int]()
+    slots = np.zeros(1, np.int32)
+    for step in range(1500):
+        known = np.full(1, 50 + step, np.int32)
+        asked = int(lengths.choose(replace(candidates([MOST]), known=known))[0]) if not lengths.idle(1) else 0
+        depth = asked - asked // 3
+        right = next((place for place in range(depth) if rng.random() >= 0.9), depth)
+        ask, right_ones, branched = (np.array([n], np.int32) for n in (asked, right, asked // 3 if told else 0))
+        outcome = Outcome(slots, ask, ask, right_ones, known, branched) if asked else None
+        propose = asked * COMPUTE_BOUND.draft(1)
+        lengths.learn(outcome, 1 + asked, COMPUTE_BOUND.step(1 + asked), propose, pure=True)
+        asked_for.append(asked)
+    assert (np.mean(asked_for[-500:]) > MOST - 2) == told

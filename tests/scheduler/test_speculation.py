@@ -67,6 +67,14 @@ def test_a_decode_drafts_and_gets_what_was_right_and_one_more():
     assert counts.draft_seconds == 0.5 and counts.step_seconds >= 0.0
 
 
+def test_a_tree_counts_its_nodes_as_drafted_and_its_depth_as_places():
+    scheduler, plan = decoding()
+    commit(scheduler, plan, SequenceOutput((5, 6, 7), drafted=4, branched=2))
+    counts = scheduler.stats().speculation
+    assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (1, 4, 2)
+    assert counts.accepted_per_position == [1, 1, 0, 0]
+
+
 def test_nothing_is_drafted_past_the_end():
     world = world_of()
     world.scheduler.add(request := make_request(max_tokens=8))
