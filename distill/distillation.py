@@ -232,7 +232,7 @@ class Distillation:
         if agreement < LEAST_AGREEMENT:
             raise ConfigError(
                 f"the logged log-probabilities are not those of {self.settings.target}: on average "
-                f"{agreement:.2f} of their mass is the same; distil from the model that was served when they were logged",
+                f"{agreement:.2f} of their mass is the same; distil from the model that was served then",
                 param="from_traffic",
             )
 
