@@ -98,7 +98,10 @@ def _logged(content: Any, count: int, vocab_size: int) -> Logged:
     """What a log has of the target's distributions at `count` tokens; raises `ValueError` or the like."""
     if content["version"] != VERSION:
         raise ValueError(f"its target has version {content['version']!r}, known is {VERSION}")
-    logged = Logged(base64.b64decode(content["rows"], validate=True), int(content["top"]))
+    kept = content["top"]
+    if not isinstance(kept, int) or not 0 < kept <= vocab_size:
+        raise ValueError(f"its target has {kept!r} tokens in a row")
+    logged = Logged(base64.b64decode(content["rows"], validate=True), kept)
     ids, logs = logged.distributions()
     if len(ids) != count:
         raise ValueError(f"its target has {len(ids)} rows for {count} tokens")

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core.plan import IntArray
 from ..core.top_rows import TOP_TOKENS, pack_rows
 from ..kernels.backend import Backend
-from ..kernels.sampling import token_logprobs
+from ..kernels.sampling import top_logprobs
 from .staging import Download, upload
 
 
@@ -51,7 +50,7 @@ def record(logits: Tensor, sampled: IntArray, wanted: np.ndarray[Any, Any], back
     places = np.flatnonzero(wanted).astype(np.int32)
     if not len(places):
         return None
-    chosen = logits[upload(sampled[places], logits.device)]
-    anything = torch.zeros(len(places), dtype=torch.int64, device=logits.device)
-    _, ids, logs = token_logprobs(chosen, anything, TOP_TOKENS, backend)
+    everything = len(places) == len(logits)  # then they are all of them, in order
+    chosen = logits if everything else logits[upload(sampled[places], logits.device)]
+    ids, logs = top_logprobs(chosen, TOP_TOKENS, backend)
     return Recording(places, Download(ids), Download(logs))
