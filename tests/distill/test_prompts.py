@@ -56,17 +56,9 @@ def test_what_a_log_says_of_the_target(tmp_path: Path, fast: PreTrainedTokenizer
     assert one.prompt == (5, 6, 7) and one.output == (8, 9) and one.logged is not None
     ids, logs = one.logged.distributions()
     assert ids.tolist() == [[5, 9]] * 2 and logs[1].exp().tolist() == pytest.approx([0.5, 0.25, 0.25], rel=2e-3)
-    wrong = [told(1), told(2, token=VOCAB), told(2, best=1.2), told(2) | {"version": 2}, told(2) | {"rows": "a"}]
-    for target in [
-        *wrong,
-        told(2) | {"top": 3},
-        {"top": 2},
-        [],
-        None,
-        told(2) | {"rows": 3},
-        told(2) | {"top": -1},
-        told(2) | {"top": 10**30},
-    ]:
+    wrong: list[Any] = [{"top": 2}, [], None, told(1), told(2, token=VOCAB), told(2, best=1.2)]
+    changes: list[dict[str, Any]] = [{"version": 2}, {"rows": "a"}, {"rows": 3}, {"top": 3}, {"top": -1}]
+    for target in wrong + [told(2) | change for change in [*changes, {"top": 10**30}]]:
         with pytest.raises(ConfigError, match="line 1") as caught:
             read(tmp_path, fast, json.dumps(line | {"target": target}))
         assert "\n" not in caught.value.message
