@@ -53,6 +53,15 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Of a sequence that prunes, after these tokens."""
 
 
+class Recorded(msgspec.Struct, frozen=True, tag=True):
+    """What the model said at the next tokens of one choice, which come after it; only if `Request.record` asks."""
+
+    request_id: RequestId
+    index: int
+    rows: list[bytes]
+    """Of `core.top_rows`, one per token; there may be more, of tokens behind the end, which do not come."""
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """One choice is complete; comes after its last `Tokens`."""
 
@@ -77,7 +86,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo
 
 
-Event = Tokens | Finished | Failed
+Event = Tokens | Recorded | Finished | Failed
 
 
 class Decoded(msgspec.Struct, frozen=True, tag=True):

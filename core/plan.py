@@ -6,7 +6,7 @@ as columns (`Decodes`), so that a step costs no Python object per sequence. Lett
 others, L layers, K kv heads, B entries of a page.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -40,6 +40,8 @@ class SlotAssignment:
     """How the sequence forgets: what must be observed of it; None: nothing."""
     restored: "Restored | None" = None
     """The sequence comes back as it was when it was swapped out; `cached` says nothing then."""
+    record: bool = False
+    """Whether the most likely tokens of each row that it samples from are wanted, see `core.top_rows`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,8 @@ class SequenceOutput:
     """Of them, those of a tree that are not on its longest path: rows that could not make the step's text longer."""
     error: str | None = None
     """Why this one sequence cannot go on (non-finite logits); the others are unaffected."""
+    recorded: tuple[bytes, ...] = ()
+    """One row of `core.top_rows` per accepted token, if asked for."""
 
 
 NON_FINITE = "the model produced non-finite values"
@@ -281,6 +285,8 @@ class StepOutput:
     """How long those took."""
     draft_seconds: float = 0.0
     """Time in proposing."""
+    recorded: Mapping[int, bytes] = field(default_factory=dict)
+    """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its tokens may be drafted; they are the same either way."""
     namespace: str = ""
     """Prefixes are reused only within one: an API key's, where the operator isolates keys."""
+    record: bool = False
+    """Whether what the model said at each generated token is told too, as `Recorded`: for a log, not for the user."""
 
     def __post_init__(self) -> None:
         _check_range("cache_ttl", self.cache_ttl, 0.0, None)

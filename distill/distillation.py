@@ -3,15 +3,17 @@
 Everything is in the folder of the run: `settings.json`, `held_out.json`, `log.jsonl`, `state.pt` and the rounds' rows
 while it runs, `draft/` and the report at its end. The target's text comes from the serving engine; its distributions
 come from a forward pass of the same weights by transformers, because the engine hands out no more than the 20 most
-likely tokens of a position.
+likely tokens of a position, or from a server's log, where these 20 are all that is left of a pass already made.
 """
 
 import json
 import math
+import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ from .target_rows import Recorder
 SELF_EXAMPLES = 1000
 CALIBRATION_ROWS = 16
 LOG_SECONDS = 10.0
+LOGGED_TEMPERATURE = 1.0
+"""Of logged distributions; the others' mass at any other cannot be told from that."""
+CHECKED_ROWS = 8
+LEAST_AGREEMENT = 0.9
+"""Mass that target and log have in common, on average: rounding takes hundredths at most, another model tenths."""
 BATCHES = (1, 4, 16, 64)
 """Sequences at once for which a speed-up is worked out."""
 
@@ -89,8 +96,23 @@ class Distillation:
         self.target.requires_grad_(False)
         self.tokenizer = load_tokenizer(settings.target, settings.trust_remote_code)
         train, held = self._examples()
-        rows = RowMaker(train, settings.mixture, settings.length, settings.temperatures, settings.seed, settings.target)
-        self.rows = rows
+        self.recorder = Recorder(
+            whole_logits(self.target),
+            self.vocab_size,
+            min(settings.kept, self.vocab_size),
+            settings.temperature,
+            self.device,
+        )
+        self.rows = RowMaker(
+            train,
+            settings.mixture,
+            settings.length,
+            settings.temperatures,
+            settings.seed,
+            settings.target,
+            uses_logged=settings.temperature == LOGGED_TEMPERATURE,
+        )
+        self._check_logged(train)
         self.texts = self._held_texts(held)
         torch.manual_seed(settings.seed)
         self.draft = make_draft(init, self.target, self._calibration())
@@ -133,8 +155,8 @@ class Distillation:
         settings = self.settings
         return measure(
             texts,
-            _logits(self.target),
-            _logits(self.draft),
+            whole_logits(self.target),
+            whole_logits(self.draft),
             most=settings.draft_tokens,
             temperature=settings.temperature,
             device=self.device,
@@ -170,18 +192,15 @@ class Distillation:
         self._export(sampler, complete=True)
         rows = self.rows.rows(number, settings.schedule.rows_of(number), str(sampler), self.engines)
         generated = time.monotonic()
-        recorder = Recorder(
-            _logits(self.target),
-            self.vocab_size,
-            min(settings.kept, self.vocab_size),
-            settings.temperature,
-            self.device,
+        self.recorder.write(path, rows)
+        tokens, logged, now = (
+            sum(len(row.ids) for row in rows),
+            sum(row.logged is not None for row in rows),
+            time.monotonic(),
         )
-        recorder.write(path, rows)
-        tokens, now = sum(map(len, rows)), time.monotonic()
         self.trainer.progress.round_seconds += now - started
         self.say(
-            f"round {number}: {len(rows)} rows, {tokens} tokens; "
+            f"round {number}: {len(rows)} rows ({logged} as logged), {tokens} tokens; "
             f"written in {generated - started:.0f} s, scored in {now - generated:.0f} s"
         )
 
@@ -202,6 +221,20 @@ class Distillation:
         if not settings.held_out:
             return hold_out(found)
         return found, [e for path in settings.held_out for e in read_examples(path, self.tokenizer, self.vocab_size)]
+
+    def _check_logged(self, examples: Sequence[Example]) -> None:
+        """Raises `ConfigError` if what was logged is not what this target says."""
+        logged = [example for example in examples if example.logged is not None]
+        random.Random(self.settings.seed).shuffle(logged)
+        rows = islice(filter(None, map(self.rows.logged_row, logged)), CHECKED_ROWS)
+        found = [self.recorder.agreement(row) for row in rows]
+        agreement = sum(found) / len(found) if found else 1.0
+        if agreement < LEAST_AGREEMENT:
+            raise ConfigError(
+                f"the logged log-probabilities are not those of {self.settings.target}: on average "
+                f"{agreement:.2f} of their mass is the same; distil from the model that was served then",
+                param="from_traffic",
+            )
 
     def _held_texts(self, held: list[Example]) -> list[HeldText]:
         settings = self.settings
@@ -259,7 +292,7 @@ class Distillation:
         )
 
 
-def _logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def whole_logits(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     """Whole logits [B, T, V] of ids [B, T]."""
 
     @torch.inference_mode()

@@ -13,17 +13,24 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..core.top_rows import LEAST_MASS
+
 Divergence = Literal["kl", "rkl", "jsd", "tvd", "logacc"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
-LEAST_MASS = 1e-7
-"""Of the lumped tokens: what float32 can tell from nothing when the mass of the others is taken from 1."""
+ABSENT = -1e4
+"""Log-probability on both sides of an event that is none, where a row has fewer than K: it adds to no divergence."""
 
 
-def lump(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probabilities [N, K + 1] float32 of the tokens ids [N, K] and, last, of all others; logits [N, V]."""
+def lump(logits: Tensor, ids: Tensor, absent: Tensor | None = None) -> Tensor:
+    """Log-probabilities [N, K + 1] float32 of the tokens ids [N, K] and, last, of all others; logits [N, V].
+
+    Where absent [N, K] bool, there is no token, and what stands in its place is `ABSENT`.
+    """
     logits = logits.float()
     kept = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+    if absent is not None:
+        kept = kept.masked_fill(absent, ABSENT)
     rest = (1.0 - kept.exp().sum(1, keepdim=True)).clamp_min(LEAST_MASS).log()
     return torch.cat([kept, rest], 1)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .divergences import FORMULAS, Divergence, lump
+from .divergences import ABSENT, FORMULAS, Divergence, lump
 from .optimizer import MaskedMuon, Rates
 from .target_rows import Batch, Shard, read_rows
 
@@ -131,7 +131,7 @@ class DraftTrainer:
         # Rows of like length together: less padding.
         chosen.sort(key=lambda pick: int(shards[pick[0]].counts[pick[1]]))
         device = self.draft.device
-        total_tokens = sum(int(shards[s].counts[r]) for s, r in chosen)
+        total_tokens = sum(int(shards[s].counts[r] - shards[s].starts[r]) for s, r in chosen)
         total = 0.0
         for first in range(0, len(chosen), schedule.micro_rows):
             batch = read_rows(shards, chosen[first : first + schedule.micro_rows], device)
@@ -148,8 +148,9 @@ class DraftTrainer:
         valid = batch.valid
         with torch.autocast(self.draft.device.type, torch.bfloat16):
             logits = self.draft(input_ids=batch.ids, use_cache=False).logits
-        q_log = lump(logits[valid].float() / self.temperature, batch.top_ids[valid])
-        return self._formula(batch.top_log[valid], q_log)
+        p_log = batch.top_log[valid]
+        q_log = lump(logits[valid].float() / self.temperature, batch.top_ids[valid], p_log[:, :-1] == ABSENT)
+        return self._formula(p_log, q_log)
 
     def drop_old_shards(self) -> None:
         """Remove rounds that no later step will draw from."""

@@ -2,12 +2,13 @@
 
 A file has one JSON object a line: {"prompt": text}, {"messages": [...]} or {"prompt_ids": [...]}, with an answer as
 "completion" (text) or "output_ids" if there is one, and a "domain" to be reported by. The last form is what
-`quire serve --distill-log` writes.
+`quire serve --distill-log` writes, with a "target": what the model said at each of the output's tokens.
 """
 
+import base64
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..core.errors import ConfigError, ModelLoadError
+from ..core.top_rows import VERSION
+from .target_rows import Logged
 
 HELD_OUT_ONE_IN = 20
+LARGEST_LOG = 0.01
+"""Of a probability, as it may be rounded."""
 SELF = "self"
 """Domain of texts that the target begins by itself."""
 
@@ -29,6 +34,8 @@ class Example:
     prompt: tuple[int, ...]
     output: tuple[int, ...] = ()
     domain: str = "text"
+    logged: Logged | None = None
+    """What the target said at each token of the output, before it was drawn."""
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -43,12 +50,8 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> PreTrainedTok
 
 def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[Example]:
     """All examples of a file, in order. Raises `ConfigError`, naming the line, for what is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}", param="data") from error
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in _lines(path):
         if line.strip():
             try:
                 found.append(_example(json.loads(line), tokenizer, vocab_size))
@@ -57,6 +60,15 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: in
     if not found:
         raise ConfigError(f"{path} holds no prompts", param="data")
     return found
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The file's lines with their numbers, one at a time: a log may be large."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from enumerate(file, 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}", param="data") from error
 
 
 def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Example:
@@ -78,7 +90,24 @@ def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
             raise ValueError(f"{token!r} is not a token of the target")
     if not prompt:
         raise ValueError("its prompt is empty")
-    return Example(tuple(prompt), tuple(output), str(content.get("domain", "text")))
+    logged = _logged(content["target"], len(output), vocab_size) if "target" in content else None
+    return Example(tuple(prompt), tuple(output), str(content.get("domain", "text")), logged)
+
+
+def _logged(content: Any, count: int, vocab_size: int) -> Logged:
+    """What a log has of the target's distributions at `count` tokens; raises `ValueError` or the like."""
+    if content["version"] != VERSION:
+        raise ValueError(f"its target has version {content['version']!r}, known is {VERSION}")
+    kept = content["top"]
+    if not isinstance(kept, int) or not 0 < kept <= vocab_size:
+        raise ValueError(f"its target has {kept!r} tokens in a row")
+    logged = Logged(base64.b64decode(content["rows"], validate=True), kept)
+    ids, logs = logged.distributions()
+    if len(ids) != count:
+        raise ValueError(f"its target has {len(ids)} rows for {count} tokens")
+    if count and (int(ids.max()) >= vocab_size or not bool((logs <= LARGEST_LOG).all())):
+        raise ValueError("its target has tokens or log-probabilities that cannot be")
+    return logged
 
 
 def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

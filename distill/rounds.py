@@ -1,7 +1,8 @@
 """The rows of a round: known text, the target's own continuations, and the draft's, as DistillSpec mixes them.
 
 On-policy data matter because a draft is asked to go on from what was said so far, and at the end of its proposal from
-what it said itself. Continuations come from the engine that serves (see `Engines`).
+what it said itself. Continuations come from the engine that serves (see `Engines`). Known text that was logged with
+what the target said at its tokens is taken with that, and needs no pass of the target.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..core.request import SamplingParams
 from .prompts import Example
+from .target_rows import Row
 
 Source = Literal["fixed", "target", "draft"]
 
@@ -58,13 +60,15 @@ class RowMaker:
     seed: int
     target: str
     """Checkpoint."""
+    uses_logged: bool = True
+    """Whether what was logged of the target's distributions is what is wanted of them."""
 
-    def rows(self, number: int, count: int, draft: str, engines: Engines) -> list[list[int]]:
+    def rows(self, number: int, count: int, draft: str, engines: Engines) -> list[Row]:
         """Rows of round `number`; `draft` is the checkpoint of the draft as it is now."""
         rng = np.random.default_rng((self.seed, number))
         sources = self.mixture.draw(rng, count)
         chosen = [self.examples[int(index)] for index in rng.integers(len(self.examples), size=count)]
-        rows = [self._window(rng, example) for example in chosen]
+        rows = [self.logged_row(example) or self._window(rng, example) for example in chosen]
         temperatures = rng.choice(np.array(self.temperatures), count)
         seeds = rng.integers(2**63, size=count)
         for source, checkpoint in (("target", self.target), ("draft", draft)):
@@ -80,14 +84,26 @@ class RowMaker:
             ]
             answers = engines.generate(checkpoint, prompts, params) if places else []
             for index, prompt, answer in zip(places, prompts, answers, strict=True):
-                rows[index] = prompt + answer
+                rows[index] = Row(prompt + answer)
         return rows
 
-    def _window(self, rng: np.random.Generator, example: Example) -> list[int]:
+    def logged_row(self, example: Example) -> Row | None:
+        """The beginning of a logged text with what the target said at its output.
+
+        None where there is no such thing, or too little: the target knew the text from its beginning, so a row that
+        says what it said must begin there, too. The last token says nothing of one after it, and is left out.
+        """
+        start, ids = len(example.prompt) - 1, [*example.prompt, *example.output][:-1]
+        least = min(len(example.output), self.length // 4)
+        if not self.uses_logged or example.logged is None or not least or self.length - start < least:
+            return None
+        return Row(ids[: self.length], start, example.logged)
+
+    def _window(self, rng: np.random.Generator, example: Example) -> Row:
         """Known text: all of it, or a random stretch of a long one."""
         ids = [*example.prompt, *example.output]
         start = int(rng.integers(0, max(0, len(ids) - self.length) + 1))
-        return ids[start : start + self.length]
+        return Row(ids[start : start + self.length])
 
     def _prompt(self, example: Example) -> list[int]:
         """The prompt's end, leaving at least a quarter of the row to be written."""

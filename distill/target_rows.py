@@ -1,8 +1,9 @@
-"""What the target says at every position of many rows of text, compactly on disk.
+"""What the target says at the positions of many rows of text, compactly on disk.
 
 Whole distributions would take megabytes a row; kept are the K most likely tokens with their log-probabilities and the
-log mass of all others, in float16: 4 (K + 1) bytes a token for vocabularies up to 65,536. A shard is a folder of
-memory-mapped arrays that appears whole or not at all, so an interrupted run finds what it had made.
+log mass of all others, in float16: 4 (K + 1) bytes a token for vocabularies up to 65,536. They come from a forward
+pass of the target, or from a log of what it said as it served. A shard is a folder of memory-mapped arrays that appears
+whole or not at all, so an interrupted run finds what it had made.
 Letters: R rows, T tokens of the longest row, K tokens kept of each distribution.
 """
 
@@ -16,9 +17,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .divergences import lump
+from ..core.top_rows import row_bytes, unpack_rows
+from .divergences import ABSENT, acceptance, lump
 
 Logits = Callable[[Tensor], Tensor]  # ids [B, T] -> logits [B, T, V]
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """What the target said at consecutive positions as it served."""
+
+    data: bytes
+    """Rows of `core.top_rows`."""
+    kept: int
+    """Tokens of each."""
+
+    def __len__(self) -> int:
+        return len(self.data) // row_bytes(self.kept)
+
+    def distributions(self) -> tuple[Tensor, Tensor]:
+        """Tokens [N, k] int64 and log-probabilities [N, k + 1] float32. Raises `ValueError` for what are no rows."""
+        ids, logs = unpack_rows(self.data, self.kept)
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(logs.astype(np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens to train on."""
+
+    ids: Sequence[int]
+    """At least one."""
+    start: int = 0
+    """First position that counts; each position's distribution is that of the token after it."""
+    logged: Logged | None = None
+    """What the target says from there on, where that is known already; it may go on behind the row's end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +59,20 @@ class Batch:
 
     ids: Tensor
     """[B, T] int64."""
+    starts: Tensor
+    """[B] int64: first position of each row that counts."""
     counts: Tensor
     """[B] int64: tokens of each row; each one's distribution is that of the token after it."""
     top_ids: Tensor
     """[B, T, K] int64."""
     top_log: Tensor
-    """[B, T, K + 1] float32: log-probabilities, that of all other tokens last."""
+    """[B, T, K + 1] float32: log-probabilities, that of all other tokens last; `ABSENT` where less than K are known."""
 
     @property
     def valid(self) -> Tensor:
-        """[B, T] bool: positions that hold a token."""
-        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.counts[:, None]
+        """[B, T] bool: positions that hold a token and count."""
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (self.starts[:, None] <= place) & (place < self.counts[:, None])
 
 
 class Shard:
@@ -45,6 +80,7 @@ class Shard:
 
     def __init__(self, folder: Path) -> None:
         self.ids = np.load(folder / "ids.npy", mmap_mode="r")  # [R, T]
+        self.starts = np.load(folder / "starts.npy")  # [R] int32
         self.counts = np.load(folder / "counts.npy")  # [R] int32
         self.top_ids = np.load(folder / "top_ids.npy", mmap_mode="r")  # [R, T, K]
         self.top_log = np.load(folder / "top_log.npy", mmap_mode="r")  # [R, T, K + 1] float16
@@ -65,35 +101,57 @@ class Recorder:
     """At which the distributions are taken; > 0."""
     device: torch.device
 
-    def write(
-        self, folder: Path, rows: Sequence[Sequence[int]], on_row: Callable[[int], None] = lambda done: None
-    ) -> None:
-        """Make a shard of rows of at least one token each; `on_row` may raise to give up, and nothing is stored."""
+    def write(self, folder: Path, rows: Sequence[Row], on_row: Callable[[int], None] = lambda done: None) -> None:
+        """Make a shard; `on_row` may raise to give up, and nothing is stored."""
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        counts = np.array([len(row) for row in rows], np.int32)
+        counts = np.array([len(row.ids) for row in rows], np.int32)
         np.save(partial / "counts.npy", counts)
+        np.save(partial / "starts.npy", np.array([row.start for row in rows], np.int32))
         shape, kind = (len(rows), int(counts.max())), np.uint16 if self.vocab_size <= 2**16 else np.int32
         ids = _create(partial / "ids.npy", shape, kind)
         top_ids = _create(partial / "top_ids.npy", (*shape, self.kept), kind)
         top_log = _create(partial / "top_log.npy", (*shape, self.kept + 1), np.float16)
         for number, row in enumerate(rows):
             on_row(number)
-            best, logs = self._distributions(row)
-            ids[number, : len(row)] = row
-            top_ids[number, : len(row)] = best.cpu().numpy()
-            top_log[number, : len(row)] = logs.cpu().numpy()
+            best, logs = self.distributions(row)
+            end = len(row.ids)
+            ids[number, :end] = row.ids
+            top_ids[number, row.start : end] = best.cpu().numpy()
+            top_log[number, row.start : end] = logs.cpu().numpy()
         for store in (ids, top_ids, top_log):
             store.flush()
         os.replace(partial, folder)
 
     @torch.inference_mode()
-    def _distributions(self, row: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Tokens [T, K] and log-probabilities [T, K + 1] of one row."""
-        logits = self.logits(torch.tensor([list(row)], device=self.device))[0] / self.temperature
+    def agreement(self, row: Row) -> float:
+        """Mass that the target and what was logged of it have in common, on average over the row; temperature 1."""
+        assert row.logged is not None
+        count = len(row.ids) - row.start
+        ids, logs = (part[:count].to(self.device) for part in row.logged.distributions())
+        logits = self.logits(torch.tensor([list(row.ids)], device=self.device))[0, row.start :]
+        return acceptance(logs, lump(logits, ids)).mean().item()
+
+    @torch.inference_mode()
+    def distributions(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Tokens [N, K] and log-probabilities [N, K + 1] at a row's N positions from `start` on."""
+        if row.logged is not None:
+            count = len(row.ids) - row.start
+            ids, logs = row.logged.distributions()
+            return _with_kept(ids[:count], logs[:count], self.kept)
+        logits = self.logits(torch.tensor([list(row.ids)], device=self.device))[0, row.start :] / self.temperature
         best = logits.topk(self.kept).indices
         return best, lump(logits, best)
+
+
+def _with_kept(ids: Tensor, logs: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids [N, k] and logs [N, k + 1] with `kept` tokens: the last ones join the others, or there are none."""
+    missing = max(0, kept - ids.shape[1])
+    others = logs[:, kept - missing :].logsumexp(1, keepdim=True)
+    ids = torch.cat([ids[:, :kept], ids.new_zeros(len(ids), missing)], 1)
+    none = logs.new_full((len(ids), missing), float("-inf"))
+    return ids, torch.cat([logs[:, : kept - missing], none, others], 1)
 
 
 def _create(path: Path, shape: tuple[int, ...], kind: type) -> np.memmap:
@@ -114,5 +172,12 @@ def read_rows(shards: Sequence[Shard], picks: Sequence[tuple[int, int]], device:
 
     top_log = gather("top_log", np.float32)
     # float16 rounded each: together they must be 1 again, or kl could be negative
-    top_log = top_log - top_log.logsumexp(-1, keepdim=True)
-    return Batch(gather("ids", np.int64), torch.from_numpy(counts).to(device), gather("top_ids", np.int64), top_log)
+    top_log = (top_log - top_log.logsumexp(-1, keepdim=True)).clamp_min(ABSENT)
+    starts = np.array([shards[s].starts[r] for s, r in picks], np.int64)
+    return Batch(
+        gather("ids", np.int64),
+        torch.from_numpy(starts).to(device),
+        torch.from_numpy(counts).to(device),
+        gather("top_ids", np.int64),
+        top_log,
+    )

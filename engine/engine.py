@@ -44,10 +44,11 @@ from .observe import StepObserver
 from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
+from .recording import Drawn
 from .sampler import Sampler
 from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
 from .speculation import Proposed, Speculation, unspeculative, without_proposals
-from .staging import Download, upload
+from .staging import upload
 from .step_costs import AnyTokens, CostProbe
 from .timer import Moment, StepTimer
 from .trees import branched, staying_rows
@@ -63,7 +64,7 @@ class LaunchedStep:
     layout: LogitLayout | None = None
     logits: Tensor | None = None
     """[R, V] float32; overwritten when another step is launched."""
-    drawn: Download | None = None
+    drawn: Drawn | None = None
     """None if nothing is sampled or scored."""
     moments: tuple[Moment, Moment, Moment] | None = None
     """Start and end of the forward pass, and the end of sampling."""
@@ -213,14 +214,15 @@ class Engine:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
         decoded, outputs = np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
+        recorded: dict[int, bytes] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
-            decoded, outputs = self.sampler.outputs(plan, layout, logits, launched.drawn.wait())
+            decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds)
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds, recorded)
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]

@@ -4,8 +4,8 @@ Randomness is a function of (the sequence's seed, the new token's absolute posit
 same request gives the same tokens alone, in any batch, chunked or preempted.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
 from ..kernels.rejection import draw_drafts, judge_drafts
 from .inputs import LogitLayout
+from .recording import Drawn, record
 from .rows import DraftDistributions, Judged, Rows, sampled_rows
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 from .staging import Download, upload
@@ -50,15 +51,15 @@ class Sampler:
 
     def draw(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, distributions: DraftDistributions | None = None
-    ) -> Download:
+    ) -> Drawn:
         """Draw the next tokens, from logits [R, V] float32 laid out so, R > 0; the host does not wait for them.
 
-        distributions: of the draft tokens, where they were drawn from any. What `outputs` takes once it is there: int64
-        [N + R], the tokens of the N rows that sample, then which rows are finite.
+        distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
+        recording = record(logits, layout.sampled, self.table.recorded[rows.slots], self.backend)
         tokens = self._draw(logits, rows, layout)
-        return Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()]))
+        return Drawn(Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()])), recording)
 
     def propose(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Draft tokens [N] int64 from a draft's logits [N, V] float32, as the rows' parameters would draw.
@@ -87,13 +88,14 @@ class Sampler:
         return draw_drafts(scaled, self.table.keys[owners, 0], places, self.backend), scaled
 
     def outputs(
-        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, flat: npt.NDArray[np.int64]
-    ) -> tuple[IntArray, tuple[SequenceOutput, ...]]:
-        """Tokens [D] of the plan's decodes and outputs of its sequences, from what `draw` gave.
+        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, sampled: Drawn
+    ) -> tuple[IntArray, tuple[SequenceOutput, ...], dict[int, bytes]]:
+        """Tokens [D] of the plan's decodes, outputs of its sequences, and `StepOutput.recorded`.
 
-        A sequence with a row that is not finite gets an error instead; reads the device, and the logits, only for
-        log-probabilities.
+        Waits for what `draw` gave. A sequence with a row that is not finite gets an error instead; reads the device
+        again, and the logits, only for log-probabilities.
         """
+        flat, recorded = sampled.wait()
         count, samples = len(plan.decodes), len(layout.sampled)
         drawn, finite = flat[:samples], flat[samples:] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
@@ -101,7 +103,9 @@ class Sampler:
         outputs = self._outputs(plan, layout, logits, accepted, finite.tolist())
         if any(layout.drafted):
             self._remember_accepted(plan, outputs)
-        return decoded, outputs
+        if recorded:
+            outputs = _with_rows(outputs, layout, count, recorded)
+        return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
 
     def _outputs(
         self,
@@ -335,6 +339,19 @@ def _accepted(plan: BatchPlan, layout: LogitLayout, drawn: Sequence[int]) -> lis
         accepted.append(accepted_tokens(plan.sequences[index], drawn[first : first + 1 + drafted]))
         first += 1 + drafted
     return accepted
+
+
+def _with_rows(
+    outputs: Sequence[SequenceOutput], layout: LogitLayout, first: int, recorded: Mapping[int, bytes]
+) -> tuple[SequenceOutput, ...]:
+    """The outputs with the rows their tokens were drawn from; `first` is the samplers' first place in `recorded`."""
+    found = list(outputs)
+    for index, drafted in zip(layout.samplers, layout.drafted, strict=True):
+        if first in recorded:
+            places = range(first, first + len(found[index].token_ids))
+            found[index] = replace(found[index], recorded=tuple(recorded[place] for place in places))
+        first += 1 + drafted
+    return tuple(found)
 
 
 def _undrafted(count: int, layout: LogitLayout) -> npt.NDArray[np.bool_]:

@@ -51,7 +51,7 @@ class SlotTable:
         self.device = device
         self.states: dict[int, SlotState] = {}
         self.kinds = np.zeros(num_slots, np.int8)
-        """[N], on the host as the next four: which of `DRAW_KINDS`."""
+        """[N], on the host as the next five: which of `DRAW_KINDS`."""
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
@@ -59,6 +59,8 @@ class SlotTable:
         self.free = np.zeros(num_slots, np.bool_)
         """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
         how likely each is."""
+        self.recorded = np.zeros(num_slots, np.bool_)
+        """[N]: `SlotAssignment.record`."""
         self.min_ends = np.zeros(num_slots, np.int64)
         """[N]: first position that an end token may have."""
         self.strengths = torch.zeros(num_slots, 6, device=device)
@@ -93,6 +95,7 @@ class SlotTable:
         self.kinds[slot] = DRAW_KINDS.index(draw_kind(params))
         self.penalised[slot] = penalised
         self.free[slot] = draw_kind(params) != "greedy" and params.seed is None
+        self.recorded[slot] = assignment.record
         self.min_ends[slot] = len(assignment.prompt_ids) + params.min_tokens
         self.states[slot] = state = SlotState(
             params=params,

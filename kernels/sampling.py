@@ -162,3 +162,18 @@ def token_logprobs(
         return chosen, tokens.new_empty(len(tokens), 0), logits.new_empty(len(tokens), 0)
     ids = torch.cat([rank_tokens(rows, width) for rows in logits.split(_LOGPROB_ROWS)])
     return chosen, ids, logits.gather(-1, ids).sub_(norm)
+
+
+def top_logprobs(logits: Tensor, top: int, backend: Backend = "reference") -> tuple[Tensor, Tensor]:
+    """Ids [R, top] int64 and natural log-probabilities [R, top] float32 of the most likely tokens, best first.
+
+    The values of `token_logprobs`, but equally likely tokens stand in any order: on a CPU a fifth of its time or less.
+    """
+    width = min(top, logits.shape[-1])
+    if backend in TRITON_BACKENDS:
+        from .logprobs_triton import token_logprobs_triton  # triton is installed beside a GPU only
+
+        anything = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+        return token_logprobs_triton(logits, anything, width)[1:]
+    best = logits.topk(width)
+    return best.indices, best.values - logits.logsumexp(-1, keepdim=True)

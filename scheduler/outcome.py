@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from ..core.messages import Decoded, Event, Finished, FinishReason, Logprob, Tokens
-from ..core.plan import SequenceOutput, SequencePlan, TokenLogprob
+from ..core.messages import Decoded, Event, Finished, FinishReason, Logprob, Recorded, StepEvent, Tokens
+from ..core.plan import SequenceOutput, SequencePlan, StepOutput, TokenLogprob
+from .batch import BatchDraft
 from .config import SchedulerConfig
 from .sequence import SequenceState
 
@@ -40,6 +41,13 @@ def append(sequence: SequenceState, token_ids: Iterable[int]) -> tuple[int, Fini
         if len(sequence.tokens) >= sequence.max_length:
             return taken, "length"
     return taken, None
+
+
+def recorded_rows(draft: BatchDraft, output: StepOutput) -> list[StepEvent]:
+    """What the model said at the tokens that a step gave, where that is asked for; comes before the tokens."""
+    steady = [(draft.decoders[place], [row]) for place, row in output.recorded.items()]
+    others = [(s, list(o.recorded)) for s, o in zip(draft.members, output.sequences, strict=True) if o.recorded]
+    return [Recorded(s.request.id, s.index, rows) for s, rows in steady + others if not s.done]
 
 
 def news(

@@ -30,7 +30,7 @@ from .entrance import Entrance
 from .growth import Growth
 from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
-from .outcome import accept_tokens, append, check_result, news
+from .outcome import accept_tokens, append, check_result, news, recorded_rows
 from .oversight import Oversight
 from .pace import Pace
 from .policy import POLICIES, position
@@ -180,7 +180,7 @@ class Scheduler:
         self._batch_tokens = plan.num_tokens
         self._pace.learn(plan, output)
         self._swap_costs.observe(plan, output)
-        events = self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
+        events = recorded_rows(draft, output) + self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             check_result(sequence, part, result)
             sequence.in_flight = 0

@@ -326,6 +326,7 @@ class SequenceState:
             cached=0 if restored else self.num_computed,
             restored=restored,
             prune=self.request.prune,
+            record=self.request.record,
         )
 
     def advance(self, count: int) -> int:

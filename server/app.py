@@ -21,7 +21,7 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSetti
     seeds = SeedSource(settings.seed)
     service = Service(client, tokenizer, settings, metrics, created=int(time.time()), seeds=seeds)
     if settings.distill_log is not None:
-        service.traffic_log = TrafficLog(settings.distill_log)
+        service.traffic_log = TrafficLog(settings.distill_log, settings.distill_log_share)
     metrics.open_requests.set_function(lambda: float(service.open_requests))
     app = FastAPI(title="Quire", description="OpenAI-style LLM inference", redirect_slashes=False)
     app.state.service = service

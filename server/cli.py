@@ -46,6 +46,7 @@ def serve(
     api_key: opt.ApiKeys = None,
     isolate_keys: opt.IsolateKeys = False,
     distill_log: opt.DistillLog = None,
+    distill_log_share: opt.DistillLogShare = 1.0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     runner: opt.Runner = "auto",

@@ -18,7 +18,7 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
     """
     engine = dict(options)
     host, port, seed = (engine.pop(name) for name in ("host", "port", "seed"))
-    distill_log = engine.pop("distill_log")
+    distill_log, share = engine.pop("distill_log"), engine.pop("distill_log_share")
     names, keys, isolate = (engine.pop(name) for name in ("served_model_name", "api_key", "isolate_keys"))
     policy, keep, min_keep = (engine.pop(name) for name in ("prune_policy", "prune_keep", "prune_min_keep"))
     if isolate and not keys:
@@ -35,6 +35,7 @@ def serve_options(options: dict[str, Any]) -> ServeOptions:
         prune=prune,
         prune_min_keep=min_keep,
         distill_log=distill_log,
+        distill_log_share=share,
     )
     settled = {
         "model": model,

@@ -47,7 +47,14 @@ Data = Annotated[
         _DATA,
     ),
 ]
-FromTraffic = Annotated[Path | None, _option("The log that `quire serve --distill-log` wrote.", _DATA)]
+FromTraffic = Annotated[
+    Path | None,
+    _option(
+        "The log that `quire serve --distill-log` wrote; where it has the model's most likely tokens, they are learned "
+        "from without a pass of the target.",
+        _DATA,
+    ),
+]
 SelfData = Annotated[
     bool,
     _option("No prompts: texts that the target begins by itself. Taken where no others are given.", _DATA, "--self"),

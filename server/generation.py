@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
-from ..core.messages import Event, Finished, FinishReason, Logprob, Tokens
+from ..core.messages import Event, Finished, FinishReason, Logprob, Recorded, Tokens
 from ..core.pruning import CacheUse
 from ..core.request import Request
 from .metrics import SequenceTimer
@@ -203,10 +203,12 @@ async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[lis
     output = RequestOutput(job, service.tokenizer, partial(SequenceTimer, service.metrics, arrived))
     entry = service.traffic_log.entry(job.request) if service.traffic_log else None
     try:
-        async with aclosing(service.client.generate(job.request)) as events:
+        async with aclosing(service.client.generate(entry.request if entry else job.request)) as events:
             async for event in events:
                 if entry:
                     entry.take(event)
+                if isinstance(event, Recorded):
+                    continue
                 deltas = output.push(event)
                 yield deltas
                 if output.done:

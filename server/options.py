@@ -43,7 +43,15 @@ DistillLog = Annotated[
     Path | None,
     _option(
         "QUIRE_DISTILL_LOG",
-        "Collect prompts and outputs in this file, for `quire distill --from-traffic`; it holds what users wrote.",
+        "Collect prompts, outputs and the model's most likely tokens at each of them in this file, for "
+        "`quire distill --from-traffic`; it holds what users wrote.",
+    ),
+]
+DistillLogShare = Annotated[
+    float,
+    _option(
+        "QUIRE_DISTILL_LOG_SHARE",
+        "Share of the requests, 0 to 1, whose most likely tokens are collected too; of the others only their tokens.",
     ),
 ]
 

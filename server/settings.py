@@ -37,10 +37,16 @@ class ServerSettings:
     """Least share of its entries that a request may ask to keep."""
     distill_log: Path | None = None
     """File that collects prompts and outputs to distil a draft from; None: nothing is kept."""
+    distill_log_share: float = 1.0
+    """Share of the requests of which it also gets what the model said at each token."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.prune_min_keep <= 1:
             raise ConfigError(f"prune_min_keep must be from 0 to 1, got {self.prune_min_keep}", param="prune_min_keep")
+        if not 0 <= self.distill_log_share <= 1:
+            raise ConfigError(
+                f"distill_log_share must be from 0 to 1, got {self.distill_log_share}", param="distill_log_share"
+            )
 
 
 @dataclass(slots=True)

@@ -111,7 +111,7 @@ class Simulation:
             self.result.tokens += len(event.token_ids)
         elif isinstance(event, Finished):
             self._finish(event)
-        else:
+        elif isinstance(event, Failed):
             self._failed(event)
 
     def _decoded(self, event: Decoded) -> None:

@@ -10,7 +10,7 @@ from quire.distill.draft_init import Init, make_draft
 from quire.distill.draft_trainer import DraftTrainer, Schedule
 from quire.distill.prompts import Example
 from quire.distill.rounds import Mixture, RowMaker
-from quire.distill.target_rows import Recorder
+from quire.distill.target_rows import Recorder, Row
 
 from .drafting import VOCAB, Parrot, tiny_target
 
@@ -85,7 +85,9 @@ def test_padding_changes_no_loss(tmp_path: Path, target: PreTrainedModel) -> Non
     from quire.distill.target_rows import Shard, read_rows
 
     rows = [[5, 6, 7, 8], list(range(20, 34))]
-    Recorder(lambda ids: target(input_ids=ids).logits, VOCAB, 8, 1.0, CPU).write(tmp_path / "rows", rows)
+    Recorder(lambda ids: target(input_ids=ids).logits, VOCAB, 8, 1.0, CPU).write(
+        tmp_path / "rows", [Row(row) for row in rows]
+    )
     shard = Shard(tmp_path / "rows")
     with torch.no_grad():
         apart = [run.trainer.losses(read_rows([shard], [(0, r)], CPU)) for r in (0, 1)]

@@ -1,15 +1,19 @@
 """Prompt files in each form, and what is said of broken ones."""
 
+import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from quire.core.errors import ConfigError
+from quire.core.top_rows import pack_rows
 from quire.distill.prompts import SELF, Example, hold_out, load_tokenizer, read_examples, self_examples
 from quire.distill.rounds import Mixture, RowMaker
+from quire.distill.target_rows import Logged, Row
 
 from .drafting import VOCAB, Parrot
 
@@ -38,6 +42,42 @@ def test_all_forms(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
     assert fast.decode(list(two.prompt)) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert three == Example((5, 6, 7), (8,))
     assert four.prompt == two.prompt and fast.decode(list(four.output)) == "ho<|im_end|>\n"
+
+
+def told(count: int, token: int = 5, best: float = 0.5) -> dict[str, Any]:
+    """What a log has of `count` tokens."""
+    row = pack_rows(np.array([[token, 9]], np.int64), np.log([[best, 0.25]]).astype(np.float32))[0]
+    return {"version": 1, "top": 2, "rows": base64.b64encode(row * count).decode()}
+
+
+def test_what_a_log_says_of_the_target(tmp_path: Path, fast: PreTrainedTokenizerBase) -> None:
+    line = {"prompt_ids": [5, 6, 7], "output_ids": [8, 9], "target": told(2)}
+    (one,) = read(tmp_path, fast, json.dumps(line))
+    assert one.prompt == (5, 6, 7) and one.output == (8, 9) and one.logged is not None
+    ids, logs = one.logged.distributions()
+    assert ids.tolist() == [[5, 9]] * 2 and logs[1].exp().tolist() == pytest.approx([0.5, 0.25, 0.25], rel=2e-3)
+    wrong: list[Any] = [{"top": 2}, [], None, told(1), told(2, token=VOCAB), told(2, best=1.2)]
+    changes: list[dict[str, Any]] = [{"version": 2}, {"rows": "a"}, {"rows": 3}, {"top": 3}, {"top": -1}]
+    for target in wrong + [told(2) | change for change in [*changes, {"top": 10**30}]]:
+        with pytest.raises(ConfigError, match="line 1") as caught:
+            read(tmp_path, fast, json.dumps(line | {"target": target}))
+        assert "\n" not in caught.value.message
+
+
+def test_logged_rows_begin_where_the_target_began() -> None:
+    def row(prompt: int, output: int, uses_logged: bool = True) -> Row:
+        ids = tuple(range(100, 100 + prompt + output))
+        example = Example(ids[:prompt], ids[prompt:], logged=Logged(b"", 2) if output else None)
+        (found,) = RowMaker([example], Mixture(1, 0, 0), 16, (1.0,), 0, "t", uses_logged).rows(0, 1, "", Parrot())
+        return found
+
+    short = row(5, 8)
+    assert short.ids == list(range(100, 112)) and short.start == 4 and short.logged is not None
+    assert row(5, 1).ids == list(range(100, 105)) and row(16, 1).start == 15
+    long = row(5, 80)
+    assert long.ids == list(range(100, 116)) and long.start == 4
+    for other in (row(40, 1), row(14, 9), row(5, 0), row(5, 8, uses_logged=False)):
+        assert other.logged is None and other.start == 0 and len(other.ids) in (5, 13, 16)
 
 
 BROKEN = ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
@@ -75,12 +115,13 @@ def test_texts_that_the_target_begins_itself() -> None:
 def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     long = Example(tuple(range(100, 140)), tuple(range(140, 160)))
-    known = RowMaker([long], Mixture(1, 0, 0), 16, (1.0,), 0, "t").rows(0, 50, "d", Parrot())
+    known = [row.ids for row in RowMaker([long], Mixture(1, 0, 0), 16, (1.0,), 0, "t").rows(0, 50, "d", Parrot())]
     assert all(row == list(range(row[0], row[0] + 16)) for row in known) and len({row[0] for row in known}) > 10
     maker = RowMaker([long], Mixture(0.5, 0.25, 0.25), 16, (1.0,), 0, str(tmp_path))
     rows = maker.rows(3, 200, str(tmp_path), Parrot())
-    continued = [row for row in rows if row[:12] == list(range(128, 140)) and row[12:] == row[:4]]
-    assert 70 < len(continued) < 130 and all(len(row) == 16 for row in rows)
+    ids = [row.ids for row in rows]
+    continued = [row for row in ids if row[:12] == list(range(128, 140)) and row[12:] == row[:4]]
+    assert 70 < len(continued) < 130 and all(len(row) == 16 for row in ids)
     assert rows == maker.rows(3, 200, str(tmp_path), Parrot()) != maker.rows(4, 200, str(tmp_path), Parrot())
     shares = Mixture(1, 1, 2).draw(np.random.default_rng(0), 4000)
     assert 1800 < shares.count("draft") < 2200

@@ -12,7 +12,7 @@ import transformers
 
 from quire.core.config import EngineConfig
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, Logprob, single_events
+from quire.core.messages import Failed, Finished, Logprob, Recorded, single_events
 from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request, SamplingParams
 from quire.core.speculation import DraftInfo, SpeculationCounts, StepCosts
@@ -61,6 +61,7 @@ class Choice:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
+    recorded: list[bytes] = field(default_factory=list)
     end: tuple[str, int | None] | None = None
     """Reason and stop token, or the kind of an error."""
     cached: int = 0
@@ -164,7 +165,10 @@ class Stack:
             told[event.request_id, 0].end = (event.error.kind, None)
             return
         choice = told[event.request_id, event.index]
-        if isinstance(event, Finished):
+        if isinstance(event, Recorded):
+            assert len(choice.recorded) == len(choice.tokens), "rows come before their tokens"
+            choice.recorded += event.rows
+        elif isinstance(event, Finished):
             choice.end, choice.cached = (event.reason, event.stop_token_id), event.cached_tokens
         else:
             choice.tokens += event.token_ids

@@ -83,7 +83,7 @@ class Client:
             assert not isinstance(event, Failed), event
             if isinstance(event, Tokens):
                 self.tokens[event.request_id, event.index] += event.token_ids
-            else:
+            elif isinstance(event, Finished):
                 self.ended[event.request_id, event.index] = event
         return report
 

@@ -105,7 +105,7 @@ class Serving:
                 self.failed[event.request_id] = event
             elif isinstance(event, Finished):
                 self.ended[event.request_id, event.index] = event
-            else:
+            elif isinstance(event, Tokens):
                 self.tokens[event.request_id, event.index] += event.token_ids
                 self.logprobs[event.request_id, event.index] += [entry.logprob for entry in event.logprobs or ()]
                 self.prompt_logprobs[event.request_id, event.index] += [e.logprob for e in event.prompt_logprobs or ()]

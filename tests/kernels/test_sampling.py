@@ -20,6 +20,7 @@ from quire.kernels.sampling import (
     sample_full,
     sample_truncated,
     token_logprobs,
+    top_logprobs,
 )
 
 DRAWS = 20_000
@@ -191,6 +192,8 @@ def test_logprobs_are_of_the_given_logits() -> None:
     assert torch.equal(ids, logits.topk(5).indices)
     assert token_logprobs(logits, tokens, 0)[1].shape == (70, 0)
     assert token_logprobs(logits[:, :3], tokens % 3, 20)[1].shape == (70, 3)
+    assert all(map(torch.equal, top_logprobs(logits, 5), (ids, values)))
+    assert top_logprobs(logits[:, :3], 20)[0].shape == (70, 3)
 
 
 def grid(axis: str, size: int) -> Tensor:

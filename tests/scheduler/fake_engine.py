@@ -146,7 +146,13 @@ class FakeEngine:
         decoded = np.array([(*result.token_ids, NO_TOKEN)[0] for result in steady], np.int32)
         kept = tuple(self._choose(order) for order in plan.prunes)
         seconds = (0.5,) * len(kept)
-        return StepOutput(tuple(results[len(plan.decodes) :]), decoded=decoded, kept=kept, prune_seconds=seconds)
+        return StepOutput(
+            tuple(results[len(plan.decodes) :]),
+            decoded=decoded,
+            kept=kept,
+            prune_seconds=seconds,
+            recorded={row: result.recorded[0] for row, result in enumerate(steady) if result.recorded},
+        )
 
     is_asynchronous = False
 
@@ -305,7 +311,10 @@ class FakeEngine:
             if step.error is not None:
                 return step
             answer = replace(
-                step, token_ids=answer.token_ids + step.token_ids, logprobs=answer.logprobs + step.logprobs
+                step,
+                token_ids=answer.token_ids + step.token_ids,
+                logprobs=answer.logprobs + step.logprobs,
+                recorded=answer.recorded + step.recorded,
             )
             if place == count or self.rng.random() > self.right:
                 break
@@ -352,7 +361,8 @@ class FakeEngine:
         token = next_token(assignment.seed, self._views(slot), blocked, self.config.vocab_size)
         slot.known.append(token)
         logprobs = (TokenLogprob(token, -0.5, ((token, -0.5),)),) if assignment.params.logprobs is not None else ()
-        return SequenceOutput((token,), logprobs, prompt_logprobs)
+        recorded = (str(token).encode(),) if assignment.record else ()
+        return SequenceOutput((token,), logprobs, prompt_logprobs, recorded=recorded)
 
     def _window(self, row: int) -> int | None:
         return self.config.windows[row // self.config.num_kv_heads]

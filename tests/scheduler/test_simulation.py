@@ -122,6 +122,7 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         tenant=rng.choice(["", "a", "b"]),
         timeout=rng.choice([None, None, None, None, rng.uniform(0.1, 9.0)]),
         speculate=rng.random() < 0.9,
+        record=int(name[1:]) % 3 == 0,
     )
 
 
@@ -185,6 +186,8 @@ class Traffic:
             else:
                 expected, reason = expected_output(request, index, world.config)
             assert tokens == expected[: len(tokens)], "other tokens than alone"
+            recorded = world.recorded[name, index]
+            assert recorded[: len(tokens)] == (tokens if request.record else []), "not what the tokens were drawn from"
             scores = world.prompt_scores[name, index]
             wanted = request.prompt_ids[1:] if request.params.prompt_logprobs is not None else ()
             assert scores == list(wanted[: len(scores)])

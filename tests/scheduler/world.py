@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from quire.core.ids import RequestId
-from quire.core.messages import Event, Failed, Finished, Tokens, single_events
+from quire.core.messages import Event, Failed, Finished, Recorded, Tokens, single_events
 from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -65,6 +65,8 @@ class World:
         self.scheduler = Scheduler(config, clock=self.clock)
         self.engine = FakeEngine(config)
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.recorded: dict[tuple[str, int], list[int]] = defaultdict(list)
+        """The fake engine's rows are the tokens in writing."""
         self.prompt_scores: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finished: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
@@ -128,7 +130,10 @@ class World:
             return
         key = (event.request_id, event.index)
         assert key not in self.finished, "an event after the end"
-        if isinstance(event, Tokens):
+        if isinstance(event, Recorded):
+            assert len(self.recorded[key]) == len(self.tokens[key]), "rows come before their tokens"
+            self.recorded[key] += [int(row) for row in event.rows]
+        elif isinstance(event, Tokens):
             self.tokens[key] += event.token_ids
             self.prompt_scores[key] += [entry.token_id for entry in event.prompt_logprobs or ()]
         else:

@@ -1,5 +1,6 @@
 """`quire distill` from beginning to end on a tiny target, through the real engine; and what it refuses."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from quire.core.config import embedded_model
 from quire.core.errors import ConfigError, ModelLoadError, QuireError
+from quire.core.top_rows import pack_rows
 from quire.server import cli, distil
 
 FAST = [
@@ -88,6 +90,36 @@ def test_without_prompts_the_target_begins_itself(
     config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
     assert config["quire_shares_embedding"] is True
     assert set(json.loads((tmp_path / "run" / "report.json").read_text())["after"]["acceptance"]) == {"all", "self"}
+
+
+def traffic_log(path: Path, target: Path, sharper: float = 1.0) -> Path:
+    """Texts as a server logs them, with what the target says, or one of `sharper` logits."""
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    with path.open("w") as file:
+        for number in range(30):
+            ids = [(7 * number + 3 * place) % 900 + 10 for place in range(20)]
+            with torch.inference_mode():
+                said = (sharper * model(torch.tensor([ids])).logits[0, 4:-1]).log_softmax(-1).topk(20)
+            rows = b"".join(pack_rows(said.indices.numpy(), said.values.numpy()))
+            packed = {"version": 1, "top": 20, "rows": base64.b64encode(rows).decode()}
+            file.write(json.dumps({"prompt_ids": ids[:5], "output_ids": ids[5:], "target": packed}) + "\n")
+    return path
+
+
+def test_logged_traffic_is_learned_from_as_it_was_logged(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)
+    log = traffic_log(tmp_path / "log", target)
+    said = run(target, tmp_path / "run", "--from-traffic", str(log), "--mix", "1,0,0", "--steps", "2")
+    assert "round 0: 8 rows (8 as logged), 152 tokens" in said, "19 of each, of which 15 count"
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["progress"]["tokens"] == 2 * 4 * 15
+    said = run(target, tmp_path / "hot", "--from-traffic", str(log), "--steps", "2", "--temperature", "2")
+    assert "(0 as logged)" in said, "the mass of the others at another temperature is not known"
+    other = traffic_log(tmp_path / "other", target, sharper=30.0)
+    with pytest.raises(ConfigError, match="are not those of"):
+        run(target, tmp_path / "not", "--from-traffic", str(other))
 
 
 @pytest.mark.parametrize(
