@@ -62,6 +62,8 @@ class World:
         self.planned_ahead = 0
         """Steps that were launched while one was in flight."""
         self._in_flight: deque[tuple[BatchPlan, StepOutput]] = deque()
+        self._known: set[Bundle] = set()
+        """Published before the plan that is being made."""
         self.clock = FakeClock()
         self.scheduler = Scheduler(config, clock=self.clock)
         self.engine = FakeEngine(config)
@@ -91,13 +93,14 @@ class World:
             self._collect(event)
         self.scheduler.check_integrity()
         self.engine.protect(self.published_pages(), self._pruned_pages())
+        self._known = self._bundles()
         return plan
 
     def _launch(self, plan: BatchPlan) -> None:
         self.scheduler.check_integrity()
         arriving = set(plan.swap_ins.device.tolist())
         # What the plan itself publishes, it fills first.
-        offered = self._pruned_pages() - self.engine.published.keys()
+        offered = self._pages_of({b for b in self._bundles() - self._known if b.kept is not None})
         self.engine.protect(self.published_pages() - arriving - offered, self._pruned_pages())
         self.engine.arriving = self.published_pages() & arriving
         self._in_flight.append((plan, self.engine.step(plan)))
