@@ -60,14 +60,12 @@ class PrunedPrefixes:
         return self.is_due(other) and other.pruned_key == sequence.pruned_key and sequence.swapped is None
 
     def is_due(self, sequence: SequenceState) -> bool:
-        """Whether a running sequence has yet to leave over what others can begin with."""
+        """Whether a running sequence has yet to leave over what others can begin with, or just does."""
         prune = sequence.prune
-        return (
-            prune is not None
-            and sequence.pruned_key is not None
-            and not prune.context_done
-            and sequence.num_computed <= prune.prefill_end
-        )
+        if prune is None or sequence.pruned_key is None:
+            return False
+        before = not prune.context_done and sequence.num_computed <= prune.prefill_end
+        return before or sequence in self._offered
 
     def cost(self, sequence: SequenceState, bundle: Bundle) -> int:
         """How many of the available pages a sequence takes that begins so, until all its known tokens are computed."""
