@@ -61,6 +61,8 @@ class PruneState:
         """The sequence begins (again) with no page and `known` tokens."""
         self.prefill_end = self.context(known)
         self.last, self.repeated, self.repeating = 0, 0, 0
+        if self.params.target(self.prefill_end) == self.prefill_end and self.params.budget != "threshold":
+            self.repeated = self.prefill_end  # nothing will be dropped, whatever that would show
         self.pruned = self.denied = self.context_done = False
         self.counts = None
 
