@@ -293,7 +293,18 @@ def test_a_server_tells_what_it_did_not_prune_again(server: RunningServer) -> No
         assert usage is not None and usage.prompt_tokens_details is not None
         return usage.prompt_tokens_details.cached_tokens or 0, usage.model_dump()["kv_cache"]
 
+    def chat(question: str) -> int:
+        prune = {"policy": "kvzip", "floor": 32, "window": 8, "context_messages": 1}
+        texts = (Path(__file__).read_text()[:1000], question)
+        completion = server.client().chat.completions.create(
+            model=MODEL_NAME, messages=[{"role": "user", "content": text} for text in texts], max_tokens=4,
+            extra_body={"prune": prune},
+        )  # fmt: skip
+        assert completion.usage is not None and completion.usage.prompt_tokens_details is not None
+        return completion.usage.prompt_tokens_details.cached_tokens or 0
+
     (none, first), (found, second) = ask([7, 8]), ask([9, 10])
     assert (none, found) == (0, 120) and first == second and first["dropped_entries"] > 50
     assert server.metric("quire:prefix_pruned_hits_total") == 120
+    assert chat("Why?") == 0 < 150 < chat("What is it about?")
     assert server.metric("quire:kv_pages_used") == 0 < server.metric("quire:kv_pages_cached")
