@@ -2,10 +2,11 @@
 
     python -m benchmarks.pruning [--model DIR] [--policy knorm] [--keep 0.5] [--prompt 1024] [--output 100]
 
-Four figures: requests that run at once in the same KV memory while others wait (answers must be long enough that memory
+Five figures: requests that run at once in the same KV memory while others wait (answers must be long enough that memory
 is what they wait for, not prompts being computed: `--prompt 2048 --output 400`); tokens per second of a batch that only
-decodes long contexts; most pages held while one long prompt is computed chunk by chunk; and the share of a prompt's
-time that each policy spends choosing. Times are medians of rounds that alternate between the contenders.
+decodes long contexts; most pages held while one long prompt is computed chunk by chunk; the share of a prompt's
+time that each policy spends choosing; and the time to the first token of the second question about a document to that
+of the first, pruned or not. Times are medians of rounds that alternate between the contenders.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from quire.core.pruning import PruneParams
 from quire.scheduler.loop import EngineLoop
 
 MARGIN = 100  # tokens of context left free for outputs
+QUESTION = 16  # tokens
 Figures = dict[str, tuple[float, float]]  # name -> (unpruned, pruned)
 
 
@@ -109,10 +111,27 @@ def choosing(
     return found
 
 
-def prompt_seconds(loop: EngineLoop, prompts: Prompts, prompt: list[int], prune: PruneParams | None) -> float:
-    """Time to the end of a request of two tokens."""
+def questions(
+    loop: EngineLoop, prompts: Prompts, keep: float, length: int, rounds: int
+) -> dict[str, tuple[float, float]]:
+    """By policy: seconds to the first token of the first and the second question about a document of so many tokens."""
+    times: dict[str, tuple[list[float], list[float]]] = {}
+    for _ in range(rounds):
+        for policy in ("unpruned", "keydiff", "kvzip"):
+            # The policies share no blocks, for what one computes whole another would begin with.
+            document = prompts.take(length)
+            prune = None if policy == "unpruned" else PruneParams(policy=policy, keep=keep, context=length)
+            for found in times.setdefault(policy, ([], [])):
+                found.append(prompt_seconds(loop, prompts, document + prompts.take(QUESTION), prune, output=1))
+    return {policy: (statistics.median(first), statistics.median(second)) for policy, (first, second) in times.items()}
+
+
+def prompt_seconds(
+    loop: EngineLoop, prompts: Prompts, prompt: list[int], prune: PruneParams | None, output: int = 2
+) -> float:
+    """Time to the end of a request of so many tokens."""
     started = time.perf_counter()
-    drain(loop, [prompts.request(prompt, 2, prune)], lambda stats, events: None)
+    drain(loop, [prompts.request(prompt, output, prune)], lambda stats, events: None)
     return time.perf_counter() - started
 
 
@@ -155,14 +174,18 @@ def main() -> None:
         f"peak pages, prompt of {long:,} in chunks of {args.chunk}": peak_pages(loop, prompts, prune, long),
     }
     policies = choosing(loop, prompts, args.keep, long, args.rounds)
-    show(figures, policies, f"{args.policy}, keep {args.keep:g}, {info.device}, {info.dtype}")
+    keeping = load(args.model, max_batch_tokens=args.chunk, kv_memory=memory, prefix_cache=True)
+    second = questions(keeping, prompts, args.keep, long, args.rounds)
+    show(figures, policies, second, f"{args.policy}, keep {args.keep:g}, {info.device}, {info.dtype}")
     if args.json:
-        content = {"arguments": vars(args), "figures": figures, "policies": policies}
+        content = {"arguments": vars(args), "figures": figures, "policies": policies, "questions": second}
         args.json.write_text(json.dumps(content, default=str))
 
 
-def show(figures: Figures, policies: dict[str, tuple[float, float]], title: str) -> None:
-    """Two tables."""
+def show(
+    figures: Figures, policies: dict[str, tuple[float, float]], second: dict[str, tuple[float, float]], title: str
+) -> None:
+    """Three tables."""
     console = Console(width=120)
     table = Table("figure", "unpruned", "pruned", "ratio", title=title)
     for name, (plain, pruned) in figures.items():
@@ -172,6 +195,10 @@ def show(figures: Figures, policies: dict[str, tuple[float, float]], title: str)
     for policy, (share, ratio) in policies.items():
         costs.add_row(policy, f"{share:.1%}", f"{ratio:.2f}x")
     console.print(costs)
+    reuse = Table("document", "first question, s to first token", "second question", "ratio")
+    for policy, (first, later) in second.items():
+        reuse.add_row(policy, f"{first:.3f}", f"{later:.3f}", f"{later / first:.3f}x")
+    console.print(reuse)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Those of them that were found there."""
     prefix_host_hits_total: int = 0
     """Those of them that were in host memory alone and were copied back."""
+    prefix_pruned_hits_total: int = 0
+    """Those of them whose entries were found pruned."""
     pages_pinned: int = 0
     """Pages of prefixes kept for a time that a request asked for; in use, cached, or in host memory alone."""
     pins_dropped_total: int = 0

@@ -35,7 +35,10 @@ class SlotAssignment:
     max_length: int
     """Most positions that its queries and keys are rotated to: fixes length-dependent RoPE scaling."""
     cached: int = 0
-    """Entries that every head has from the start, in the pages of `BatchPlan.shares`; a multiple of B."""
+    """Tokens computed from the start. Their entries are in the pages of `BatchPlan.shares`: all of them in every head,
+    a multiple of B, unless `kept` says otherwise."""
+    kept: IntArray | None = None
+    """Entries that each head has of them where they were pruned, int32 [R]."""
     prune: PruneParams | None = None
     """How the sequence forgets: what must be observed of it; None: nothing."""
     restored: "Restored | None" = None
@@ -79,6 +82,20 @@ class PageCopies:
         """Nothing travels."""
         empty = np.empty(0, np.int32)
         return PageCopies(empty, empty)
+
+
+@dataclass(frozen=True, slots=True)
+class PageDuplicates:
+    """Whole pages of the device's pool to be copied within it, as parallel arrays; no page is in both."""
+
+    sources: IntArray
+    targets: IntArray
+
+    @staticmethod
+    def none() -> "PageDuplicates":
+        """Nothing is copied."""
+        empty = np.empty(0, np.int32)
+        return PageDuplicates(empty, empty)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +203,8 @@ class Decodes:
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """One step's work, in this order: parks, swap-outs, compactions, swap-ins, assignments, shares, drops, grants, the
-    forward pass, prunes.
+    """One step's work, in this order: parks, swap-outs, compactions, swap-ins, duplicates, assignments, shares, drops,
+    grants, the forward pass, prunes.
 
     A page that is copied out may be the target of a compaction or filled anew in the same plan; one that a compaction
     leaves may be filled by a swap-in or granted.
@@ -201,7 +218,7 @@ class BatchPlan:
     """Fresh pages, whose old contents are to be cleared."""
     shares: PageGrants = field(default_factory=PageGrants.none)
     """Pages that assigned slots begin with: full ones computed by others, read by several slots and written by none,
-    and what a restored sequence had for itself."""
+    duplicates of such as are not full, and what a restored sequence had for itself."""
     decodes: Decodes = field(default_factory=Decodes.none)
     """More sequences of the batch; none is in `sequences` too. Their rows come first in the forward pass."""
     parks: tuple[Park, ...] = ()
@@ -211,6 +228,8 @@ class BatchPlan:
     """From the device to the host."""
     swap_ins: PageCopies = field(default_factory=PageCopies.none)
     """From the host to the device."""
+    duplicates: PageDuplicates = field(default_factory=PageDuplicates.none)
+    """Pages that a pruned prefix and its users would both fill up: each gets its own."""
     compactions: tuple[Compaction, ...] = ()
     prunes: tuple[PruneOrder, ...] = ()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.ids import SlotId
-from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageGrants, SlotAssignment
+from ..core.plan import BatchPlan, Compaction, IntArray, PageDrop, PageDuplicates, PageGrants, SlotAssignment
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.cache import entry_destinations, move_entries, row_destinations, zeros
 from ..kernels.compaction_cpu import compact_kv_cpu
@@ -63,7 +63,9 @@ class KVCache:
         return self.num_pages * self.layout.bytes_per_page
 
     def apply(self, plan: BatchPlan) -> None:
-        """Take over the plan's page changes: assignments, shares, drops, then grants."""
+        """Take over the plan's page changes: duplicates, assignments, shares, drops, then grants."""
+        if len(plan.duplicates.targets):
+            self._duplicate(plan.duplicates)
         if plan.assignments:
             self._begin(plan.assignments)
         if len(plan.shares.pages):
@@ -74,6 +76,12 @@ class KVCache:
             # A fresh page is filled entry by entry; attention multiplies what is not yet filled by zero, which a former
             # owner's NaN would survive. Clearing writes what filling the page will write once more.
             self.pool.index_fill_(0, self._enter(plan.grants), 0)
+
+    def _duplicate(self, pages: PageDuplicates) -> None:
+        """Copy whole pages."""
+        sources, targets = upload(np.stack([pages.sources, pages.targets]), self.device).long()
+        for tensor in self.page_tensors:
+            tensor.index_copy_(0, targets, tensor.index_select(0, sources))
 
     def _begin(self, assignments: Sequence[SlotAssignment]) -> None:
         """The slots forget their entries and hold what their new sequences begin with."""
@@ -87,11 +95,12 @@ class KVCache:
         for assignment in assignments:
             prune = assignment.prune
             self._closes_up[assignment.slot] = prune is not None and prune.positions == "cache"
-            if assignment.restored is not None:
-                kept = assignment.restored.kept
+            restored, kept = assignment.restored, assignment.kept
+            if restored is not None:
+                kept, self.computed[assignment.slot] = restored.kept, restored.computed
+            if kept is not None:
                 self._kept_host[assignment.slot] = kept
                 self.kept[assignment.slot] = upload(kept, self.device).view(self.kept.shape[1:])
-                self.computed[assignment.slot] = assignment.restored.computed
 
     def _drop(self, drop: PageDrop) -> None:
         """Shift the rows' tables left by the dropped pages."""

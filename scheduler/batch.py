@@ -10,6 +10,7 @@ from ..core.plan import (
     Decodes,
     IntArray,
     PageDrop,
+    PageDuplicates,
     PageGrants,
     PruneOrder,
     SequencePlan,
@@ -131,8 +132,8 @@ class BatchDraft:
             for row in reversed(rows):
                 del self.decoders[row]
 
-    def build(self, swaps: Swaps) -> BatchPlan:
-        """The finished plan, with what travels between device and host."""
+    def build(self, swaps: Swaps, duplicates: PageDuplicates) -> BatchPlan:
+        """The finished plan, with what travels between device and host, and what is copied on the device."""
         return BatchPlan(
             tuple(self.plans),
             assignments=tuple(self.entered.values()),
@@ -144,6 +145,7 @@ class BatchDraft:
             unparked=swaps.unparked,
             swap_outs=swaps.outs,
             swap_ins=swaps.ins,
+            duplicates=duplicates,
             compactions=tuple(self.compactions.values()),
             prunes=tuple(self.prunes.values()),
         )

@@ -8,7 +8,8 @@ tokens are known and computed; then it is published, and belongs to the prefix i
               shared, never written  |  written by this sequence alone
 
 A block that someone else has published meanwhile stays the sequence's own (None in `SequenceState.blocks`). With
-sliding windows, pages leave a table one head at a time, so there nothing is published.
+sliding windows, pages leave a table one head at a time, so there nothing is published. What is left of a pruned context
+is published as one bundle (`pruned_prefix`); a sequence begins with blocks or with such a one.
 
 Behind the pool there may be a host pool. A prefix whose pages are reclaimed is copied there, and back when a sequence
 begins with it. A preempted sequence that is swapped out has its own columns copied there; the shared ones it finds
@@ -29,6 +30,7 @@ from .host_tier import HostTier
 from .pages import PagePool
 from .pins import Pins
 from .prefix import Bundle, PrefixIndex
+from .pruned_prefix import PrunedPrefixes
 from .sequence import SequenceState
 from .swap_space import SwapSpace
 
@@ -44,11 +46,11 @@ class CacheManager:
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float]) -> None:
         """`clock` gives seconds; pinned prefixes go by it."""
         self._config = config
-        self._clock = clock
         self._pool = PagePool(config.num_pages)
         self._index = PrefixIndex(config.num_rows, keeps_idle=config.prefix_cache)
         self.host = HostTier(config.num_host_pages, config.num_rows, self._index.forget_if_gone)
-        self._pins = Pins(config.max_pinned)
+        self.pins = Pins(config, self._index, self.host, clock)
+        self.pruned = PrunedPrefixes(config, self._index, self.take)
         self.swaps = SwapSpace(config, self.host)
         self.queries = 0
         """Prompt tokens looked for in the prefix index, of sequences that started for the first time."""
@@ -56,8 +58,6 @@ class CacheManager:
         """Those found."""
         self.host_hits = 0
         """Those of them that were in host memory alone."""
-        self.pins_dropped = 0
-        """Pinned blocks that went before their time, for a sequence that could not have gone on alone."""
         self.leaks = 0
         """Pages that belonged to nobody, and were taken back."""
 
@@ -77,17 +77,12 @@ class CacheManager:
         return self._index.num_idle_pages + self._index.num_held_pages
 
     @property
-    def pinned(self) -> int:
-        """Pages of pinned prefixes, in use or not, on the device or not."""
-        return len(self._pins) * self._config.num_rows
-
-    @property
     def used(self) -> int:
         """Pages in sequences' tables, shared ones counted once."""
         return self._pool.used - self.cached
 
     def find(self, sequence: SequenceState) -> list[Bundle]:
-        """The leading blocks of a waiting sequence that need not be computed, or those a swapped-out one shared.
+        """What of a waiting sequence need not be computed: leading blocks, or a pruned prefix, or what it shared.
 
         A swapped-out sequence that lost a shared block is one to be computed again from here on.
         """
@@ -99,13 +94,20 @@ class CacheManager:
             self.swaps.discard(sequence)
         if not sequence.shares:
             return []
+        pruned = self.pruned.find(sequence)
+        if pruned is not None:
+            return [pruned]
         return self._index.match(sequence.hashes, sequence.reusable_blocks(self._config))
 
     def awaits(self, sequence: SequenceState, hits: list[Bundle], other: SequenceState) -> bool:
-        """Whether the block that a waiting sequence needs after its `hits` is about to be computed by `other`.
+        """Whether what a waiting sequence needs after its `hits` is about to be computed by `other`.
 
         Only known tokens count: what `other` will say may be something else.
         """
+        if _pruned(hits) is not None:
+            return False
+        if self.pruned.awaits(sequence, other):
+            return True
         size, block = self._config.page_size, len(hits)
         if not (sequence.shares and other.shares and other.is_exact) or sequence.swapped is not None:
             return False
@@ -117,6 +119,9 @@ class CacheManager:
 
     def cost(self, sequence: SequenceState, hits: list[Bundle]) -> int:
         """How many of the available pages a waiting sequence takes until all its known tokens are computed."""
+        pruned = _pruned(hits)
+        if pruned is not None:
+            return self.pruned.cost(sequence, pruned)
         config, entries = self._config, sequence.most_entries(self._config)
         # One that prunes may begin with more than it will ever hold of its own.
         most = max(sequence.most_pages(config), len(hits) * config.num_rows)
@@ -133,30 +138,35 @@ class CacheManager:
     def enter(self, sequence: SequenceState, hits: list[Bundle]) -> None:
         """Let a sequence begin with `hits`, and with what of it was swapped out."""
         absent = [bundle for bundle in hits if bundle.pages is None]
-        self._count(sequence, len(hits), len(absent))
+        self._count(sequence, hits)
         self.host.reserve(absent)
         for bundle in hits:
             self._index.acquire(bundle)
         for bundle in absent:
-            bundle.pages = self.take(self._config.num_rows)
+            bundle.pages = self.take(bundle.size)
             self.host.recall(bundle)
+        pruned = _pruned(hits)
         if sequence.swapped is not None:
             pages = self.take(len(sequence.swapped.host))
             self.swaps.bring_back(sequence, hits, pages)
+        elif pruned is not None:
+            self.pruned.begin(sequence, pruned)
         elif hits:
             shared = np.stack([bundle.pages for bundle in hits if bundle.pages is not None], axis=1)
             sequence.begin_with(hits, shared, self._config.page_size)
 
-    def _count(self, sequence: SequenceState, hits: int, from_host: int) -> None:
+    def _count(self, sequence: SequenceState, hits: list[Bundle]) -> None:
         """Of a sequence's first start: what it looked for, and what was there."""
-        size = self._config.page_size
         if not sequence.shares or sequence.preemptions or sequence.request.params.prompt_logprobs is not None:
             return
-        sequence.cached_tokens = hits * size
+        whole = sequence.prune is not None and _pruned(hits) is not None
+        tokens = sequence.prune.prefill_end if sequence.prune is not None and whole else self._config.page_size
+        sequence.cached_tokens = len(hits) * tokens
         if self._config.prefix_cache:
             self.queries += sequence.num_prompt
-            self.hits += hits * size
-            self.host_hits += from_host * size
+            self.hits += sequence.cached_tokens
+            self.host_hits += sum(bundle.pages is None for bundle in hits) * tokens
+            self.pruned.hits += sequence.cached_tokens if whole else 0
 
     def take(self, count: int) -> IntArray:
         """Lend `count` of the available pages, int32 [count]; reclaims what that needs."""
@@ -184,7 +194,7 @@ class CacheManager:
         What others read, or may read, is left as it is, and what is pinned: then the survivors move to fresh pages, if
         there are as many. Else what nobody else uses is no longer offered, and serves the sequence alone.
         """
-        shared = [bundle for bundle in sequence.blocks if bundle is not None]
+        shared = _shared(sequence)
         needed = int((-(-counts // self._config.page_size)).sum())
         if shared and needed <= self.available:
             fresh = self.take(needed)
@@ -195,8 +205,14 @@ class CacheManager:
             return False, None
         self.withdraw(sequence)
         sequence.blocks.clear()
+        if sequence.base is not None:
+            self._pool.give(self.pruned.own(sequence))
         self._pool.give(sequence.table.compact(counts))
         return True, None
+
+    def publish_pruned(self, sequence: SequenceState) -> None:
+        """The sequence was compacted: if that was its context's prune, others may begin with what is left."""
+        self.pruned.publish(sequence, self.available - self._config.watermark)
 
     def gain(self, sequence: SequenceState, entries: int) -> int:
         """Pages that would surely become available if every head kept at most `entries`; 0 if it could not be done."""
@@ -204,74 +220,38 @@ class CacheManager:
         after = len(config.full_rows) * -(-entries // config.page_size)
         stay = sum(1 for bundle in blocks if bundle is not None and (bundle.users > 1 or bundle.pinned))
         others = stay * config.num_rows
+        if sequence.base is not None and (sequence.base.users > 1 or sequence.base.pinned):
+            others = int(sequence.table.borrowed.sum())
         if others and after > self.available:
             return 0
         full = sequence.table.held[config.full_rows].sum()
         return max(int(full) - others - after, 0)
 
     def withdraw(self, sequence: SequenceState) -> None:
-        """Let nobody begin with the sequence's blocks any more: something in them may be wrong."""
-        for bundle in sequence.blocks:
-            if bundle is not None:
-                self._forget(bundle)
+        """Let nobody begin with what the sequence shares any more: something in it may be wrong."""
+        for bundle in _shared(sequence):
+            self._forget(bundle)
 
     def _forget(self, bundle: Bundle) -> None:
         self._index.withdraw(bundle)
-        self._pins.forget(bundle)
+        self.pins.forget(bundle)
         self.host.forget(bundle)
 
-    def pin(self, sequence: SequenceState) -> None:
-        """Once its prompt is computed: keep the prompt's full blocks for as long after it as its request asks for.
-
-        From the first block on, as many as may still be pinned.
-        """
-        if sequence.pinned_tokens is not None or sequence.num_computed < sequence.num_prompt:
-            return
-        sequence.pinned_tokens = 0
-        if not (sequence.request.cache_ttl and sequence.shares and self._config.prefix_cache):
-            return
-        full = sequence.num_prompt // self._config.page_size
-        for digest in sequence.hashes.upto(full)[:full]:
-            bundle = self._index.get(digest)
-            if bundle is None or not self._pins.hold(bundle, self._pinned_until(sequence)):
-                break
-            self._index.pin(bundle)
-            self.host.pin(bundle)
-            sequence.pinned_tokens += self._config.page_size
-
-    def _pinned_until(self, sequence: SequenceState) -> float:
-        return self._clock() + min(sequence.request.cache_ttl, self._config.max_cache_ttl)
-
-    def _prolong(self, sequence: SequenceState) -> None:
-        """The sequence leaves: its pins count from now."""
-        count = (sequence.pinned_tokens or 0) // self._config.page_size
-        for digest in sequence.hashes.upto(count)[:count]:
-            bundle = self._index.get(digest)
-            if bundle is not None and self._pins.holds(bundle):
-                self._pins.hold(bundle, self._pinned_until(sequence))
-
-    def expire_pins(self) -> None:
-        """Unpin what was kept long enough."""
-        if len(self._pins):
-            now = self._clock()
-            while (bundle := self._pins.pop(now)) is not None:
-                self._unpin(bundle)
-
-    def drop_pins(self, needed: int) -> bool:
-        """Unpin until `needed` pages are available or nothing is pinned: what ends soonest goes first. Is it enough?"""
-        while needed > self.available and (bundle := self._pins.pop()) is not None:
-            self._unpin(bundle)
-            self.pins_dropped += 1
+    def make_room(self, sequence: SequenceState, needed: int) -> bool:
+        """Have `needed` pages available for a sequence that is alone, whatever is kept for others; False if too few."""
+        while needed > self.available and self.pins.drop():
+            pass
+        base = sequence.base
+        if needed > self.available and base is not None and base.users == 1:
+            self._forget(base)
+            self._pool.give(self.pruned.own(sequence))
         return needed <= self.available
-
-    def _unpin(self, bundle: Bundle) -> None:
-        self._index.unpin(bundle)
-        self.host.touch(bundle)
 
     def leave(self, sequence: SequenceState) -> None:
         """Take back all of a sequence's pages; what it published or began with is kept."""
         blocks = sequence.blocks
-        self._prolong(sequence)
+        self.pins.prolong(sequence)
+        self.pruned.forget(sequence)
         self._pool.give(sequence.table.clear([number for number, bundle in enumerate(blocks) if bundle is not None]))
         for number in reversed(range(len(blocks))):
             bundle = blocks[number]
@@ -282,13 +262,19 @@ class CacheManager:
                 assert bundle.pages is not None
                 self._pool.give(bundle.pages)
         blocks.clear()
+        base, sequence.base = sequence.base, None
+        if base is not None and not self._index.release(base):
+            assert base.pages is not None
+            self._pool.give(base.pages)
 
     # --- prefixes of another run ---
 
     def stored(self) -> list[StoredBlock]:
-        """Prefix blocks that no sequence uses, wherever they are: the next to be given up first."""
+        """Prefix blocks that no sequence uses, wherever they are: the next to be given up first; no pruned ones."""
         blocks = []
         for bundle in (*(bundle for bundle in self.host.stored() if bundle.pages is None), *self._index.idle()):
+            if bundle.kept is not None:
+                continue
             pages = bundle.host if bundle.pages is None else bundle.pages
             assert pages is not None
             blocks.append(StoredBlock(bundle.digest, pages, in_host=bundle.pages is None))
@@ -317,14 +303,13 @@ class CacheManager:
 
     def reclaim_all(self) -> None:
         """Forget every prefix that no sequence uses, pinned or not, on either side."""
-        while (bundle := self._pins.pop()) is not None:
-            self._unpin(bundle)
+        self.pins.clear()
         self._pool.give(self._index.reclaim(self._config.num_pages))
         self.host.drop_copies()
 
     def report(self, stats: EngineStats) -> EngineStats:
         """The counts with those of pages, prefixes and swaps."""
-        self.expire_pins()
+        self.pins.expire()
         host, page_bytes = self.host, self._config.page_bytes
         return replace(
             stats,
@@ -335,8 +320,9 @@ class CacheManager:
             prefix_hits_total=self.hits,
             prefix_host_hits_total=self.host_hits,
             page_leaks_total=self.leaks,
-            pages_pinned=self.pinned,
-            pins_dropped_total=self.pins_dropped,
+            prefix_pruned_hits_total=self.pruned.hits,
+            pages_pinned=self.pins.num_pages,
+            pins_dropped_total=self.pins.dropped,
             host_pages_parked=host.parked,
             host_pages_cached=host.cached,
             host_pages_total=host.total,
@@ -367,8 +353,7 @@ class CacheManager:
         """AssertionError unless pools, index and the tables of all sequences agree; passes over all."""
         self._pool.check()
         self.host.check([sequence.swapped.host for sequence in waiting if sequence.swapped], self._index)
-        assert all(self._pins.holds(bundle) == bundle.pinned for bundle in self._index)
-        assert len(self._pins) == sum(bundle.pinned for bundle in self._index) <= self._config.max_pinned
+        self.pins.check()
         self._index.check()
         pages, users = [], Counter[Bundle]()
         for sequence in running:
@@ -378,9 +363,23 @@ class CacheManager:
                     assert bundle.pages is not None
                     assert np.array_equal(sequence.table.column(number), bundle.pages), "a shared column was changed"
             shared = [number for number, bundle in enumerate(sequence.blocks) if bundle is not None]
-            pages.append(sequence.table.ids(shared))
+            if sequence.base is not None:
+                users[sequence.base] += 1
+                self.pruned.check(sequence)
+            pages.append(sequence.table.own(shared))
         # A withdrawn bundle is no longer indexed, but somebody's still.
         bundles = {*users, *(bundle for bundle in self._index if bundle.pages is not None)}
         assert all(bundle.users == users[bundle] for bundle in bundles), "a bundle counts other users than it has"
         pages += [bundle.pages for bundle in bundles if bundle.pages is not None]
         self._pool.check_owned(np.concatenate(pages) if pages else np.empty(0, np.int32))
+
+
+def _pruned(hits: list[Bundle]) -> Bundle | None:
+    """The pruned prefix that these are, if they are one."""
+    return hits[0] if hits and hits[0].kept is not None else None
+
+
+def _shared(sequence: SequenceState) -> list[Bundle]:
+    """What others may read of the sequence's pages."""
+    blocks = [bundle for bundle in sequence.blocks if bundle is not None]
+    return blocks if sequence.base is None else [*blocks, sequence.base]

@@ -95,8 +95,8 @@ class SchedulerConfig:
 
     @cached_property
     def max_pinned(self) -> int:
-        """Most bundles that may be pinned: half the pool."""
-        return self.num_pages // 2 // self.num_rows
+        """Most pages that may be pinned: half the pool."""
+        return self.num_pages // 2
 
     @cached_property
     def full_rows(self) -> npt.NDArray[np.intp]:

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.plan import NO_TOKEN, Decodes, IntArray
-from .sequence import NEVER, SequenceState
+from .prune_state import NEVER
+from .sequence import SequenceState
 
 Rows = npt.NDArray[np.intp]
 

@@ -43,7 +43,7 @@ class Entrance:
         """
         if not (draft.budget and self.is_open):
             return
-        prompts = [sequence for sequence in self._running if sequence.num_pending > 1]
+        prompts = [s for s in self._running if s.num_pending > 1 or self._cache.pruned.is_due(s)]
         passed: set[RequestId] = set()
         with closing(self._waiting.candidates(2 * self._config.max_num_seqs)) as candidates:
             for sequence in candidates:
@@ -56,7 +56,7 @@ class Entrance:
                 needed = self._cache.cost(sequence, hits) + draft.owed
                 if self._running:
                     needed += self._config.watermark
-                if needed > self._cache.available and (self._running or not self._cache.drop_pins(needed)):
+                if needed > self._cache.available and (self._running or not self._cache.make_room(sequence, needed)):
                     return
                 self._enter(sequence, hits, draft)
                 start(sequence, draft)

@@ -172,7 +172,7 @@ class Growth:
                 draft.wait(sequence, drops)
                 return False
             if len(self._running) == 1:
-                enough = self._cache.drop_pins(needed)
+                enough = self._cache.make_room(sequence, needed)
                 if not enough and self._pruning.relieve_alone(sequence, draft):
                     draft.wait(sequence, drops)
                     return False

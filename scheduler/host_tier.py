@@ -5,14 +5,13 @@ copied out again; copies go least recently used first when room is short. A swap
 it comes back or ends.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..core.plan import IntArray, PageCopies
 from .pages import PagePool
-from .prefix import Bundle
+from .prefix import Bundle, Shelf
 
 
 class HostTier:
@@ -23,9 +22,9 @@ class HostTier:
         self._pool = PagePool(num_pages)
         self._pages_per_bundle = pages_per_bundle
         self._on_evict = on_evict
-        self._copies: OrderedDict[bytes, Bundle] = OrderedDict()
+        self._copies = Shelf()
         """Copies that may be given up, least recently used first."""
-        self._pinned: dict[bytes, Bundle] = {}
+        self._pinned = Shelf()
         """Copies that stay."""
         self._read: dict[Bundle, None] = {}
         """Copies that the next plan reads, deepest last: not to be overwritten by it."""
@@ -54,14 +53,14 @@ class HostTier:
 
     def fits(self, count: int) -> bool:
         """Whether so many pages can be had."""
-        return count <= self._pool.free + len(self._copies) * self._pages_per_bundle
+        return count <= self._pool.free + self._copies.num_pages
 
     def _take(self, count: int) -> IntArray | None:
         """`count` pages, at the cost of the least recently used copies; None if there is no room."""
         if not self.fits(count):
             return None
         while self._pool.free < count:
-            self._drop(self._copies.popitem(last=False)[1])
+            self._drop(self._copies.take_first())
         return self._pool.take(count)
 
     def _drop(self, bundle: Bundle) -> None:
@@ -76,7 +75,7 @@ class HostTier:
         """The bundle is about to leave the device: copy it here if there is room, unless it has a copy."""
         assert bundle.pages is not None
         if bundle.host is None:
-            bundle.host = self._take(self._pages_per_bundle)
+            bundle.host = self._take(bundle.size)
             if bundle.host is None:
                 return
             self._copy_out(bundle.pages, bundle.host)
@@ -87,15 +86,15 @@ class HostTier:
         """Count the bundle's copy, if it has one, as used just now."""
         if bundle.host is None or bundle in self._read or bundle in self._written:
             return
-        self._pinned.pop(bundle.digest, None)
-        self._copies.pop(bundle.digest, None)
-        (self._pinned if bundle.pinned else self._copies)[bundle.digest] = bundle
+        self._pinned.take(bundle)
+        self._copies.take(bundle)
+        (self._pinned if bundle.pinned else self._copies).put(bundle)
 
     def reserve(self, bundles: Iterable[Bundle]) -> None:
         """The next plan reads these bundles' copies."""
         for bundle in bundles:
-            self._copies.pop(bundle.digest, None)
-            self._pinned.pop(bundle.digest, None)
+            self._copies.take(bundle)
+            self._pinned.take(bundle)
             self._read[bundle] = None
 
     def recall(self, bundle: Bundle) -> None:
@@ -109,26 +108,26 @@ class HostTier:
 
     def stored(self) -> list[Bundle]:
         """Bundles with a copy here: the next to be given up first, pinned ones last."""
-        return [*self._copies.values(), *reversed(self._pinned.values())]
+        return [*self._copies, *reversed([*self._pinned])]
 
     def pin(self, bundle: Bundle) -> None:
         """The bundle is pinned now: its copy stays."""
-        if self._copies.pop(bundle.digest, None):
-            self._pinned[bundle.digest] = bundle
+        if self._copies.take(bundle):
+            self._pinned.put(bundle)
 
     def forget(self, bundle: Bundle) -> None:
         """Nobody can find the bundle any more."""
         assert bundle not in self._read and bundle not in self._written, "a prefix was withdrawn within a plan"
         if bundle.host is not None:
-            self._copies.pop(bundle.digest, None)
-            self._pinned.pop(bundle.digest, None)
+            self._copies.take(bundle)
+            self._pinned.take(bundle)
             self._pool.give(bundle.host)
             bundle.host = None
 
     def drop_copies(self) -> None:
         """Give up every copy."""
-        while self._copies:
-            self._drop(self._copies.popitem(last=False)[1])
+        while len(self._copies):
+            self._drop(self._copies.take_first())
 
     # --- sequences ---
 
@@ -181,8 +180,8 @@ class HostTier:
         """AssertionError unless exactly the pages of the `parked` sequences and of the known bundles are lent."""
         self._pool.check()
         copies = [bundle for bundle in bundles if bundle.host is not None]
-        assert self._copies.keys() == {bundle.digest for bundle in copies if not bundle.pinned}
-        assert self._pinned.keys() == {bundle.digest for bundle in copies if bundle.pinned}
+        self._copies.check(bundle for bundle in copies if not bundle.pinned)
+        self._pinned.check(bundle for bundle in copies if bundle.pinned)
         assert not self._read and not self._written and not self._returning, "a plan was made without taking its copies"
         owned = [*parked, *(bundle.host for bundle in copies if bundle.host is not None)]
         assert self.parked == sum(map(len, parked))

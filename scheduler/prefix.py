@@ -2,12 +2,13 @@
 
 A block is `page_size` consecutive tokens; a bundle is the pages, one per head of each layer, that hold its keys and
 values. They depend on all tokens before them, so a block is named by a hash over the sequence up to its end (as in
-vLLM's automatic prefix caching; see also SGLang's RadixAttention, Zheng et al. 2024). Ids and counts only, no tensors.
+vLLM's automatic prefix caching; see also SGLang's RadixAttention, Zheng et al. 2024). What is left of a pruned context
+(`pruned_prefix`) is one bundle too, with pages of unequal number. Ids and counts only, no tensors.
 """
 
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -52,17 +53,77 @@ class BlockHashes:
 
 @dataclass(slots=True, eq=False)
 class Bundle:
-    """The pages of one computed block, on the device, in host memory or in both. Never written again."""
+    """The pages of one computed block, on the device, in host memory or in both. Never written again.
+
+    Or those of a pruned prefix, which has `kept`.
+    """
 
     digest: bytes
     pages: IntArray | None
-    """One per head, int32 [R]; None: it is in host memory alone."""
+    """One per head, int32 [R], or ceil(kept / B) per head, head after head; None: it is in host memory alone."""
     users: int
     """Sequences that have it in their table."""
     host: IntArray | None = None
-    """Host pages of its copy there, int32 [R]."""
+    """Host pages of its copy there, as many."""
     pinned: bool = False
     """Not to be reclaimed, on neither side."""
+    kept: IntArray | None = None
+    """Entries that each head of a pruned prefix keeps, int32 [R]; None: it is a block."""
+
+    @property
+    def size(self) -> int:
+        """Number of its pages."""
+        pages = self.host if self.pages is None else self.pages
+        return 0 if pages is None else len(pages)
+
+
+class Shelf:
+    """Bundles that nobody uses, by digest and in order, and how many pages they are."""
+
+    def __init__(self) -> None:
+        self._bundles: OrderedDict[bytes, Bundle] = OrderedDict()
+        self.num_pages = 0
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._bundles
+
+    def __iter__(self) -> Iterator[Bundle]:
+        return iter(self._bundles.values())
+
+    def put(self, bundle: Bundle) -> None:
+        """At the end; it is not here yet."""
+        assert bundle.digest not in self._bundles
+        self._bundles[bundle.digest] = bundle
+        self.num_pages += bundle.size
+
+    def take(self, bundle: Bundle) -> bool:
+        """Take the bundle away; False if it was not here."""
+        if self._bundles.get(bundle.digest) is not bundle:
+            return False
+        del self._bundles[bundle.digest]
+        self.num_pages -= bundle.size
+        return True
+
+    def take_first(self) -> Bundle:
+        """Take away the first."""
+        _, bundle = self._bundles.popitem(last=False)
+        self.num_pages -= bundle.size
+        return bundle
+
+    def to_end(self, digest: bytes) -> None:
+        """The bundle comes last now, if it is here."""
+        if digest in self._bundles:
+            self._bundles.move_to_end(digest)
+
+    def check(self, bundles: Iterable[Bundle]) -> None:
+        """AssertionError unless exactly these are here."""
+        bundles = list(bundles)
+        assert self._bundles.keys() == {bundle.digest for bundle in bundles}
+        assert all(self._bundles[bundle.digest] is bundle for bundle in bundles)
+        assert self.num_pages == sum(bundle.size for bundle in bundles)
 
 
 class PrefixIndex:
@@ -77,20 +138,20 @@ class PrefixIndex:
         self._pages_per_bundle = pages_per_bundle
         self._keeps_idle = keeps_idle
         self._bundles: dict[bytes, Bundle] = {}
-        self._idle: OrderedDict[bytes, Bundle] = OrderedDict()
+        self._idle = Shelf()
         """On the device, without users and not pinned: least recently used first."""
-        self._held: dict[bytes, Bundle] = {}
+        self._held = Shelf()
         """On the device, without users but pinned."""
 
     @property
     def num_idle_pages(self) -> int:
         """Pages that `reclaim` can give."""
-        return len(self._idle) * self._pages_per_bundle
+        return self._idle.num_pages
 
     @property
     def num_held_pages(self) -> int:
         """Pages without users that `reclaim` must not give."""
-        return len(self._held) * self._pages_per_bundle
+        return self._held.num_pages
 
     def __iter__(self) -> Iterator[Bundle]:
         return iter(self._bundles.values())
@@ -101,7 +162,7 @@ class PrefixIndex:
 
     def idle(self) -> list[Bundle]:
         """Blocks on the device that nobody uses: the next to be reclaimed first, pinned ones last."""
-        return [*self._idle.values(), *reversed(self._held.values())]
+        return [*self._idle, *reversed([*self._held])]
 
     def match(self, hashes: BlockHashes, limit: int) -> list[Bundle]:
         """The longest run of known blocks from the first on, at most `limit`; changes nothing."""
@@ -117,8 +178,8 @@ class PrefixIndex:
 
     def acquire(self, bundle: Bundle) -> None:
         """One more user."""
-        self._idle.pop(bundle.digest, None)
-        self._held.pop(bundle.digest, None)
+        if not bundle.users and bundle.pages is not None:
+            (self._held if bundle.pinned else self._idle).take(bundle)
         bundle.users += 1
 
     def release(self, bundle: Bundle) -> bool:
@@ -140,12 +201,11 @@ class PrefixIndex:
 
     def _rest(self, bundle: Bundle) -> None:
         """Nobody uses the bundle's device pages for now."""
-        (self._held if bundle.pinned else self._idle)[bundle.digest] = bundle
+        (self._held if bundle.pinned else self._idle).put(bundle)
 
     def touch(self, digest: bytes) -> None:
         """Count the block, if it is known, as used just now."""
-        if digest in self._idle:
-            self._idle.move_to_end(digest)
+        self._idle.to_end(digest)
 
     def publish(self, digest: bytes, pages: IntArray) -> Bundle | None:
         """Take over a computed block's pages from their one user; None if another's copy is on the device already."""
@@ -157,22 +217,22 @@ class PrefixIndex:
         return bundle
 
     def adopt(self, bundle: Bundle) -> None:
-        """Take over a block that was computed before this index began and that nobody uses; it must be unknown."""
-        assert bundle.digest not in self._bundles and not bundle.users
+        """Take over a bundle that is complete, which must be unknown: of an earlier run, or a pruned prefix."""
+        assert bundle.digest not in self._bundles
         self._bundles[bundle.digest] = bundle
-        if bundle.pages is not None:
+        if bundle.pages is not None and not bundle.users:
             self._rest(bundle)
 
     def pin(self, bundle: Bundle) -> None:
         """Keep the block from being reclaimed."""
         bundle.pinned = True
-        if self._idle.pop(bundle.digest, None):
+        if self._idle.take(bundle):
             self._rest(bundle)
 
     def unpin(self, bundle: Bundle) -> None:
         """Let the block be reclaimed again, as one that was used just now."""
         bundle.pinned = False
-        if self._held.pop(bundle.digest, None):
+        if self._held.take(bundle):
             self._rest(bundle)
 
     def withdraw(self, bundle: Bundle) -> None:
@@ -188,8 +248,9 @@ class PrefixIndex:
         forgotten. Returns the pages.
         """
         freed: list[IntArray] = []
-        while self._idle and len(freed) * self._pages_per_bundle < count:
-            _, bundle = self._idle.popitem(last=False)
+        enough = self._idle.num_pages - count
+        while len(self._idle) and self._idle.num_pages > enough:
+            bundle = self._idle.take_first()
             if spill is not None:
                 spill(bundle)
             assert bundle.pages is not None
@@ -211,7 +272,6 @@ class PrefixIndex:
         """AssertionError unless exactly the unused blocks are idle."""
         assert all(bundle.digest == digest for digest, bundle in self._bundles.items())
         resting = [bundle for bundle in self if not bundle.users and bundle.pages is not None]
-        assert self._idle.keys() == {bundle.digest for bundle in resting if not bundle.pinned}
-        assert self._held.keys() == {bundle.digest for bundle in resting if bundle.pinned}
-        assert all(self._bundles[digest] is bundle for digest, bundle in (self._idle | self._held).items())
+        self._idle.check(bundle for bundle in resting if not bundle.pinned)
+        self._held.check(bundle for bundle in resting if bundle.pinned)
         assert all(bundle.pages is not None or bundle.host is not None for bundle in self), "a block without pages"

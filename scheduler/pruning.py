@@ -18,7 +18,8 @@ from ..core.pruning import PruneCounts
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
-from .sequence import PruneState, SequenceState
+from .prune_state import PruneState
+from .sequence import SequenceState
 
 REPEATED_AT_ONCE = 2048
 """Tokens that the model repeats after one instruction (KVzip, Kim et al. 2025)."""
@@ -39,7 +40,7 @@ class Pruning:
         self._totals: dict[str, PruneCounts] = {}
         """By policy."""
         self.lossy_preemptions = 0
-        """Sequences preempted after they were pruned."""
+        """Sequences preempted after they were pruned, which do not come back as they were."""
 
     def counts(self) -> dict[str, PruneCounts]:
         """What each policy has done so far; does not change any more."""
@@ -62,6 +63,8 @@ class Pruning:
                 state.pruned = True
                 draft.compactions[sequence] = Compaction(sequence.slot, counts, pages)
                 self._count(state, dropped, self._cache.available - before)
+                self._cache.publish_pruned(sequence)
+            state.context_done |= sequence.num_computed >= state.prefill_end
         return asked
 
     def order_if_due(self, sequence: SequenceState, draft: BatchDraft) -> None:
@@ -142,6 +145,21 @@ class Pruning:
             return False
         self._order(sequence, state, "pressure", draft)
         return True
+
+    def preempted(self, sequence: SequenceState) -> None:
+        """The sequence is about to lose its slot; it was swapped out, or not."""
+        state = sequence.prune
+        if state is not None:
+            state.cancel()
+            state.begins_again = sequence.base is not None and sequence.swapped is None
+            self.lossy_preemptions += not (sequence.is_exact or sequence.swapped or state.begins_again)
+
+    def entered(self, sequence: SequenceState) -> None:
+        """The sequence has got its slot, and what it begins with."""
+        state = sequence.prune
+        if state is not None:
+            self.lossy_preemptions += state.begins_again and sequence.base is None
+            state.begins_again = False
 
     def commit(self, sequences: Sequence[SequenceState], kept: Sequence[IntArray], seconds: Sequence[float]) -> None:
         """What the engine would keep of the `sequences` that the plan ordered to be pruned, in its order."""

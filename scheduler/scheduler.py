@@ -122,7 +122,7 @@ class Scheduler:
         assert not self._in_flight, "the last plan was not committed"
         if not self.has_work:
             return None
-        self._cache.expire_pins()
+        self._cache.pins.expire()
         draft = BatchDraft(self.config.max_batch_tokens)
         if self._entrance.is_open:
             self._growth.trim_all()
@@ -234,7 +234,7 @@ class Scheduler:
     # --- planning ---
 
     def _take_off(self, draft: BatchDraft) -> BatchPlan:
-        plan = draft.build(self._cache.swaps.take())
+        plan = draft.build(self._cache.swaps.take(), self._cache.pruned.take())
         self._in_flight.append((plan, draft))
         return plan
 
@@ -292,9 +292,7 @@ class Scheduler:
         self._growth.shed(sequence)
         if not changes:
             self._cache.swaps.swap_out(sequence, self._swap_costs)
-        if sequence.prune is not None:
-            sequence.prune.cancel()
-        self._pruning.lossy_preemptions += not (sequence.is_exact or sequence.swapped)
+        self._pruning.preempted(sequence)
         self._leave(sequence)
         sequence.num_computed = 0
         sequence.preemptions += 1
@@ -304,6 +302,7 @@ class Scheduler:
     def _start(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan the first tokens of a sequence that has just got a slot."""
         self._waiting.start(sequence, now := self._clock())
+        self._pruning.entered(sequence)
         if sequence.started_at is None:
             sequence.started_at = now
             self._policy.started(sequence)
@@ -348,7 +347,7 @@ class Scheduler:
         taken, reason = append(sequence, result.token_ids)
         self._prompt_tokens += sequence.advance(count + max(taken - 1, 0))
         self._cache.publish(sequence)
-        self._cache.pin(sequence)
+        self._cache.pins.pin(sequence)
         if count > 1 and self.config.row_windows is not None:
             # A long chunk leaves much behind the window: look at it in the next step, not when a page is full.
             sequence.table.room = 0

@@ -6,18 +6,18 @@ import numpy as np
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
-from ..core.pruning import CacheUse, PruneParams
+from ..core.pruning import CacheUse
 from ..core.request import Request
 from .config import SchedulerConfig
-from .footprint import longest, most_entries, stays_bounded
+from .footprint import longest, most_entries
 from .prefix import BlockHashes, Bundle
+from .prune_state import NEVER, PruneState, prune_state
+from .pruned_key import pruned_key
 from .swap import SwappedTable
-from .table import NO_WINDOW, PageTable
+from .table import NO_WINDOW, PageTable, pages_of
 
 MAX_SCORED_ROWS = 256
 """Most prompt tokens scored in one step: 150 MB of float32 logits at a vocabulary of 150,000."""
-NEVER = 2**31 - 1
-"""More tokens than any sequence has."""
 _MASK = 2**64 - 1
 
 
@@ -32,68 +32,6 @@ def choice_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
-
-
-@dataclass(slots=True)
-class PruneState:
-    """How far a sequence has forgotten. But for the first fields it begins anew on re-entry, unless it was swapped."""
-
-    params: PruneParams
-    repeats: bool = False
-    """As `PolicyInfo.repeats`."""
-    bounded: bool = False
-    """As `footprint.stays_bounded`."""
-    prefill_end: int = 0
-    """Tokens that are pruned as a prompt: those known when it (re-)entered, or the context if that is shorter."""
-    last: int = 0
-    """Tokens computed when it was last looked at for pruning."""
-    pruned: bool = False
-    """Entries were forgotten: recomputed from its tokens, the sequence would forget others."""
-    counts: IntArray | None = None
-    """What the engine would keep, int32 [R], between the commit that says it and the next plan."""
-    reason: str = ""
-    """Why that was asked."""
-    denied: bool = False
-    """Nothing came of it: pages are short, or nothing would be dropped. Until more is computed nothing will."""
-    repeated: int = 0
-    """Leading tokens that the model has repeated, where the policy asks for that."""
-    repeating: int = 0
-    """Tokens that it repeats in the step in flight."""
-
-    @property
-    def wakes(self) -> int:
-        """Tokens known at which a sequence that decodes must be looked at again; until then it is like any other."""
-        if self.counts is not None or self.denied:
-            return 0
-        if self.params.when == "pressure":
-            return NEVER
-        if self.repeats:
-            return 0 if self.repeated < self.prefill_end else NEVER
-        return max(self.last, self.prefill_end) + self.params.every if self.params.every else NEVER
-
-    def context(self, known: int) -> int:
-        """How many of `known` tokens are pruned before the others are computed."""
-        return min(self.params.context or known, known)
-
-    def enter(self, known: int) -> None:
-        """The sequence begins (again) with no page and `known` tokens."""
-        self.prefill_end = self.context(known)
-        self.last, self.repeated, self.repeating = 0, 0, 0
-        self.pruned = self.denied = False
-        self.counts = None
-
-    def cancel(self) -> None:
-        """What was chosen is not carried out: it is to be asked again."""
-        if self.counts is not None:
-            self.counts, self.denied = None, True
-
-
-def _prune_state(request: Request, config: SchedulerConfig) -> PruneState | None:
-    """None for who asks for nothing, and for who selects what to read but forgets nothing."""
-    params = request.prune
-    if params is None or not params.forgets or config.policies[params.policy].selects:
-        return None
-    return PruneState(params, config.policies[params.policy].repeats, stays_bounded(params, config))
 
 
 @dataclass(slots=True, eq=False)
@@ -146,8 +84,15 @@ class SequenceState:
     shares: bool = False
     """Whether it publishes its blocks and begins with others': not with sliding windows, whose pages go one head at a
     time; not if it would not fit the pool unpruned; without prefix cache only among the choices of one request."""
+    base: Bundle | None = None
+    """The pruned prefix that its table begins with: the full pages of that are not its own. None from its next prune
+    on."""
+    pruned_key: bytes | None = None
+    """Name of what is left of its context, if others may begin with that."""
     pinned_tokens: int | None = None
     """Prompt tokens pinned for after its end; None: not decided yet."""
+    pinned: list[bytes] = field(default_factory=list)
+    """Digests of the prefixes that they are in."""
     swapped: SwappedTable | None = None
     """What it comes back with, while it waits swapped out."""
     prune: PruneState | None = None
@@ -171,7 +116,9 @@ class SequenceState:
         most_positions = min(max_length, config.max_model_len)
         # Sequences whose keys are rotated differently must not share them.
         rotation = max(config.rope_length, most_positions) if config.rope_length else None
-        namespace = (config.model, request.namespace, request.cache_salt, rotation)
+        namespace: tuple[object, ...] = (config.model, request.namespace, request.cache_salt, rotation)
+        namespace = namespace if config.prefix_cache else (*namespace, request.id)
+        shares = fits_whole and config.row_windows is None and (config.prefix_cache or params.n > 1)
         return SequenceState(
             request=request,
             index=index,
@@ -183,12 +130,11 @@ class SequenceState:
             most_positions=most_positions,
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
-            hashes=BlockHashes(
-                namespace if config.prefix_cache else (*namespace, request.id), tokens, config.page_size
-            ),
+            hashes=BlockHashes(namespace, tokens, config.page_size),
             num_prompt=num_prompt,
-            shares=fits_whole and config.row_windows is None and (config.prefix_cache or params.n > 1),
-            prune=_prune_state(request, config),
+            shares=shares,
+            pruned_key=pruned_key(namespace, request, config) if shares else None,
+            prune=prune_state(request, config),
         )
 
     @property
@@ -240,6 +186,9 @@ class SequenceState:
 
     def most_pages(self, config: SchedulerConfig) -> int:
         """Most pages that it holds until all known tokens are computed, if no prune is denied."""
+        if self.base is not None and self.base.kept is not None and self.prune is not None:
+            behind = len(self.tokens) - self.prune.prefill_end
+            return pages_of(self.base.kept + np.int32(behind), config.page_size)
         return config.pages_pruned(self.most_entries(config), len(self.tokens))
 
     def reusable_blocks(self, config: SchedulerConfig) -> int:
@@ -254,16 +203,34 @@ class SequenceState:
             known = self.prune.context(len(self.tokens))
             observed = {"": 1, "newest": self.prune.params.window, "all": known}[observes]
             entries = max(known - observed, 0)
-        if self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1:
-            entries = min(entries, self.num_scored)
-        return entries // block_size
+        return min(entries, self.first_unscored) // block_size
+
+    @property
+    def first_unscored(self) -> int:
+        """Leading tokens whose rows need not be computed for prompt log-probabilities that are yet to be delivered."""
+        scores = self.request.params.prompt_logprobs is not None and self.num_scored < self.num_prompt - 1
+        return self.num_scored if scores else len(self.tokens)
 
     def begin_with(self, blocks: list[Bundle], pages: IntArray, block_size: int) -> None:
         """(Re-)enter with the leading `blocks` computed; `pages` [R, len(blocks)] are theirs."""
         self.table.adopt(pages)
         self.blocks = [*blocks]
-        self.num_computed = len(blocks) * block_size
-        self.most_computed = max(self.most_computed, min(self.num_computed, self.num_prompt))
+        self._begin_at(len(blocks) * block_size)
+
+    def begin_pruned(self, base: Bundle, pages: IntArray, page_size: int) -> None:
+        """(Re-)enter with what is left of its context; `pages` are those of `base`, but for its own partly filled ones.
+
+        Head after head, as the bundle's.
+        """
+        assert base.kept is not None and self.prune is not None
+        self.table.rebuild(base.kept, pages)
+        self.base, self.table.borrowed[:] = base, base.kept // page_size
+        self.prune.begin_pruned()
+        self._begin_at(self.prune.prefill_end)
+
+    def _begin_at(self, computed: int) -> None:
+        self.num_computed = computed
+        self.most_computed = max(self.most_computed, min(computed, self.num_prompt))
 
     def come_back(self, found: list[Bundle], pages: IntArray) -> None:
         """Be again as it was when it was swapped out: with the shared blocks `found`, its own pages now in `pages`."""
@@ -324,6 +291,7 @@ class SequenceState:
             output_ids=tuple(self.tokens[self.num_prompt :]),
             max_length=self.most_positions,
             cached=0 if restored else self.num_computed,
+            kept=None if self.base is None else self.table.kept,
             restored=restored,
             prune=self.request.prune,
             record=self.request.record,
@@ -354,7 +322,9 @@ class SequenceState:
         spare = self.done or (self.prune is not None and self.prune.repeated + self.prune.repeating > 0)
         assert (free >= 0).all() and ((free < size + self.ahead).all() or spare), "a head has too few or too many pages"
         assert self.table.room in (0, int((held * size - kept).min())), "room is not what the pages leave"
-        assert self.is_exact or not self.blocks, "a pruned sequence shares its pages"
+        assert self.is_exact or not self.blocks, "a pruned sequence shares blocks"
+        assert self.base is None or not self.is_exact
+        assert self.base is not None or not self.table.borrowed.any()
         assert (kept <= self.num_computed).all() and (not self.num_computed or (kept[config.full_rows] > 0).all())
         assert not self.is_exact or (kept[config.full_rows] == self.num_computed).all()
         windows = config.row_windows

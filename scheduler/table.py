@@ -14,13 +14,18 @@ NO_WINDOW = 2**30
 """Window of a full-attention layer: larger than any context."""
 
 
+def pages_of(entries: IntArray, page_size: int) -> int:
+    """Pages that heads with so many entries [R] take."""
+    return int((-(-entries // page_size)).sum())
+
+
 class PageTable:
     """Pages and kept lengths of one sequence, head by head: heads may keep different numbers of entries.
 
     Appending costs two integers as long as there is `room`; arrays are touched only when some head needs a page.
     """
 
-    __slots__ = ("_held", "_kept", "_page_size", "_pages", "appended", "num_pages", "ragged", "room")
+    __slots__ = ("_held", "_kept", "_page_size", "_pages", "appended", "borrowed", "num_pages", "ragged", "room")
 
     def __init__(self, num_rows: int, page_size: int) -> None:
         self._page_size = page_size
@@ -30,6 +35,8 @@ class PageTable:
         """[R] pages of each head."""
         self._kept: IntArray = np.zeros(num_rows, np.int32)
         """[R] entries of each head, without the last `appended`."""
+        self.borrowed: IntArray = np.zeros(num_rows, np.int32)
+        """[R] leading pages of each head that belong to a pruned prefix."""
         self.ragged = False
         """Whether heads may hold different numbers of pages or entries."""
         self.appended = 0
@@ -145,6 +152,7 @@ class PageTable:
     def compact(self, counts: IntArray) -> IntArray:
         """Every head keeps `counts` [R] entries, in its own leading pages; returns the ids that fell free."""
         assert (counts <= self.kept).all(), "a head cannot keep more than it has"
+        assert not self.borrowed.any(), "a pruned prefix cannot be compacted in place"
         held = -(-counts // self._page_size)
         columns = np.arange(self._pages.shape[1])
         freed = self._pages[(columns >= held[:, None]) & (columns < self._held[:, None])]
@@ -182,6 +190,10 @@ class PageTable:
         """All pages of the table but those in the columns `without`, int32 [num_pages - len(without) * R]."""
         return self._pages[self._taken(without)]
 
+    def own(self, without: Sequence[int] = ()) -> IntArray:
+        """The same without the `borrowed` ones."""
+        return self._pages[self._taken(without) & (np.arange(self._pages.shape[1]) >= self.borrowed[:, None])]
+
     def _taken(self, without: Sequence[int] = ()) -> npt.NDArray[np.bool_]:
         """Which cells hold pages, but for the columns `without`; bool [R, capacity]."""
         taken = np.arange(self._pages.shape[1]) < self._held[:, None]
@@ -189,12 +201,13 @@ class PageTable:
         return taken
 
     def clear(self, without: Sequence[int] = ()) -> IntArray:
-        """Forget everything; returns the ids of all pages but those in the columns `without`."""
-        ids = self.ids(without)
-        assert len(ids) == self.num_pages - len(without) * len(self._held)
+        """Forget everything; returns the ids of all pages but those borrowed, and those in the columns `without`."""
+        ids = self.own(without)
+        assert len(ids) == self.num_pages - len(without) * len(self._held) - self.borrowed.sum()
         self._pages = np.empty((len(self._held), 0), np.int32)
         self._held[:] = 0
         self._kept[:] = 0
+        self.borrowed[:] = 0
         self.ragged = False
         self.appended = self.num_pages = self.room = 0
         return ids

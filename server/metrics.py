@@ -27,6 +27,7 @@ COUNT_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 2
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 TIER_COUNTERS = (
     ("prefix_host_hits_total", "Prompt tokens found in host memory alone, and copied back."),
+    ("prefix_pruned_hits_total", "Prompt tokens found as what was left of them by pruning."),
     ("swap_out_sequences_total", "Preempted sequences that were swapped out to host memory."),
     ("swap_in_sequences_total", "Swapped-out sequences that came back as they were."),
     ("swap_out_pages_total", "KV pages copied to host memory, of sequences and of prefixes."),

@@ -7,7 +7,7 @@ from ..core.pruning import PruneParams
 from ..core.request import Request, SamplingParams
 from .generation import Job
 from .keys import short_hash
-from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, TemplateOptions
+from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, PruneBody, TemplateOptions
 from .settings import Service
 from .text import Tokenizer
 
@@ -62,8 +62,26 @@ async def chat_jobs(service: Service, body: ChatBody, response_id: str, key_tena
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = _sampling(body, max_tokens=wanted, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
     ids = await chat_ids(service.tokenizer, body.messages, body)
+    if body.prune and body.prune.context_messages is not None:
+        body = body.model_copy(update={"prune": await _with_context(service.tokenizer, body, body.prune, ids)})
     request = _request(service, body, response_id, ids, params, key_tenant, param="messages")
     return [_job(body, request, first_index=0, echo=None, score_only=False)]
+
+
+async def _with_context(tokenizer: Tokenizer, body: ChatBody, prune: PruneBody, ids: list[int]) -> PruneBody:
+    """How to prune the conversation's tokens `ids`, with the length of what its first messages are in them.
+
+    A template may write messages otherwise when others follow: what counts is how far both agree.
+    """
+    count = prune.context_messages or 0
+    if prune.context is not None or not 0 < count < len(body.messages):
+        said = "prune.context_messages must be at least 1 and leave a message, and stand without prune.context"
+        raise InvalidRequestError(f"{said}; the chat has {len(body.messages):,}", param="prune.context_messages")
+    options = TemplateOptions(add_generation_prompt=False, chat_template_kwargs=body.chat_template_kwargs)
+    leading = await chat_ids(tokenizer, body.messages[:count], options)
+    ends = (place for place, pair in enumerate(zip(leading, ids, strict=False)) if pair[0] != pair[1])
+    context = next(ends, min(len(leading), len(ids)))
+    return prune.model_copy(update={"context": context, "context_messages": None})
 
 
 async def chat_ids(

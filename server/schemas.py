@@ -178,12 +178,19 @@ class PruneBody(BaseModel):
     refine: list[Refinement] | None = None
     chunked: bool | None = None
     context: Int32 | None = None
+    context_messages: Int32 | None = None
+    """Of a chat: how many leading messages are the `context`; fewer than all."""
     every: Int32 | None = None
     when: Literal["always", "pressure"] | None = None
     positions: Positions | None = None
 
     def params(self) -> PruneParams:
         """Raises `InvalidRequestError` for what is out of range."""
+        if self.context_messages is not None:
+            raise InvalidRequestError(
+                "prune.context_messages counts messages of a chat: elsewhere prune.context counts tokens",
+                param="prune.context_messages",
+            )
         fields = self.model_dump(exclude_none=True)
         return PruneParams(**fields | {"refine": tuple(fields.get("refine", ()))})
 

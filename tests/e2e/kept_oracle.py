@@ -18,6 +18,7 @@ from quire.core.plan import BatchPlan
 from quire.engine.cache import KVCache
 from quire.engine.engine import Engine
 from quire.scheduler.loop import EngineLoop
+from quire.scheduler.prefix import Bundle
 
 NEVER = 2**31
 
@@ -47,6 +48,8 @@ class Recorder:
         self._engine.launch = self.launch
         self._engine.cache.compact = self.compact
         self.compactions = 0
+        self._contexts: dict[Bundle, dict[tuple[int, int, int], int]] = {}
+        """By pruned prefix: what was forgotten of it, and when, as in `Life.forgotten`."""
 
     def launch(self, plan: BatchPlan) -> Any:
         shared = self._shared_pages(arriving=plan.swap_ins.device)
@@ -68,8 +71,25 @@ class Recorder:
         self._engine._selection.selector = watched
         launched = self._launch(plan)
         self._engine._selection.selector = selector_of
+        self._note_pruned_prefixes(plan)
         assert torch.equal(pool[shared], before), "a page that others may read was written"
         return launched
+
+    def _note_pruned_prefixes(self, plan: BatchPlan) -> None:
+        """What a plan publishes was forgotten by whoever publishes it; who begins with it, has forgotten the same."""
+        begun = {assignment.slot for assignment in plan.assignments if assignment.kept is not None}
+        for sequence in self._loop.scheduler._running:
+            if sequence.base is not None:
+                life, base = self.lives[sequence.request.id, sequence.index][-1], sequence.base
+                if sequence.slot in begun:
+                    life.forgotten.update(self._contexts[base])
+                    self._check_begun(sequence.slot, sequence.prune.prefill_end, life)
+                self._contexts.setdefault(base, dict(life.forgotten))
+
+    def _check_begun(self, slot: int, context: int, life: Life) -> None:
+        for head, positions in self._positions(slot).items():
+            lost = {position for *where, position in life.forgotten if tuple(where) == head}
+            assert [p for p in positions if p < context] == [p for p in range(context) if p not in lost]
 
     def _note(self, plan: BatchPlan, call: Any, selected: Any) -> Any:
         """Which entries the step's rows leave out in this layer; a row whose draft token is rejected comes again."""
@@ -116,8 +136,11 @@ class Recorder:
     def _shared_pages(self, arriving: np.ndarray) -> Tensor:
         """Pages of published blocks, as they are when the step begins; but not those that are `arriving` with it."""
         scheduler = self._loop.scheduler
-        bundles = {bundle for s in scheduler._running for bundle in s.blocks if bundle is not None}
-        pages = [bundle.pages for bundle in {*bundles, *scheduler._cache._index} if bundle.pages is not None]
+        bundles = {bundle for s in scheduler._running for bundle in (*s.blocks, s.base) if bundle is not None}
+        bundles |= {*scheduler._cache._index}
+        # A pruned prefix that is not known yet is filled by this very step.
+        bundles = {bundle for bundle in bundles if bundle.kept is None or bundle in self._contexts}
+        pages = [bundle.pages for bundle in bundles if bundle.pages is not None]
         return torch.from_numpy(
             np.setdiff1d(np.concatenate(pages) if pages else np.empty(0, np.int32), arriving)
         ).long()

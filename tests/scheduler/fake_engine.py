@@ -19,6 +19,7 @@ from quire.core.plan import (
     BatchPlan,
     Compaction,
     Decodes,
+    PageDuplicates,
     PageGrants,
     PruneOrder,
     SequenceOutput,
@@ -83,8 +84,8 @@ class _Slot:
         self.kept = [assignment.cached] * num_rows
         self.forgotten: list[set[int]] = [set() for _ in range(num_rows)]
         """Per head, positions that pruning dropped."""
-        if assignment.restored is not None:
-            self.kept = assignment.restored.kept.tolist()
+        for kept in (assignment.kept, assignment.restored and assignment.restored.kept):
+            self.kept = self.kept if kept is None else kept.tolist()
 
 
 class FakeEngine:
@@ -112,15 +113,19 @@ class FakeEngine:
         """Chance that a draft token is what the sequence says there."""
         self.drafts = 0
         """Draft tokens verified so far."""
-        self.compactions = 0
-        self.restored_after_pruning = 0
+        self.compactions = self.duplicated = 0
+        self.restored_after_pruning = self.began_pruned = 0
 
-    def protect(self, pages: set[int]) -> None:
-        """Say which pages are published now; those that were before must still be what they were."""
+    def protect(self, pages: set[int], pruned: set[int] | None = None) -> None:
+        """Say which pages are published now; those that were before must still be what they were.
+
+        pruned: those of them that need not be full.
+        """
         for page, contents in self.published.items():
             assert self.entries[page].tobytes() == contents, "a published page was written"
         for page in pages - self.published.keys():
-            assert (self.entries[page] >= 0).all(), "a page was published that is not full"
+            filled = self.entries[page, :1] if page in (pruned or ()) else self.entries[page]
+            assert (filled >= 0).all(), "a page was published that is not full"
         self.published = {page: self.entries[page].tobytes() for page in pages}
 
     def step(self, plan: BatchPlan) -> StepOutput:
@@ -137,6 +142,7 @@ class FakeEngine:
             self.slots[assignment.slot] = _Slot(assignment, self.config.num_rows)
         self._hang_in(plan.shares)
         self.entries[plan.swap_ins.device] = self.host[plan.swap_ins.host]
+        self._duplicate(plan.duplicates)
         self._check_shares(plan)
         self._apply_page_changes(plan)
         self._check_owners(plan)
@@ -246,6 +252,13 @@ class FakeEngine:
         self._take_off(plan.grants)
         self._hang_in(plan.grants)
 
+    def _duplicate(self, pages: PageDuplicates) -> None:
+        sources, targets = pages.sources.tolist(), pages.targets.tolist()
+        assert len(set(targets)) == len(targets) and not set(targets) & set(sources)
+        assert not self.published.keys() & set(targets), "a published page was copied into"
+        self.entries[targets] = self.entries[sources]
+        self.duplicated += len(targets)
+
     def _take_off(self, grants: PageGrants) -> None:
         """Empty pages from the first granted one on were given back before: they were only there for drafts."""
         for number, row, column in zip(
@@ -272,12 +285,31 @@ class FakeEngine:
                 self._check_restored(slot)
                 continue
             cached = slot.assignment.cached
+            if slot.assignment.kept is not None:
+                self._check_pruned_prefix(slot)
+                continue
             assert cached % self.config.page_size == 0 and cached < len(slot.known)
             wanted = np.stack([np.arange(cached), slot.known[:cached]], axis=1)
             for pages in slot.pages:
                 assert len(pages) * self.config.page_size == cached
                 assert self.published.keys() | self.arriving >= set(pages)
                 assert np.array_equal(self.entries[pages].reshape(-1, 2), wanted), "a prefix of other tokens"
+
+    def _check_pruned_prefix(self, slot: _Slot) -> None:
+        """A slot begins with some entries of its own tokens at every head: full pages published, the last one not."""
+        prune, size = slot.assignment.prune, self.config.page_size
+        assert prune is not None and slot.computed == prune.context < len(slot.known)
+        known = np.array(slot.known)
+        for row, pages in enumerate(slot.pages):
+            positions, tokens = self._entries(slot, row).T
+            assert len(pages) == -(-slot.kept[row] // size) and 0 < slot.kept[row] <= prune.context
+            assert (np.diff(positions) > 0).all() and positions[-1] < prune.context
+            assert (tokens == known[positions]).all(), "a pruned prefix of other tokens"
+            full = slot.kept[row] // size
+            assert self.published.keys() | self.arriving >= set(pages[:full])
+            assert not self.published.keys() & set(pages[full:]), "a page that two would write"
+            slot.forgotten[row] = set(range(prune.context)) - set(positions.tolist())
+        self.began_pruned += 1
 
     def _check_owners(self, plan: BatchPlan) -> None:
         """Slots of the batch share only published pages (idle slots are checked when they are next in a batch)."""

@@ -139,6 +139,15 @@ def test_the_model_repeats_its_prompt_before_it_forgets():
     assert world.engine.compactions == 1
 
 
+def test_what_is_too_short_to_be_pruned_is_not_repeated():
+    world = world_of()
+    world.scheduler.add(pruned("a", policy="repeating", floor=18))
+    while world.scheduler.has_work:
+        plan = step(world)
+        assert not any(part.scratch for part in plan.sequences) and not plan.prunes
+    assert len(world.tokens["a", 0]) == 8
+
+
 @pytest.mark.parametrize(("policy", "steps"), [("any", 1), ("repeating", 2)])
 def test_a_context_is_pruned_before_the_question_is_read(policy: str, steps: int):
     world = world_of(max_batch_tokens=32, prefix_cache=False)

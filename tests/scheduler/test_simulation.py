@@ -6,6 +6,7 @@ Every step is followed by `check_integrity`; every text is compared with what th
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -71,10 +72,14 @@ def random_draft(rng: random.Random) -> DraftInfo | None:
     return info if rng.random() < 0.6 else None
 
 
-def random_pruning(rng: random.Random, config: SchedulerConfig) -> PruneParams | None:
-    """Of every kind, or none."""
+def random_pruning(rng: random.Random, config: SchedulerConfig, prompt: tuple[int, ...]) -> PruneParams | None:
+    """Of every kind, or none; half of those with a context are pruned alike, to be shared."""
     if not config.policies or rng.random() < 0.5:
         return None
+    context = rng.choice([0, 0, 4, len(prompt) // 2, max(len(prompt) - 1, 0)])
+    if context and rng.random() < 0.5:
+        policy = rng.choice(["any", "repeating"])
+        return PruneParams(policy=policy, floor=2, window=1, sinks=1, context=context, every=rng.choice([0, 4]))
     return PruneParams(
         policy=rng.choice(list(POLICIES)),
         keep=rng.choice([0.2, 0.5, 0.8, 1.0]),
@@ -82,6 +87,7 @@ def random_pruning(rng: random.Random, config: SchedulerConfig) -> PruneParams |
         window=rng.choice([1, 3]),
         sinks=rng.choice([0, 2]),
         chunked=rng.random() < 0.7,
+        context=context,
         every=rng.choice([0, 1, 4]),
         when=rng.choice(["always", "pressure"]),
     )
@@ -116,7 +122,7 @@ def random_request(rng: random.Random, name: str, config: SchedulerConfig, known
         seed=rng.choice([7, rng.getrandbits(64)]),
         cache_salt=rng.choice(["", "", "", "a"]),
         cache_ttl=rng.choice([0.0, 0.0, 0.0, 0.5, 30.0]),
-        prune=random_pruning(rng, config),
+        prune=random_pruning(rng, config, prompt),
         repeat_ids=(1, 2),
         priority=rng.choice([0, 0, -1, 2]),
         tenant=rng.choice(["", "a", "b"]),
@@ -138,7 +144,7 @@ class Traffic:
     def arrive(self) -> None:
         """One request more; refusals are fine, but each accepted one must end."""
         name = f"r{len(self.accepted)}"
-        request = random_request(self.rng, name, self.world.config, self.known_texts())
+        request = self.request(name)
         try:
             self.world.scheduler.add(request)
         except (ContextLengthError, OverloadedError):
@@ -146,6 +152,10 @@ class Traffic:
         self.accepted[name] = request
         if self.rng.random() < 0.05:
             self.world.engine.failing_seeds.add(choice_seed(request.seed, self.rng.randrange(request.params.n)))
+
+    def request(self, name: str) -> Request:
+        """What arrives."""
+        return random_request(self.rng, name, self.world.config, self.known_texts())
 
     def known_texts(self) -> list[tuple[int, ...]]:
         """Recent prompts with what was said to them so far."""
@@ -210,10 +220,12 @@ def test_any_traffic_in_any_configuration(seed, actions):
     traffic.finish()
 
 
-def soak(seed: int, config: SchedulerConfig, arrivals: int, looks_ahead: bool = False) -> Traffic:
+def soak(
+    seed: int, config: SchedulerConfig, arrivals: int, looks_ahead: bool = False, kind: type[Traffic] = Traffic
+) -> Traffic:
     """Step until so many requests were accepted, with arrivals a little faster than they can be served."""
     rng = random.Random(seed)
-    traffic = Traffic(rng, config, looks_ahead)
+    traffic = kind(rng, config, looks_ahead)
     while len(traffic.accepted) < arrivals:
         for _ in range(rng.choice([0, 0, 1, 1, 2])):
             traffic.arrive()
@@ -228,7 +240,7 @@ def test_a_long_run_in_a_small_pool():
     config = make_config(
         num_pages=70, windows=(None, 9), max_num_seqs=12, max_batch_tokens=20, vocab_size=VOCAB, policies=POLICIES
     )
-    traffic = soak(1, config, arrivals=1500)
+    traffic = soak(1, config, arrivals=1200)
     stats = traffic.world.scheduler.stats()
     assert stats.preemptions_total > 50, "the pool was too large to test preemption"
     assert len(traffic.aborted) > 50 and len(traffic.world.failed) > 10
@@ -239,6 +251,38 @@ def test_a_long_run_of_shared_prefixes_in_a_small_pool():
     stats = traffic.world.scheduler.stats()
     assert stats.preemptions_total > 50, "the pool was too large to test preemption"
     assert stats.prefix_hits_total > stats.prefix_queries_total // 5, "too few hits to test sharing"
+
+
+class Documents(Traffic):
+    """Questions about a few documents, which are pruned in a few ways before the question is read."""
+
+    def request(self, name: str) -> Request:
+        """See `Traffic`."""
+        request, rng = super().request(name), self.rng
+        length = rng.choice([5, 8, 13, 21])
+        prune = PruneParams(
+            policy=rng.choice(["any", "any", "repeating"]),
+            keep=rng.choice([0.3, 0.9]),
+            floor=2,
+            window=1,
+            sinks=1,
+            context=length,
+            every=rng.choice([0, 0, 4]),
+        )
+        question = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 5)))
+        prompt = tuple(range(length)) + question
+        return msgspec.structs.replace(request, prompt_ids=prompt, prune=prune if rng.random() < 0.9 else None)
+
+
+@pytest.mark.parametrize("num_host_pages", [0, 60])
+def test_a_long_run_of_shared_pruned_prefixes_in_a_small_pool(num_host_pages):
+    config = make_config(num_pages=70, num_host_pages=num_host_pages, max_batch_tokens=20, policies=POLICIES)
+    traffic = soak(3, config, arrivals=400, kind=Documents)
+    stats, engine = traffic.world.scheduler.stats(), traffic.world.engine
+    assert stats.preemptions_total > 20, "the pool was too large to test preemption"
+    assert stats.prefix_pruned_hits_total > stats.prefix_queries_total // 5, "too few hits to test sharing"
+    assert engine.began_pruned > 80 and engine.duplicated > 300
+    assert bool(stats.prefix_host_hits_total) == bool(num_host_pages)
 
 
 @pytest.mark.parametrize("looks_ahead", [False, True])

@@ -8,6 +8,7 @@ from quire.core.ids import RequestId
 from quire.core.messages import Event, Failed, Finished, Recorded, Tokens, single_events
 from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request, SamplingParams
+from quire.scheduler.prefix import Bundle
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
 
 from .fake_engine import FakeEngine
@@ -61,6 +62,8 @@ class World:
         self.planned_ahead = 0
         """Steps that were launched while one was in flight."""
         self._in_flight: deque[tuple[BatchPlan, StepOutput]] = deque()
+        self._known: set[Bundle] = set()
+        """Published before the plan that is being made."""
         self.clock = FakeClock()
         self.scheduler = Scheduler(config, clock=self.clock)
         self.engine = FakeEngine(config)
@@ -91,20 +94,33 @@ class World:
         for event in single_events(self.scheduler.commit(plan, output)):
             self._collect(event)
         self.scheduler.check_integrity()
-        self.engine.protect(self.published_pages())
+        self.engine.protect(self.published_pages(), self._pruned_pages())
+        self._known = self._bundles()
         return plan
 
     def _launch(self, plan: BatchPlan) -> None:
         self.scheduler.check_integrity()
         arriving = set(plan.swap_ins.device.tolist())
-        self.engine.protect(self.published_pages() - arriving)
+        # What the plan itself publishes, it fills first.
+        offered = self._pages_of({b for b in self._bundles() - self._known if b.kept is not None})
+        self.engine.protect(self.published_pages() - arriving - offered, self._pruned_pages())
         self.engine.arriving = self.published_pages() & arriving
         self._in_flight.append((plan, self.engine.step(plan)))
 
     def published_pages(self) -> set[int]:
         """Pages that sequences to come may begin with, or that a running one shares."""
-        shared = [bundle for sequence in self.scheduler._running for bundle in sequence.blocks if bundle is not None]
-        bundles = {*shared, *self.scheduler._cache._index}
+        return self._pages_of(self._bundles())
+
+    def _pruned_pages(self) -> set[int]:
+        """Those of them that hold pruned prefixes."""
+        return self._pages_of({bundle for bundle in self._bundles() if bundle.kept is not None})
+
+    def _bundles(self) -> set[Bundle]:
+        shared = {bundle for sequence in self.scheduler._running for bundle in (*sequence.blocks, sequence.base)}
+        return {bundle for bundle in shared if bundle is not None} | {*self.scheduler._cache._index}
+
+    @staticmethod
+    def _pages_of(bundles: set[Bundle]) -> set[int]:
         return {page for bundle in bundles if bundle.pages is not None for page in bundle.pages.tolist()}
 
     def run(self, max_steps: int = 10_000) -> int:

@@ -37,6 +37,35 @@ async def test_all_fields_reach_the_engine(http: httpx.AsyncClient, client: Fake
     assert tokenizer.decode(list(first.repeat_ids)) == REPEAT_INSTRUCTION
 
 
+def chat(*texts: str, **prune: Any) -> dict[str, Any]:
+    """A conversation, and how it is pruned."""
+    return {"messages": [{"role": "user", "content": text} for text in texts], "prune": {"policy": "kvzip"} | prune}
+
+
+async def test_the_context_of_a_chat_is_its_first_messages(
+    http: httpx.AsyncClient, client: FakeClient, tokenizer: Tokenizer
+) -> None:
+    client.script = says([70])
+    for texts, count in ((("a document", "why?"), 1), (("a document", "more of it", "how?"), 2)):
+        answer = await http.post("/v1/chat/completions", json=chat(*texts, context_messages=count))
+        assert answer.status_code == 200, answer.text
+        (*_, request) = client.requests
+        assert request.prune is not None
+        text = tokenizer.decode(list(request.prompt_ids[: request.prune.context]), skip_special_tokens=False)
+        assert text.rstrip().endswith(texts[count - 1]) and texts[count] not in text
+
+
+@pytest.mark.parametrize("wrong", [{"context_messages": 0}, {"context_messages": 2}, {"context": 3}])
+async def test_a_context_that_is_no_beginning_is_refused(
+    http: httpx.AsyncClient, client: FakeClient, wrong: dict[str, Any]
+) -> None:
+    answer = await http.post("/v1/chat/completions", json=chat("a", "b", **{"context_messages": 1} | wrong))
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prune.context_messages"
+    answer = await http.post("/v1/completions", json=BODY | {"prune": {"policy": "kvzip", "context_messages": 1}})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "prune.context_messages"
+    assert not client.requests
+
+
 async def test_a_prompt_past_the_context_is_taken_where_positions_close_up(
     http: httpx.AsyncClient, client: FakeClient
 ) -> None:
