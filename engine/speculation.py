@@ -17,8 +17,10 @@ from torch.nn.functional import pad
 from ..core.ids import SlotId
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
 from ..kernels import sampling
+from ..kernels.draft_chain_cpu import DrawRules
 from ..speculation.drafter import Drafter, Proposals
 from ..speculation.history import TokenHistory
+from .chain_rules import chain_rules
 from .rows import DraftDistributions, Rows
 from .sampler import Sampler
 from .staging import upload
@@ -130,17 +132,21 @@ class ProposalDraw:
         if penalised:
             self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
         adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
-        self.greedy = not (adjusted or table.kinds[slots].any())
-        """See `Draw`; `DRAW_KINDS` begins with that."""
+        self._adjusted = adjusted
+        """Whether somebody's logits change before they are drawn from."""
+        self._greedy = not (adjusted or table.kinds[slots].any())
+        """Whether only the likeliest token is ever taken; `DRAW_KINDS` begins with that."""
         self._places: IntArray = np.full((len(slots), most), -1, np.int32)
         """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
         self._scaled: list[Tensor] = []
+        self._kept = 0
+        """Rows of them."""
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
         table = self._sampler.table
         logits = logits[:, : table.vocab_size]
-        if self.greedy:
+        if self._greedy:
             return sampling.greedy_tokens(logits, self._sampler.backend)
         if logits.shape[1] < table.vocab_size:
             logits = pad(logits, (0, table.vocab_size - logits.shape[1]), value=float("-inf"))
@@ -152,10 +158,25 @@ class ProposalDraw:
         if self._drawn is not None:
             self._drawn[rows, depth] = tokens
         if scaled is not None:
-            count = sum(len(part) for part in self._scaled)
-            self._places[members[table.free[slots]], depth] = np.arange(count, count + len(scaled))
-            self._scaled.append(scaled)
+            free = members[table.free[slots]]
+            self._places[free, depth] = np.arange(self._kept, self._kept + len(scaled))
+            self._keep(scaled)
         return tokens
+
+    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
+        """See `Draw`."""
+        if self._adjusted:
+            return None
+        rules = chain_rules(self._sampler.table, self._slots[members], self._first[members], active)
+        if len(rules.scaled):
+            places = rules.places.numpy()
+            self._places[members, : len(places)] = np.where(places < 0, -1, places + self._kept).T
+            self._keep(rules.scaled)
+        return rules
+
+    def _keep(self, scaled: Tensor) -> None:
+        self._scaled.append(scaled)
+        self._kept += len(scaled)
 
     def distributions(self, asked: list[int], chains: npt.NDArray[np.bool_]) -> DraftDistributions | None:
         """Those of the sequences, which are called `asked` [S], that are `chains` [S]; None if none matters."""
@@ -163,7 +184,8 @@ class ProposalDraw:
             return None
         counts = (self._places >= 0).cumprod(1).sum(1) * chains
         places = {index: row[:count] for index, row, count in zip(asked, self._places, counts, strict=True) if count}
-        return DraftDistributions(places, torch.cat(self._scaled))
+        scaled = self._scaled[0] if len(self._scaled) == 1 else torch.cat(self._scaled)
+        return DraftDistributions(places, scaled)
 
 
 def _usable(proposals: Proposals, most: IntArray, vocab_size: int) -> list[tuple[int, ...]]:

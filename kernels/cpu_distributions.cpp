@@ -3,24 +3,17 @@
 // No row is sorted whole. What can be kept at all is known before: a top-k row keeps the best k, and a token that a
 // top-p row keeps has more than (1 - p) / V of the mass, for all that have less come to less than 1 - p together. Those
 // few are ordered piece by piece from the best on, until the cut is reached.
+#include "cpu_distributions.h"
+
 #include "cpu_rows.h"
 
-#include <math.h>
-
-#include <algorithm>
 #include <functional>
-#include <vector>
 
 namespace quire {
 namespace {
 
 constexpr long kPiece = 128;        // candidates ordered first; four times as many each next time
 constexpr float kBoundMargin = 0.5f;  // the bound on the mass of a token is lowered by more than sums are rounded
-
-struct Cuts {
-  float temperature, top_p, floor;  // floor: logarithm of min-p
-  long top_k;                       // < 1: none
-};
 
 // Orders as the float does, ties by the lower token first.
 inline uint64_t key_of(float value, uint32_t token) {
@@ -62,7 +55,8 @@ void collect_best(const float* x, long width, long k, std::vector<uint64_t>& key
 }
 
 // Keeps what the cuts keep of the scaled row, sets the rest to -inf.
-void cut_row(float* x, long width, const Cuts& cuts, std::vector<uint64_t>& keys, std::vector<float>& values) {
+void cut_row(float* x, long width, const Cuts& cuts, CutBuffers& buffers) {
+  auto& [keys, values] = buffers;
   const bool limited = cuts.top_k > 0, nucleus = cuts.top_p < 1;
   double goal = INFINITY;
   if (limited) {
@@ -107,20 +101,20 @@ void scale_row(const float* x, float top, float* y, long width, float temperatur
   for (; i < width; i++) y[i] = (x[i] - top) / temperature + 0.0f;
 }
 
-void shape_row(const float* x, float* y, long width, const Cuts& cuts, std::vector<uint64_t>& keys,
-               std::vector<float>& values) {
+}  // namespace
+
+void shape_row(const float* x, float* y, long width, const Cuts& cuts, CutBuffers& buffers) {
   const float top = largest(x, width);
   if (!isfinite(top)) {  // no distribution: nobody looks at what is drawn
     std::fill(y, y + width, top - top);
     return;
   }
   scale_row(x, top, y, width, cuts.temperature);
-  if (cuts.top_k > 0 || cuts.top_p < 1) return cut_row(y, width, cuts, keys, values);
+  if (cuts.top_k > 0 || cuts.top_p < 1) return cut_row(y, width, cuts, buffers);
   if (cuts.floor > -INFINITY)
     for (long i = 0; i < width; i++) y[i] = y[i] < cuts.floor ? -INFINITY : y[i];
 }
 
-}  // namespace
 }  // namespace quire
 
 // y [rows, width]: scaled logits of x [rows, width], rows x_stride elements apart; the cuts are [rows] each.
@@ -129,12 +123,11 @@ extern "C" void quire_shape_rows(const float* x, float* y, const float* temperat
                                  int threads) {
 #pragma omp parallel num_threads(rows < threads ? rows : threads)
   {
-    std::vector<uint64_t> keys;
-    std::vector<float> values;
+    quire::CutBuffers buffers;
 #pragma omp for schedule(dynamic, 1)
     for (long row = 0; row < rows; row++) {
       const quire::Cuts cuts{temperature[row], top_p[row], floor[row], (long)top_k[row]};
-      quire::shape_row(x + row * x_stride, y + row * width, width, cuts, keys, values);
+      quire::shape_row(x + row * x_stride, y + row * width, width, cuts, buffers);
     }
   }
 }

@@ -44,7 +44,4 @@ void quire_attention(const quire::Args* args, int do_append, int do_attend, int 
 
 void quire_decoder(const quire::DecoderLayer* layers, long count, const quire::DecoderStep* step,
                    const quire::Args* attention);
-
-void quire_row_maxima(const float* x, float* values, int64_t* indices, long x_stride, long rows, long width,
-                      int threads);
 }

@@ -65,7 +65,9 @@ class DraftChainArgs(ctypes.Structure):
     """`quire::DraftChain` of cpu_draft_chain.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("tokens", "active", "embedding", "norm", "head", "cos", "sin", "logits")),
+        *((name, _POINTER) for name in ("tokens", "active", "embedding", "norm", "head", "cos", "sin")),
+        *((name, _POINTER) for name in ("first", "logits", "temperature", "top_p", "floor", "top_k", "seeds")),
+        *((name, _POINTER) for name in ("positions", "places", "scaled")),
         *((name, _LONG) for name in ("depth", "sequences", "vocab")),
     )
 

@@ -12,7 +12,7 @@ from .cpu_library import loaded_library
 
 CANDIDATES = 1024
 """Sorted candidates looked at before a full sort of the vocabulary; a sort costs ten times as much."""
-_MIN_TEMPERATURE = 1e-30
+MIN_TEMPERATURE = 1e-30
 """Smaller ones would be zero or denormal in float32; the result is the argmax either way."""
 
 
@@ -32,7 +32,7 @@ def rank_tokens(scores: Tensor, width: int) -> Tensor:
 
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:
     """(logits - their maximum) / temperature: at most 0, no overflow at any temperature."""
-    return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=_MIN_TEMPERATURE)[:, None])
+    return (logits - logits.amax(-1, keepdim=True)).div_(temperature.clamp(min=MIN_TEMPERATURE)[:, None])
 
 
 def full_logits(logits: Tensor, temperature: Tensor, min_p: Tensor, backend: Backend = "reference") -> Tensor:
@@ -76,7 +76,7 @@ def _shaped_cpu(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     # Contiguous, and alive until the call returns.
     cuts = (
-        temperature.clamp(min=_MIN_TEMPERATURE),
+        temperature.clamp(min=MIN_TEMPERATURE),
         top_k.contiguous(),
         top_p.contiguous(),
         min_p.log(),

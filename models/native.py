@@ -4,7 +4,7 @@ A checkpoint's tensors are read one by one and copied straight into their place 
 memory never holds more than the model and one tensor.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -15,7 +15,7 @@ from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
 from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
-from .native_layers import ACTIVATIONS, Decoder, DecoderLayer, LayerShape, Linear, TokenWeights
+from .native_layers import ACTIVATIONS, Chain, Decoder, DecoderLayer, LayerShape, Linear, TokenWeights
 from .placement import Placement
 from .rope import RopeSettings, RotaryEmbedding, rope_settings
 from .runner import ModelRunner, ProgressCallback
@@ -97,15 +97,12 @@ class NativeRunner:
         cos, sin = self.rotary(positions, lengths, self.decoder.embedding.dtype)
         return self.decoder(input_ids, cos, sin, context, logit_rows)
 
-    def continue_greedily(self, tokens: Tensor, active: Sequence[int], context: AttentionContext) -> bool:
-        """Fill tokens [k, S] int64 behind the first row, which is given, with the likeliest continuation of each.
-
-        As by `forward` of one row per sequence, k - 1 times; active [k]: how many sequences, always the first ones, go
-        on at each depth. The context's `positions` and `kept` are counted up. False, and nothing is done, where no
-        kernel does it in one piece.
+    def chain(self, context: AttentionContext, depth: int) -> Chain | None:
+        """What draws `depth` tokens of each sequence and computes them but for the last, as `forward` of one row per
+        sequence would; the context's `positions` and `kept` are counted up. None where no kernel does it in one piece.
         """
-        angles = self.rotary.table(context.positions, len(tokens), self.decoder.embedding.dtype)
-        return angles is not None and self.decoder.continue_greedily(tokens, active, angles, context)
+        angles = self.rotary.table(context.positions, depth, self.decoder.embedding.dtype)
+        return None if angles is None else self.decoder.chain(angles, context)
 
 
 def load_native(

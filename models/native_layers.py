@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels.backend import TRITON_BACKENDS
 from ..kernels.decoder_cpu import DecoderCPU, LayerWeights
-from ..kernels.draft_chain_cpu import DraftChainCPU
+from ..kernels.draft_chain_cpu import DraftChainCPU, DrawRules
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import add_rms_norm
 from ..kernels.rotary import rotate_heads
@@ -35,6 +35,8 @@ ACTIVATIONS: dict[str, Activation] = {
 """By the name that configurations use (the library's own table would cost a second of imports)."""
 
 
+Chain = Callable[[Tensor, Sequence[int], Tensor, DrawRules], None]
+"""`DraftChainCPU` in a given context: tokens, active, logits, rules."""
 Stream = tuple[Tensor, Tensor | None]
 """The residual stream [T, E], and what of it waits to be added by the next norm, in the pass that reads it anyway."""
 
@@ -215,7 +217,7 @@ class Decoder:
 
     @cached_property
     def _chain(self) -> DraftChainCPU:
-        """All passes of a greedy continuation in one call."""
+        """All passes of a continuation in one call."""
         return DraftChainCPU(self._fused, self.embedding, self.norm.weight, self.head)
 
     def first(self, count: int) -> "Decoder":
@@ -242,15 +244,11 @@ class Decoder:
         assert last is not None
         return linear(self.norm((last, waiting))[0], self.head, wide=True, backend=self.backend)
 
-    def continue_greedily(
-        self, tokens: Tensor, active: Sequence[int], angles: tuple[Tensor, Tensor], context: AttentionContext
-    ) -> bool:
-        """Fill tokens [k, S] as `DraftChainCPU` does, if that can be done here."""
+    def chain(self, angles: tuple[Tensor, Tensor], context: AttentionContext) -> Chain | None:
+        """`DraftChainCPU` in this context, if that can be done here."""
         dtype = self.embedding.dtype
         step = context.whole_step(self.layers[0].attention.scale, dtype) if self._fusible else None
-        if step is not None:
-            self._chain(tokens, active, angles, step)
-        return step is not None
+        return None if step is None else partial(self._chain, angles=angles, step=step)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every weight once."""

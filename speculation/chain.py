@@ -30,17 +30,20 @@ def draft_chain(
 ) -> Tensor:
     """Draw up to `most` [S] tokens of S sequences, which come in descending order of it: [k, S] int64, on the device.
 
-    logits [S, V] float32: what the first tokens are drawn from; context: one row per sequence, at the position of its
-    first token (`single_rows`), whose `kept` and `positions` are counted up; lengths [S] int64: see
+    logits [S, V] float32: what the first tokens are drawn from, may be overwritten; context: one row per sequence, at
+    the position of its first token (`single_rows`), whose `kept` and `positions` are counted up; lengths [S] int64: see
     `ModelRunner.forward`; members [S]: which of the sequences asked each one is, as `draw` counts them.
     """
     depth = int(most[0])
     # The sequences that go on at each depth are always the first ones.
     active = (most[:, None] > np.arange(depth)).sum(0).tolist()
     drawn = torch.full((depth, len(most)), NO_TOKEN, dtype=torch.int64, device=lengths.device)
-    drawn[0] = draw(logits, members, 0)
-    if draw.greedy and isinstance(runner, NativeRunner) and runner.continue_greedily(drawn, active, context):
+    chain = runner.chain(context, depth) if isinstance(runner, NativeRunner) else None
+    rules = None if chain is None else draw.rules(members, active)
+    if chain is not None and rules is not None:
+        chain(drawn, active, logits, rules)
         return drawn
+    drawn[0] = draw(logits, members, 0)
     rows = torch.arange(len(most), device=lengths.device)
     for level in range(1, depth):
         count = active[level]

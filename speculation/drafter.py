@@ -6,6 +6,7 @@ history: it catches up when it is asked to propose, so that a sequence which nev
 Letters: S sequences asked, N slots, V vocabulary, k most tokens of a proposal.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,21 +14,24 @@ from torch import Tensor
 
 from ..core.plan import IntArray
 from ..core.speculation import DraftMethod
+from ..kernels.draft_chain_cpu import DrawRules
 from .history import TokenHistory
 
 
 class Draw(Protocol):
     """Draws the next draft token of each sequence, as the user's parameters would draw from the target's logits."""
 
-    @property
-    def greedy(self) -> bool:
-        """Whether each token drawn is just the likeliest, so that nobody need ask."""
+    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
+        """For a kernel that draws whole chains: how the tokens of the sequences `members` [S] are drawn, of the first
+        `active[d]` of them that at depth d. Who gets rules draws all of these tokens by them, and calls for none.
+
+        None where that takes more than logits: what was drawn before, or which tokens are wanted or not.
+        """
         ...
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """Tokens [M] int64 on the device from logits [M, V] float32 of the sequences `members` [M], indices into those
-        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too, unless
-        `greedy`."""
+        asked, as their draft token number `depth` (from 0); every earlier one must have been drawn so too."""
         ...
 
 

@@ -3,6 +3,7 @@
 N-grams cost next to nothing and are right for long where a text repeats itself; a model is right more often elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..core.plan import IntArray
 from ..core.speculation import HYBRID_DEPTH, DraftMethod
+from ..kernels.draft_chain_cpu import DrawRules
 from .drafter import Drafter, Draw, Proposals
 from .history import TokenHistory
 
@@ -62,10 +64,9 @@ class _DrawAmong:
     among: IntArray
     """[M]: which of all sequences each one is."""
 
-    @property
-    def greedy(self) -> bool:
+    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
         """See `Draw`."""
-        return self.draw.greedy
+        return self.draw.rules(self.among[members], active)
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         return self.draw(logits, self.among[members], depth)

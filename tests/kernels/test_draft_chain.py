@@ -11,6 +11,7 @@ from quire.models.placement import Placement
 from quire.models.runner import ModelRunner
 from quire.speculation.chain import draft_chain, single_rows
 from quire.speculation.draft_cache import DraftCache, DraftLayout
+from quire.speculation.drafter import Draw
 
 from ..models.conftest import CPU, VOCAB, make_checkpoint
 from ..speculation.world import GreedyDraw
@@ -25,7 +26,7 @@ MODELS = {
 }
 
 
-def run(runner: ModelRunner, place: Placement, *, together: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def run(runner: ModelRunner, place: Placement, draw: Draw) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Tokens of ragged sequences, and all that has changed: cache, positions, kept lengths."""
     generator = torch.Generator().manual_seed(1)
     lengths = np.array([9, 3, 0, 6, 1], np.int32)
@@ -36,11 +37,9 @@ def run(runner: ModelRunner, place: Placement, *, together: bool) -> tuple[torch
     tables = cache.tables(torch.arange(SLOTS), at, 20)
     context = single_rows(cache.pool, cache.entry_positions, tables, at.clone(), 20, place.backend)
     logits = torch.randn((SLOTS, VOCAB), generator=generator)
-    draw = GreedyDraw(MOST, VOCAB, greedy=together)
     tokens = draft_chain(
         runner, logits, context, torch.full((SLOTS,), 20), np.arange(SLOTS, dtype=np.int32), MOST, draw
     )
-    assert draw.drawn.tolist() == ([1] * SLOTS if together else MOST.tolist())
     return tokens, [cache.pool, cache.entry_positions, tables[1], context.positions]
 
 
@@ -50,7 +49,9 @@ def run(runner: ModelRunner, place: Placement, *, together: bool) -> tuple[torch
 def test_one_call_is_the_same_as_many(tmp_path, kind, dtype):
     place = replace(CPU, dtype=dtype)
     runner = make_checkpoint(tmp_path, kind, MODELS[kind]).load(place=place)
-    (tokens, state), (expected, wanted) = (run(runner, place, together=together) for together in (True, False))
+    together, apart = (GreedyDraw(MOST, VOCAB, whole=whole) for whole in (True, False))
+    (tokens, state), (expected, wanted) = (run(runner, place, draw) for draw in (together, apart))
+    assert together.drawn.tolist() == [0] * SLOTS and apart.drawn.tolist() == MOST.tolist()
     assert torch.equal(tokens, expected)
     assert ((tokens >= 0).sum(0) == torch.from_numpy(MOST)).all()
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(state[:2], wanted[:2], strict=True))
@@ -66,6 +67,4 @@ def test_what_one_call_cannot_do_is_done_pass_by_pass(tmp_path):
     assert isinstance(runner, NativeRunner)
     none = torch.empty(0)
     context = single_rows(none, none, (none, none), torch.arange(3), 4, "cpu")
-    tokens = torch.full((2, 3), -1)
-    assert not runner.continue_greedily(tokens, [3, 3], context)
-    assert (tokens == -1).all()
+    assert runner.chain(context, 2) is None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from quire.core.ids import SlotId
 from quire.core.plan import NO_TOKEN, IntArray, SlotAssignment
 from quire.core.request import SamplingParams
+from quire.kernels.draft_chain_cpu import DrawRules
 from quire.speculation.drafter import Drafter, Proposals
 from quire.speculation.history import TokenHistory
 
@@ -20,8 +21,9 @@ D = TypeVar("D", bound=Drafter)
 class GreedyDraw:
     """Takes the likeliest token, and checks that it is asked as the protocol says."""
 
-    def __init__(self, most: IntArray, vocab_size: int, *, greedy: bool = True) -> None:
-        self.greedy = greedy
+    def __init__(self, most: IntArray, vocab_size: int, *, whole: bool = True) -> None:
+        """whole: whether chains may be drawn by a kernel, unasked."""
+        self.whole = whole
         self.most, self.vocab_size = most, vocab_size
         self.drawn = np.zeros(len(most), np.int32)
 
@@ -32,13 +34,19 @@ class GreedyDraw:
         self.drawn[members] += 1
         return logits.argmax(-1)
 
+    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
+        assert (self.drawn[members] == 0).all()
+        assert list(active) == [(self.most[members] > depth).sum() for depth in range(len(active))]
+        return DrawRules.likeliest(len(members)) if self.whole else None
+
 
 class NeverDraw:
     """The draw of drafters that sample from no distribution."""
 
-    greedy = False
-
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
+        raise AssertionError("nothing is to be drawn")
+
+    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
         raise AssertionError("nothing is to be drawn")
 
 
