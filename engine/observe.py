@@ -14,10 +14,10 @@ from torch import Tensor
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan
 from ..kernels.attention_columns import attention_columns
+from ..kernels.paged_rows import PagedRows
 from ..kernels.rotary import rotate_reference
 from ..models.context import AttentionContext, Scoring
 from ..pruning.policy import Needs, Rotation
-from .cache import read_heads
 from .masses import MassRows
 from .query_rings import QueryRings
 from .staging import upload
@@ -352,8 +352,8 @@ def _add_columns(
     table, entries = context.page_table[watched.index, layer], watched.entries
     new = attention_columns(
         query,
-        read_heads(context.pool[:, 0], table, entries),
-        read_heads(context.entry_positions, table, entries),
+        PagedRows(context.pool[:, 0], table, entries),
+        PagedRows(context.entry_positions, table, entries).read(),
         context.kept[watched.index, layer] + len(query),
         context.positions[watched.rows],
         reduce="max" if watched.scratch else "sum",
