@@ -89,7 +89,9 @@ class Pruner:
         if not (needs.queries or needs.mass or needs.moments or needs.repeat):
             return
         rotation, first = self._rotation(assignment.max_length), assignment.cached
-        seen = Observations(needs, params.window, params.sinks, first, rotation=rotation, summed=first)
+        seen = Observations(
+            needs, params.window, params.sinks, first, rotation=rotation, summed=first, backend=self._backend
+        )
         if needs.queries or needs.moments:
             seen.rings = self._rings.setdefault(params.window, QueryRings(len(self._layers), params.window))
             seen.row = seen.rings.take()
@@ -206,16 +208,19 @@ class Pruner:
         longest, lengths = int(host.max()), upload(host, cache.device)
         tables = cache.page_table[slot, self._layers]
         positions = PagedRows(cache.entry_positions, tables, longest).read()
+        keys, values = cache.pool.unbind(1)
+        parts = zip(host.max(1).tolist(), tables.unbind(), positions.unbind(), lengths.unbind(), strict=True)
         if seen is not None:
             seen.prepare(num_tokens, cache.device)
-        for index, (layer, entries) in enumerate(zip(self._layers, host.max(1).tolist(), strict=True)):
-            of_layer, scoring = positions[index, :, :entries], self._scorings[layer]
+        for index, (layer, part) in enumerate(zip(self._layers, parts, strict=True)):
+            entries, table, of_layer, of_heads = part
+            of_layer, scoring = of_layer[:, :entries], self._scorings[layer]
             yield LayerView(
                 layer=layer,
-                stored_keys=PagedRows(cache.pool[:, 0], tables[index], entries),
-                stored_values=PagedRows(cache.pool[:, 1], tables[index], entries),
+                stored_keys=PagedRows(keys, table, entries),
+                stored_values=PagedRows(values, table, entries),
                 positions=of_layer,
-                lengths=lengths[index],
+                lengths=of_heads,
                 num_tokens=num_tokens,
                 scale=scoring.scale,
                 softcap=scoring.softcap,

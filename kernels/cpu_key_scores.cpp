@@ -85,30 +85,41 @@ void cosines(const Pages& pages, long head, long length, long width, float* out)
 }
 
 // [size] += softmax over a partition's entries of their deviations over channels, normalised by the range of the next.
+// A channel is centred on that range, so that the variance can be had from sums and sums of squares. `known` rows are
+// there; those past the next partition are asked for.
 template <class T>
-void add_spread(const T* const* rows, long size, long width, float least_range, float* ranges, float* spread,
+void add_spread(const T* const* rows, long known, long size, long width, float least_range, float* ranges, float* spread,
                 float* sum) {
-  float *low = ranges, *slope = ranges + width;
+  float *middle = ranges, *slope = ranges + width;
   for (long c = 0; c < width; c += kLanes) {
     Vec least = load(rows[size] + c), greatest = least;
     for (long e = 1; e < size; e++) {
       const Vec x = load(rows[size + e] + c);
       least = x < least ? x : least, greatest = x > greatest ? x : greatest;
     }
-    store(low + c, least);
+    store(middle + c, (least + greatest) * 0.5f);
     store(slope + c, 1.0f / max(greatest - least, broadcast(least_range)));
   }
   float top = -INFINITY, total = 0;
-  for (long e = 0; e < size; e++) {
-    Vec mean = {}, squares = {};
-    for (long c = 0; c < width; c += kLanes) mean += (load(rows[e] + c) - load(low + c)) * load(slope + c);
-    const float middle = sum_lanes(mean) / width;
-    for (long c = 0; c < width; c += kLanes) {
-      const Vec x = (load(rows[e] + c) - load(low + c)) * load(slope + c) - middle;
-      squares += x * x;
+  for (long e = 0; e < size; e += kLanes) {
+    Vec sums[kLanes], squares[kLanes];
+    for (long i = 0; i < kLanes; i++) {
+      const T* row = rows[e + i];
+      if (2 * size + e + i < known) prefetch(rows[2 * size + e + i], width * sizeof(T));
+      Vec mean = {}, square = {};
+      for (long c = 0; c < width; c += kLanes) {
+        const Vec x = (load(row + c) - load(middle + c)) * load(slope + c);
+        mean += x, square += x * x;
+      }
+      sums[i] = mean, squares[i] = square;
     }
-    spread[e] = sqrtf(sum_lanes(squares) / (width - 1));
-    top = spread[e] > top ? spread[e] : top;
+    const Vec mean = transpose_sum(sums);
+    const Vec variance = (transpose_sum(squares) - mean * mean / (float)width) / (float)(width - 1);
+    store(spread + e, variance);
+    for (long i = e; i < e + kLanes; i++) {
+      spread[i] = spread[i] > 0 ? sqrtf(spread[i]) : spread[i] * 0;
+      top = spread[i] > top ? spread[i] : top;
+    }
   }
   for (long e = 0; e < size; e += kLanes) {
     const Vec p = exp(load(spread + e) - top);
@@ -147,12 +158,13 @@ template <class T>
 void rank_part(const Lag& lag, long head, long part) {
   static thread_local KeptMemory memory;
   const long size = lag.size, width = lag.width, at = lag.first + part * size;
-  const T** rows = (const T**)memory.get(2 * size * sizeof(T*) + (2 * width + 2 * size) * sizeof(float));
-  float *ranges = (float*)(rows + 2 * size), *spread = ranges + 2 * width, *sum = spread + size;
+  const T** rows = (const T**)memory.get(3 * size * sizeof(T*) + (2 * width + 2 * size) * sizeof(float));
+  float *ranges = (float*)(rows + 3 * size), *spread = ranges + 2 * width, *sum = spread + size;
   memset(sum, 0, size * sizeof(float));
   for (const Pages& pages : lag.states) {
-    Entries<T>(pages, head, lag.lengths[head], width).rows(at, 2 * size, rows);
-    add_spread(rows, size, width, lag.least_range, ranges, spread, sum);
+    const long known = at + 3 * size <= lag.lengths[head] ? 3 * size : 2 * size;
+    Entries<T>(pages, head, lag.lengths[head], width).rows(at, known, rows);
+    add_spread(rows, known, size, width, lag.least_range, ranges, spread, sum);
   }
   rank(sum, size, lag.output + head * lag.entries + at);
 }
@@ -195,7 +207,7 @@ extern "C" void quire_lag_ranks(const quire::Pages* keys, const quire::Pages* va
                                 float least_range, int is_bf16, int threads) {
   const quire::Lag lag{{*keys, *values}, lengths, output, first, entries, size, width, least_range};
   const long parts = (entries - first) / size - 1;
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) collapse(2) schedule(static)
   for (long head = 0; head < heads; head++)
     for (long part = 0; part < parts; part++) {
       if (first + (part + 2) * size > lengths[head]) continue;

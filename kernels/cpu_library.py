@@ -113,6 +113,8 @@ class CpuLibrary:
         self.attention_columns.argtypes = [_POINTER, _PAGES, *[_POINTER] * 5, *[_LONG] * 8, *[_FLOAT] * 2, *[_INT] * 3]
         self.expected_logits = library.quire_expected_logits
         self.expected_logits.argtypes = [_PAGES, *[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT]
+        self.add_moments = library.quire_add_moments
+        self.add_moments.argtypes = [_POINTER] * 5 + [_LONG] * 5 + [_INT]
         self.entry_norms = library.quire_entry_norms
         self.entry_norms.argtypes = [_PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
         self.mean_cosines = library.quire_mean_cosines
@@ -130,7 +132,7 @@ class CpuLibrary:
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.draft_chain)
         choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
-        ranking = (self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
+        ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
         for function in (*layers, *choices, self.compact, *scores, *ranking):
             function.restype = None
 

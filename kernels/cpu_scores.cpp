@@ -6,7 +6,8 @@
 namespace quire {
 namespace {
 
-constexpr long kEntryBlock = 256;  // entries whose sums stay in L1 while blocks of columns take their turns
+constexpr long kGroup = kRuns * kRun;  // entries that are multiplied at a time
+constexpr long kEntryBlock = 256;      // entries whose sums stay in L1 while blocks of columns take their turns
 
 struct Attention {
   const void* query;
@@ -20,10 +21,12 @@ struct Attention {
   int greatest;  // instead of the sum
 };
 
-// Columns first .. first + kLanes - 1 of a kv head's rows x group; `total` [length][kLanes] takes their probabilities.
+// Columns first .. first + kLanes - 1 of a kv head's rows x group; out [length] takes their probabilities. One pass over
+// the keys: weights [length][kLanes] are relative to the largest logit so far, `tops` of each kGroup entries, until it
+// is known which was the largest of all.
 template <class T>
-void add_block(const Attention& a, long head, long first, const Columns<T>& block, T* room, float* logits,
-               float* total) {
+void add_block(const Attention& a, long head, long first, const Columns<T>& block, T* room, bool near,
+               float* tops, float* weights, float* out) {
   const long group = a.heads / a.kv_heads, count = a.rows * group, length = a.lengths[head];
   const int32_t* positions = a.positions + head * a.position_stride;
   int32_t seen[kLanes];
@@ -37,35 +40,51 @@ void add_block(const Attention& a, long head, long first, const Columns<T>& bloc
   }
   const IntVec visible = read<IntVec>(seen);
   const Vec none = broadcast(-INFINITY), sink = load(sinks);
-  Vec top = sink;
+  Vec top = sink, sum = sink == none ? Vec{} : broadcast(1.0f);
   const Entries<T> keys(a.keys, head, length, a.width);
-  for (long e = 0; e < length; e += 2 * kRun) {
-    const T* one = keys.run(e, room);
-    const T* other = e + kRun < length ? keys.run(e + kRun, room + kRun * a.width) : one;
-    block.multiply(one, other, a.width, logits + e * kLanes, false);
-    const long end = e + 2 * kRun < length ? e + 2 * kRun : length;
-    for (long i = e; i < end; i++) {
-      Vec x = load(logits + i * kLanes) * a.scale;
+  const T* runs[kRuns];
+  for (long e = 0; e < length; e += kGroup) {
+    keys.runs(e, room, near, runs);
+    float* at = weights + e * kLanes;
+    block.multiply(runs, a.width, at, false);
+    const long some = length - e < kGroup ? length - e : kGroup;
+    const Vec before = top;
+    for (long i = 0; i < some; i++) {
+      Vec x = load(at + i * kLanes) * a.scale;
       if (a.softcap > 0) x = tanh(x / a.softcap) * a.softcap;
-      if (positions[i] > least) x = broadcast_int(positions[i]) > visible ? none : x;
-      store(logits + i * kLanes, x);
+      if (positions[e + i] > least) x = broadcast_int(positions[e + i]) > visible ? none : x;
+      store(at + i * kLanes, x);
       top = max(top, x);
     }
+    const Vec base = top == none ? Vec{} : top;
+    sum *= exp(before - base);
+    for (long i = 0; i < some; i++) {
+      const Vec p = exp(load(at + i * kLanes) - base);
+      store(at + i * kLanes, p);
+      sum += p;
+    }
+    store(tops + e / kGroup * kLanes, top);
   }
-  top = top == none ? Vec{} : top;
-  Vec sum = exp(sink - top);
-  for (long e = 0; e < length; e++) {
-    const Vec p = exp(load(logits + e * kLanes) - top);
-    store(logits + e * kLanes, p);
-    sum += p;
-  }
+  const Vec base = top == none ? Vec{} : top;
   float shares[kLanes];
   store(shares, sum > 0.0f ? 1.0f / sum : sum != sum ? sum : Vec{});
   for (long c = 0; c < kLanes; c++) shares[c] = first + c < count ? shares[c] : 0.0f;
-  const Vec share = load(shares);
-  for (long e = 0; e < length; e++) {
-    const Vec old = load(total + e * kLanes), p = load(logits + e * kLanes) * share;
-    store(total + e * kLanes, a.greatest ? max(old, p) : old + p);
+  for (long e = 0; e < length; e += kGroup) {
+    const Vec share = load(shares) * exp(load(tops + e / kGroup * kLanes) - base);
+    const long end = e + kGroup < length ? e + kGroup : length;
+    for (long i = e; i < end; i += kLanes) {
+      const int some = end - i < kLanes ? end - i : kLanes;
+      if (a.greatest) {
+        for (long j = i; j < i + some; j++) {
+          const float p = max_lanes(load(weights + j * kLanes) * share);
+          out[j] = out[j] > p || out[j] != out[j] ? out[j] : p;
+        }
+        continue;
+      }
+      Vec rows[kLanes];
+      for (long j = 0; j < kLanes; j++) rows[j] = load(weights + (i + j) * kLanes) * share;
+      store_some(out + i, load_some(out + i, some) + transpose_sum(rows), some);
+    }
   }
 }
 
@@ -74,29 +93,24 @@ template <class T>
 void attend_part(const Attention& a, long head, long part) {
   static thread_local KeptMemory memory;
   const long group = a.heads / a.kv_heads, count = a.rows * group, blocks = (count + kLanes - 1) / kLanes;
-  const long length = a.lengths[head], size = whole_runs(a.entries + kRun) * kLanes;
-  float* logits = (float*)memory.get(2 * size * sizeof(float) + 2 * kRun * a.width * sizeof(T) +
-                                     Columns<T>::bytes(a.width));
-  float* total = logits + size;
-  T* room = (T*)(total + size);
-  memset(total, 0, length * kLanes * sizeof(float));
-  Columns<T> columns(room + 2 * kRun * a.width, a.width);
+  const long length = a.lengths[head], size = whole(a.entries, kGroup) * kLanes;
+  float* weights = (float*)memory.get((size + size / kGroup) * sizeof(float) + kGroup * a.width * sizeof(T) +
+                                      Columns<T>::bytes(a.width));
+  float *tops = weights + size, *out = a.output + (head * a.parts + part) * a.entries;
+  T* room = (T*)(tops + size / kGroup);
+  memset(out, 0, a.entries * sizeof(float));
+  Columns<T> columns(room + kGroup * a.width, a.width);
   const TileUse<T> use(a.width);
-  for (long block = blocks * part / a.parts; block < blocks * (part + 1) / a.parts; block++) {
+  const long from = blocks * part / a.parts;
+  for (long block = from; block < blocks * (part + 1) / a.parts; block++) {
     const T* rows[kLanes];
     for (long c = 0; c < kLanes; c++) {
       const long column = block * kLanes + c, row = column / group, own = head * group + column % group;
       rows[c] = column < count ? (const T*)a.query + row * a.query_stride + own * a.width : nullptr;
     }
-    columns.set(rows);
-    add_block(a, head, block * kLanes, columns, room, logits, total);
+    columns.set(rows, a.width);
+    add_block(a, head, block * kLanes, columns, room, block > from, tops, weights, out);
   }
-  float* out = a.output + (head * a.parts + part) * a.entries;
-  if (a.greatest)
-    for (long e = 0; e < length; e++) out[e] = max_lanes(load(total + e * kLanes));
-  else
-    sum_rows(total, length, out);
-  for (long e = length; e < a.entries; e++) out[e] = 0.0f;
 }
 
 struct Moments {
@@ -104,6 +118,7 @@ struct Moments {
   const int64_t* lengths;
   const float *mean, *covariance;  // [H, D] and [H, D, D], symmetric
   const float *cos, *sin;          // [half]
+  const float* mean_keys;          // [K, D]
   float* output;                   // [H, E]
   long half, heads, kv_heads, entries, width;
   float scale;
@@ -119,6 +134,12 @@ void turn_rows(float* x, long n, const float* cos, const float* sin, long half) 
       second[j] = b * cos[i] + a * sin[i];
     }
   }
+}
+
+// What the columns of a block of the lower triangle are multiplied with.
+inline long inputs_of(long block, long width) {
+  const long needed = whole((block + 1) * kLanes, kInputs);
+  return needed < width ? needed : width;
 }
 
 // linear [D] = s R m, and square [D][D], the lower triangle of s^2 / 2 R C R^T with everything off its diagonal twice:
@@ -144,55 +165,88 @@ void expect_form(const Moments& m, long head, float* linear, float* square) {
   }
 }
 
-// k.(C k + b) of all entries for one query head. C is a sum of two bfloat16 matrices: 16 bits of each number.
+// mean [D] of a head's keys.
+void mean_key(const Pages& pages, long head, long length, long width, float* mean) {
+  static thread_local KeptMemory memory;
+  bf16* room = (bf16*)memory.get(kRun * width * sizeof(bf16));
+  const Entries<bf16> keys(pages, head, length, width);
+  memset(mean, 0, width * sizeof(float));
+  for (long e = 0; e < length; e += kRun) {
+    const bf16* run = keys.run(e, room);
+    const long count = length - e < kRun ? length - e : kRun;
+    for (long c = 0; c < width; c += kLanes) {
+      Vec sum = load(mean + c);
+      for (long i = 0; i < count; i++) sum += load(run + i * width + c);
+      store(mean + c, sum);
+    }
+  }
+  for (long c = 0; c < width; c++) mean[c] /= length > 0 ? length : 1;
+}
+
+// rounded [D][D] = square in bfloat16. What that took away, F, counts as a function that is linear around the mean key
+// a: k.F k = a.(F + F^T) k - a.F a, but for deviations from the mean. So channels in which all keys are large, as models
+// with biases have them, lose nothing. Adds to linear [D]; returns the constant.
+float round_form(const float* square, const float* mean, long width, bf16* rounded, float* linear) {
+  Vec total = {};
+  for (long i = 0; i < width; i++) {
+    Vec own = {};
+    const Vec at = broadcast(mean[i]);
+    for (long c = 0; c < inputs_of(i / kLanes, width); c += kLanes) {
+      const Vec exact = load(square + i * width + c);
+      store(rounded + i * width + c, exact);
+      const Vec lost = exact - load(rounded + i * width + c), share = lost * at;
+      own += lost * load(mean + c);
+      store(linear + c, load(linear + c) + share);
+    }
+    const float product = sum_lanes(own);
+    linear[i] += product;
+    total[0] += product * mean[i];
+  }
+  return -total[0];
+}
+
+// k.(C k + b) of all entries for one query head.
 void expect_head(const Moments& m, long head) {
   static thread_local KeptMemory memory;
   const long width = m.width, blocks = width / kLanes, block_bytes = Columns<bf16>::bytes(width);
-  char* at = (char*)memory.get((width + 1) * width * sizeof(float) + 2 * width * width * sizeof(bf16) +
-                               2 * blocks * block_bytes + 2 * kEntryBlock * kLanes * sizeof(float) +
+  char* at = (char*)memory.get((width + 1) * width * sizeof(float) + width * width * sizeof(bf16) +
+                               blocks * block_bytes + (kGroup + kEntryBlock) * kLanes * sizeof(float) +
                                kEntryBlock * width * sizeof(bf16));
   float *linear = (float*)at, *square = linear + width;
-  bf16 *high = (bf16*)(square + width * width), *low = high + width * width;
-  char* packed = (char*)(low + width * width);
-  float *sums = (float*)(packed + 2 * blocks * block_bytes), *total = sums + kEntryBlock * kLanes;
+  bf16* form = (bf16*)(square + width * width);
+  char* packed = (char*)(form + width * width);
+  float *sums = (float*)(packed + blocks * block_bytes), *total = sums + kGroup * kLanes;
   bf16* room = (bf16*)(total + kEntryBlock * kLanes);
-  expect_form(m, head, linear, square);
-  for (long i = 0; i < width * width; i += kLanes) {
-    const Vec v = load(square + i);
-    store(high + i, v);
-    store(low + i, v - load(high + i));
-  }
-  const TileUse<bf16> use(width);
-  for (long i = 0; i < 2 * blocks; i++) {
-    const bf16* rows[kLanes];
-    for (long c = 0; c < kLanes; c++) rows[c] = (i % 2 ? low : high) + (i / 2 * kLanes + c) * width;
-    Columns<bf16>(packed + i * block_bytes, width).set(rows);
-  }
   const long kv_head = head / (m.heads / m.kv_heads), length = m.lengths[kv_head];
   const Entries<bf16> keys(m.keys, kv_head, length, width);
+  expect_form(m, head, linear, square);
+  const float constant = round_form(square, m.mean_keys + kv_head * width, width, form, linear);
+  const TileUse<bf16> use(width);
+  for (long block = 0; block < blocks; block++) {
+    const bf16* rows[kLanes];
+    for (long c = 0; c < kLanes; c++) rows[c] = form + (block * kLanes + c) * width;
+    Columns<bf16>(packed + block * block_bytes, width).set(rows, inputs_of(block, width));
+  }
   const bf16* runs[kEntryBlock / kRun];
+  float* out = m.output + head * m.entries;
   for (long first = 0; first < length; first += kEntryBlock) {
-    const long count = length - first < kEntryBlock ? length - first : kEntryBlock, pieces = whole_runs(count) / kRun;
-    for (long r = 0; r < pieces; r++) runs[r] = keys.run(first + r * kRun, room + r * kRun * width);
-    memset(total, 0, pieces * kRun * kLanes * sizeof(float));
+    const long count = length - first < kEntryBlock ? length - first : kEntryBlock;
+    for (long e = 0; e < count; e += kGroup) keys.runs(first + e, room + e * width, true, runs + e / kRun);
+    memset(total, 0, kEntryBlock * kLanes * sizeof(float));
     for (long block = 0; block < blocks; block++) {
-      const long needed = whole_inputs((block + 1) * kLanes), inputs = needed < width ? needed : width;
-      const Columns<bf16> top(packed + 2 * block * block_bytes, width);
-      const Columns<bf16> rest(packed + (2 * block + 1) * block_bytes, width);
+      const Columns<bf16> columns(packed + block * block_bytes, width);
       const Vec b = load(linear + block * kLanes);
-      for (long r = 0; r < pieces; r += 2) {
-        const bf16 *one = runs[r], *other = r + 1 < pieces ? runs[r + 1] : one;
-        top.multiply(one, other, inputs, sums, false);
-        rest.multiply(one, other, inputs, sums, true);
-        const long rows = r + 1 < pieces ? 2 * kRun : kRun;
-        for (long i = 0; i < rows; i++) {
-          const Vec k = load((i < kRun ? one : other - kRun * width) + i * width + block * kLanes);
-          float* to = total + (r * kRun + i) * kLanes;
+      for (long e = 0; e < count; e += kGroup) {
+        columns.multiply(runs + e / kRun, inputs_of(block, width), sums, false);
+        for (long i = 0; i < kGroup; i++) {
+          const Vec k = load(runs[(e + i) / kRun] + i % kRun * width + block * kLanes);
+          float* to = total + (e + i) * kLanes;
           store(to, load(to) + (load(sums + i * kLanes) + b) * k);
         }
       }
     }
-    sum_rows(total, count, m.output + head * m.entries + first);
+    sum_rows(total, count, out + first);
+    for (long e = first; e < first + count; e++) out[e] += constant;
   }
 }
 
@@ -221,8 +275,13 @@ extern "C" void quire_expected_logits(const quire::Pages* keys, const int64_t* l
                                       const float* covariance, const float* cos, const float* sin, float* output,
                                       long half, long heads, long kv_heads, long entries, long width, float scale,
                                       int threads) {
-  const quire::Moments m{*keys, lengths, mean, covariance, cos, sin, output, half, heads, kv_heads, entries, width,
-                         scale};
+  static thread_local quire::KeptMemory memory;
+  float* mean_keys = (float*)memory.get(kv_heads * width * sizeof(float));
+  const quire::Moments m{*keys,  lengths, mean, covariance, cos,     sin,   mean_keys,
+                         output, half,    heads, kv_heads,  entries, width, scale};
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (long head = 0; head < kv_heads; head++)
+    quire::mean_key(*keys, head, lengths[head], width, mean_keys + head * width);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (long head = 0; head < heads; head++) quire::expect_head(m, head);
 }

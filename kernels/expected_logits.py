@@ -30,7 +30,7 @@ def expected_logits(
 
     mean m [H, D] and covariance C [H, D, D] float32, which must be symmetric, of queries before their rotation; R turns
     by `turn`, None: not at all. 2 * H * E * D^2 FLOPs (half of that in C++). In float32; for keys in bfloat16 the C++
-    kernel rounds the quadratic form to 16 significant bits.
+    kernel rounds the quadratic form of their deviations from the head's mean to bfloat16.
     """
     width = mean.shape[1]
     if backend == "cpu" and keys.pages.dtype == torch.bfloat16 and width % _MULTIPLE == 0:

@@ -59,5 +59,8 @@ def _candidates(scored: Sequence[tuple[LayerView, Tensor]], limits: Limits) -> C
 
 def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
     """[L', K, E] of tensors [K, E], the longest's E; what is added is arbitrary."""
-    longest = max(layer.shape[1] for layer in layers)
-    return torch.stack([pad(layer, (0, longest - layer.shape[1])) for layer in layers])
+    widths = [layer.shape[1] for layer in layers]
+    longest = max(widths)
+    if min(widths) < longest:
+        layers = [pad(layer, (0, longest - width)) for layer, width in zip(layers, widths, strict=True)]
+    return torch.stack(tuple(layers))

@@ -12,6 +12,7 @@ from quire.kernels.expected_logits import expected_logits, expected_logits_refer
 from quire.kernels.key_scores import entry_norms, mean_cosines, mean_cosines_reference
 from quire.kernels.lag_ranks import lag_ranks, lag_ranks_reference
 from quire.kernels.paged_rows import PagedRows
+from quire.kernels.query_moments import add_moments
 from quire.kernels.token_means import mean_by_token
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
@@ -98,7 +99,9 @@ def test_row_that_sees_nothing_gives_nothing() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "entries"), [(6, 2, 64, 517), (2, 2, 128, 31), (3, 1, 40, 9)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_expected_logits(heads: int, kv_heads: int, width: int, entries: int, turned: bool) -> None:
-    keys, factors = noise(kv_heads, entries, width, dtype=torch.bfloat16), noise(heads, width, width)
+    keys, factors = noise(kv_heads, entries, width), noise(heads, width, width)
+    keys[..., 3] += 100  # as biases make it
+    keys = keys.bfloat16()
     lengths = [entries - 5 * head for head in range(kv_heads)]
     angles = noise(1, width // 2 - 4)
     turn = (angles.cos(), angles.sin()) if turned else None
@@ -106,7 +109,7 @@ def test_expected_logits(heads: int, kv_heads: int, width: int, entries: int, tu
     expected = expected_logits_reference(PagedRows.of(keys), *moments)
     for size in SIZES:
         found = expected_logits(in_pages(keys, size, lengths), torch.tensor(lengths), *moments, "cpu")
-        assert_same(found, expected, [length for length in lengths for _ in range(heads // kv_heads)], atol=2e-3)
+        assert_same(found, expected, [length for length in lengths for _ in range(heads // kv_heads)], atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,3 +161,16 @@ def test_means_by_token(size: int) -> None:
         mean_by_token(scores, positions, lengths, 120, size, backend) for backend in ("cpu", "reference")
     )
     assert_same(found, expected, lengths.tolist())
+
+
+@pytest.mark.parametrize(("rows", "heads", "width", "half"), [(300, 3, 64, 32), (1, 2, 32, 10), (17, 1, 128, 64)])
+def test_moments(rows: int, heads: int, width: int, half: int) -> None:
+    query, angles = noise(rows, 2 * heads, width, dtype=torch.bfloat16)[:, :heads], noise(rows, half)
+    before = noise(heads, width, 1) * noise(heads, 1, width)
+    sums = [(noise(heads, width), before + before.mT) for _ in range(2)]
+    for (total, outer), backend in zip(sums, ("cpu", "reference"), strict=True):
+        add_moments(query, angles.cos(), angles.sin(), total, outer, backend)  # type: ignore[arg-type]
+    torch.testing.assert_close(sums[0][0], sums[1][0], atol=1e-4, rtol=1e-4)
+    # Each factor is rounded to 8 bits; errors of many rows partly cancel.
+    torch.testing.assert_close(sums[0][1], sums[1][1], atol=0.01 * rows**0.5 + 0.01, rtol=0.01)
+    assert torch.equal(sums[0][1], sums[0][1].mT)
