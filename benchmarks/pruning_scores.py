@@ -17,11 +17,13 @@ from torch import Tensor
 from quire.core.pruning import Budget, PruneParams
 from quire.kernels.backend import resolve_backend
 from quire.kernels.linear import linear
+from quire.kernels.paged_rows import PagedRows
 from quire.pruning.policy import LayerView
 from quire.pruning.select import select
 from quire.pruning.table import POLICIES, make_policy
 
 WINDOW = 64
+PAGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +69,15 @@ def random_view(shape: Shape, entries: int, dtype: torch.dtype, device: torch.de
 
     heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.dim
     factors = torch.randn(heads, dim, dim, device=device)
+    columns = -(-entries // PAGE)
+    pool = noise(kv_heads * columns, 2, PAGE, dim)
+    pages = torch.randperm(kv_heads * columns, device=device).view(kv_heads, columns).int()
     return LayerView(
         layer=0,
-        keys=noise(kv_heads, entries, dim),
-        values=noise(kv_heads, entries, dim),
+        stored_keys=PagedRows(pool[:, 0], pages, entries),
+        stored_values=PagedRows(pool[:, 1], pages, entries),
         positions=torch.arange(entries, dtype=torch.int32, device=device).repeat(kv_heads, 1),
         lengths=torch.full((kv_heads,), entries, device=device),
-        valid=torch.ones(kv_heads, entries, dtype=torch.bool, device=device),
         num_tokens=entries,
         scale=dim**-0.5,
         queries=noise(WINDOW, heads, dim),

@@ -227,20 +227,3 @@ class KVCache:
         self._kept_host[:] = 0
         self._columns[:] = 0
         self.computed[:] = 0
-
-
-def read_heads(pages: Tensor, table: Tensor, entries: int) -> Tensor:
-    """What the pages [P, B, ...] hold of heads, side by side: [*N, entries, ...], a copy.
-
-    pages: a half of the pool (keys or values) or the positions; table [*N, M] int32. What lies past a head's own length
-    is arbitrary.
-    """
-    columns, step = -(-entries // pages.shape[1]), pages.stride(0) // pages[0].numel()
-    if step > 1:
-        # As every other block of the whole: torch copies blocks of a contiguous tensor twice as fast.
-        shape = ((len(pages) - 1) * step + 1, *pages.shape[1:])
-        pages, table = pages.as_strided(shape, (pages[0].numel(), *pages.stride()[1:])), table * step
-    read = pages.index_select(0, table[..., :columns].flatten())
-    return read.view(*table.shape[:-1], columns * pages.shape[1], *pages.shape[2:])[
-        (slice(None),) * (table.dim() - 1) + (slice(entries),)
-    ]

@@ -14,10 +14,11 @@ from torch import Tensor
 from ..core.ids import SlotId
 from ..core.plan import BatchPlan
 from ..kernels.attention_columns import attention_columns
-from ..kernels.rotary import rotate_reference
+from ..kernels.backend import Backend
+from ..kernels.paged_rows import PagedRows
+from ..kernels.query_moments import add_moments
 from ..models.context import AttentionContext, Scoring
 from ..pruning.policy import Needs, Rotation
-from .cache import read_heads
 from .masses import MassRows
 from .query_rings import QueryRings
 from .staging import upload
@@ -51,6 +52,10 @@ class Observations:
     """[L'] sums of the queries [H, D] and of their outer products [H, D, D], float32, before rotation."""
     summed: int = 0
     """Position up to which queries are in `sums`; what follows is still in the ring."""
+    turns: tuple[int, int, Tensor, Tensor] | None = None
+    """Of the rows that were summed last: first position, how many, and what undoes their rotation."""
+    backend: Backend = "reference"
+    """Which kernels may sum."""
 
     def moved(self, device: torch.device) -> "Observations":
         """The same in a device's memory, without what the rings hold."""
@@ -62,6 +67,7 @@ class Observations:
             self,
             rings=None,
             newest=None,
+            turns=None,
             mass=all_of(self.mass),
             repeated=all_of(self.repeated),
             sums=[None if pair is None else (pair[0].to(device), pair[1].to(device)) for pair in self.sums],
@@ -89,8 +95,8 @@ class Observations:
         count, sums = num_tokens - max(self.first, self.sinks), self.sums[layer] if self.sums else None
         if sums is None or count < 1:
             return None
-        mean, outer = (total / count for total in sums)
-        return mean, outer - mean[:, :, None] * mean[:, None, :]
+        mean = sums[0] / count
+        return mean, torch.baddbmm(sums[1], mean[:, :, None], mean[:, None, :], beta=1 / count, alpha=-1)
 
     def sum_ring(self, end: int, device: torch.device) -> None:
         """Count the queries that wait in the ring, up to position `end`."""
@@ -104,22 +110,26 @@ class Observations:
 
     def add_moments(self, layer: int, start: int, query: Tensor) -> None:
         """Count the rows [n, H, D] that are not the sinks'; turned back to what they were before rotation."""
-        assert self.rotation is not None, "the policy needs a rotary embedding that we know"
         skipped = max(self.sinks - start, 0)
-        query = query[skipped:].float()
-        if not len(query):
+        query = query[skipped:]
+        rows, heads, width = query.shape
+        if not rows:
             return
-        first = start + skipped
-        cos, sin = self.rotation(torch.arange(first, first + len(query), device=query.device))
-        # A sharpened embedding (YaRN) also stretches: cos^2 + sin^2 is the square of that.
-        stretch = cos[:1, :1].square() + sin[:1, :1].square()
-        plain = rotate_reference(query, cos / stretch, -sin / stretch).transpose(0, 1)
-        total, outer, known = plain.sum(1), plain.mT @ plain, self.sums[layer]
+        known = self.sums[layer]
         if known is None:
-            self.sums[layer] = total, outer
-        else:
-            known[0].add_(total)
-            known[1].add_(outer)
+            total = query.new_zeros(heads, width, dtype=torch.float32)
+            known = self.sums[layer] = total, total.new_zeros(heads, width, width)
+        add_moments(query, *self._turned_back(start + skipped, rows, query.device), *known, self.backend)
+
+    def _turned_back(self, first: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [n, R / 2] that undo the rotation at these positions: the same for all layers."""
+        assert self.rotation is not None, "the policy needs a rotary embedding that we know"
+        if self.turns is None or self.turns[:2] != (first, rows):
+            cos, sin = self.rotation(torch.arange(first, first + rows, device=device))
+            # A sharpened embedding (YaRN) also stretches: cos^2 + sin^2 is the square of that.
+            stretch = cos[:1, :1].square() + sin[:1, :1].square()
+            self.turns = first, rows, cos / stretch, -sin / stretch
+        return self.turns[2:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,8 +362,8 @@ def _add_columns(
     table, entries = context.page_table[watched.index, layer], watched.entries
     new = attention_columns(
         query,
-        read_heads(context.pool[:, 0], table, entries),
-        read_heads(context.entry_positions, table, entries),
+        PagedRows(context.pool[:, 0], table, entries),
+        PagedRows(context.entry_positions, table, entries).read(),
         context.kept[watched.index, layer] + len(query),
         context.positions[watched.rows],
         reduce="max" if watched.scratch else "sum",

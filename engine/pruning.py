@@ -13,6 +13,7 @@ from ..core.ids import SlotId
 from ..core.plan import BatchPlan, Compaction, IntArray, PruneOrder, SlotAssignment
 from ..core.pruning import PolicyInfo, PruneParams, Refinement
 from ..kernels.backend import Backend
+from ..kernels.paged_rows import PagedRows
 from ..models.context import Scoring
 from ..models.native import NativeRunner
 from ..models.rope import RotaryEmbedding
@@ -20,13 +21,10 @@ from ..models.runner import ModelRunner
 from ..pruning.policy import LayerView, Needs, Policy, Rotation
 from ..pruning.select import Selection, select
 from ..pruning.table import make_policy, policy_infos
-from .cache import KVCache, read_heads
+from .cache import KVCache
 from .observe import Observations, StepObserver
 from .query_rings import QueryRings
 from .staging import upload
-
-_BLOCK = 1 << 22
-"""Bytes of keys, and as many of values, that are read at a time, or a layer's."""
 
 
 def offered_policies(runner: ModelRunner) -> dict[str, PolicyInfo]:
@@ -91,7 +89,9 @@ class Pruner:
         if not (needs.queries or needs.mass or needs.moments or needs.repeat):
             return
         rotation, first = self._rotation(assignment.max_length), assignment.cached
-        seen = Observations(needs, params.window, params.sinks, first, rotation=rotation, summed=first)
+        seen = Observations(
+            needs, params.window, params.sinks, first, rotation=rotation, summed=first, backend=self._backend
+        )
         if needs.queries or needs.moments:
             seen.rings = self._rings.setdefault(params.window, QueryRings(len(self._layers), params.window))
             seen.row = seen.rings.take()
@@ -205,46 +205,33 @@ class Pruner:
         return rotate
 
     def _views(self, slot: SlotId) -> Iterator[LayerView]:
-        """The layers without a window, read block by block: a long context is held once, not twice."""
+        """The layers without a window; keys and values stay in their pages until a policy reads them."""
         cache, seen, needs = self._cache, self._seen.get(slot), self._policies[slot][1].needs
         num_tokens = int(cache.computed[slot])
         host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)[self._layers].astype(np.int64)
         longest, lengths = int(host.max()), upload(host, cache.device)
-        valid = torch.arange(longest, device=cache.device) < lengths[..., None]
         tables = cache.page_table[slot, self._layers]
-        positions = read_heads(cache.entry_positions, tables, longest)
+        positions = PagedRows(cache.entry_positions, tables, longest).read()
+        keys, values = cache.pool.unbind(1)
+        parts = zip(host.max(1).tolist(), tables.unbind(), positions.unbind(), lengths.unbind(), strict=True)
         if seen is not None:
             seen.prepare(num_tokens, cache.device)
-        blocks = self._keys_and_values(tables, longest, needs)
-        for index, (layer, (keys, values)) in enumerate(zip(self._layers, blocks, strict=True)):
-            entries, scoring = int(host[index].max()), self._scorings[layer]
-            of_layer = positions[index, :, :entries]
+        for index, (layer, part) in enumerate(zip(self._layers, parts, strict=True)):
+            entries, table, of_layer, of_heads = part
+            of_layer, scoring = of_layer[:, :entries], self._scorings[layer]
             yield LayerView(
                 layer=layer,
-                keys=keys[:, :entries],
-                values=values[:, :entries],
+                stored_keys=PagedRows(keys, table, entries),
+                stored_values=PagedRows(values, table, entries),
                 positions=of_layer,
-                lengths=lengths[index],
-                valid=valid[index, :, :entries],
+                lengths=of_heads,
                 num_tokens=num_tokens,
-                shortest=int(host[index].min()),
                 scale=scoring.scale,
                 softcap=scoring.softcap,
                 sink_logits=scoring.sinks,
                 backend=self._backend,
                 output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
                 **({} if seen is None else _observed(seen, layer, index, of_layer, num_tokens)),
-            )
-
-    def _keys_and_values(self, tables: Tensor, longest: int, needs: Needs) -> Iterator[tuple[Tensor, Tensor]]:
-        """Per layer of tables [L', K, M] its keys and values [K, longest, D], or [K, 0, D] where not needed."""
-        pool = self._cache.pool
-        size = max(1, _BLOCK // (longest * tables.shape[1] * pool[0, 0, 0].nbytes))
-        for part in tables.split(size):
-            yield from zip(
-                read_heads(pool[:, 0], part, longest if needs.keys else 0),
-                read_heads(pool[:, 1], part, longest if needs.values else 0),
-                strict=True,
             )
 
 

@@ -11,16 +11,18 @@ from torch import Tensor
 
 from .backend import Backend
 from .cpu_library import DTYPES, loaded_library
+from .paged_rows import PagedRows
 
 MAX_WEIGHTS = 1 << 22
 """Most weights that exist at a time (16 MiB of float32): rows are taken in slices, never all against all."""
-_PARTS = 4
-"""Shares of the rows that the C++ kernel computes on their own, so that few heads occupy many threads."""
+_PARTS, _COLUMNS = 4, 16
+"""Shares of the rows that the C++ kernel computes on their own, so that few heads occupy many threads; and the rows and
+heads of a group that make a share worth while: what it multiplies at once."""
 
 
 def attention_columns(
     query: Tensor,
-    keys: Tensor,
+    keys: PagedRows,
     entry_positions: Tensor,
     lengths: Tensor,
     positions: Tensor,
@@ -38,8 +40,10 @@ def attention_columns(
     without an entry. Softmax in float32.
     2 * n * H * E * D FLOPs at most.
     """
-    if backend == "cpu" and len(query) and keys.dtype == query.dtype and keys.dtype in DTYPES:
+    if backend == "cpu" and len(query) and keys.pages.dtype == query.dtype and query.dtype in DTYPES:
         parts = _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
+        if parts.shape[1] == 1:
+            return parts[:, 0]
         return parts.sum(1) if reduce == "sum" else parts.amax(1)
     return attention_columns_reference(
         query, keys, entry_positions, lengths, positions, reduce=reduce, scale=scale, softcap=softcap, sinks=sinks
@@ -48,7 +52,7 @@ def attention_columns(
 
 def attention_columns_reference(
     query: Tensor,
-    keys: Tensor,
+    keys: PagedRows,
     entry_positions: Tensor,
     lengths: Tensor,
     positions: Tensor,
@@ -60,12 +64,12 @@ def attention_columns_reference(
 ) -> Tensor:
     """See `attention_columns`; on any device."""
     rows, heads, width = query.shape
-    kv_heads, longest = keys.shape[:2]
+    kv_heads, longest = len(keys.table), keys.entries
     group = heads // kv_heads
-    missing = torch.arange(longest, device=keys.device) >= lengths[:, None]
-    transposed = keys.float().masked_fill(missing[..., None], 0.0).transpose(1, 2)
+    missing = torch.arange(longest, device=query.device) >= lengths[:, None]
+    transposed = keys.read().float().masked_fill(missing[..., None], 0.0).transpose(1, 2)
     folded = query.view(rows, kv_heads, group, width).transpose(0, 1)
-    result = torch.zeros(kv_heads, longest, device=keys.device)
+    result = torch.zeros(kv_heads, longest, device=query.device)
     step = max(1, MAX_WEIGHTS // (heads * longest))
     for first in range(0, rows, step):
         part = folded[:, first : first + step]
@@ -81,7 +85,7 @@ def attention_columns_reference(
 
 def _columns_cpu(
     query: Tensor,
-    keys: Tensor,
+    keys: PagedRows,
     entry_positions: Tensor,
     lengths: Tensor,
     positions: Tensor,
@@ -91,20 +95,21 @@ def _columns_cpu(
     sinks: Tensor | None,
 ) -> Tensor:
     """[K, parts, E] by cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
-    (rows, heads, width), (kv_heads, entries) = query.shape, keys.shape[:2]
+    (rows, heads, width), (kv_heads, entries) = query.shape, (len(keys.table), keys.entries)
     query = query if query[0].is_contiguous() else query.contiguous()
-    keys = keys if keys[0].is_contiguous() else keys.contiguous()
     entry_positions = entry_positions if entry_positions.stride(1) == 1 else entry_positions.contiguous()
     positions, lengths = positions.int().contiguous(), lengths.long().contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
-    output = torch.empty(kv_heads, _PARTS, entries)
+    parts = min(_PARTS, -(-rows * heads // (kv_heads * _COLUMNS)))
+    output = torch.empty(kv_heads, parts, entries)
     loaded_library().attention_columns(
-        *(tensor.data_ptr() for tensor in (query, keys, entry_positions, positions, lengths)),
+        query.data_ptr(),
+        keys.arguments(),
+        *(tensor.data_ptr() for tensor in (entry_positions, positions, lengths)),
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
-        *(tensor.stride(0) for tensor in (query, keys, entry_positions)),
-        *(rows, heads, kv_heads, entries, width, _PARTS),
-        *(scale, softcap or 0.0, reduce == "max", keys.dtype == torch.bfloat16, torch.get_num_threads()),
+        *(query.stride(0), entry_positions.stride(0), rows, heads, kv_heads, entries, width, parts),
+        *(scale, softcap or 0.0, reduce == "max", query.dtype == torch.bfloat16, torch.get_num_threads()),
     )
     return output
 

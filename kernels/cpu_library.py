@@ -72,6 +72,18 @@ class DraftChainArgs(ctypes.Structure):
     )
 
 
+class PagesArgs(ctypes.Structure):
+    """`quire::Pages` of cpu_entries.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("base", "table")),
+        *((name, _LONG) for name in ("stride", "table_stride", "size")),
+    )
+
+
+_PAGES = ctypes.POINTER(PagesArgs)
+
+
 class CpuLibrary:
     """The functions of the library; arguments as in the C++ sources."""
 
@@ -100,15 +112,30 @@ class CpuLibrary:
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
         self.attention_columns = library.quire_attention_columns
-        self.attention_columns.argtypes = [_POINTER] * 7 + [_LONG] * 9 + [_FLOAT] * 2 + [_INT] * 3
-        self.quadratic_form = library.quire_quadratic_form
-        self.quadratic_form.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_INT]
+        self.attention_columns.argtypes = [_POINTER, _PAGES, *[_POINTER] * 5, *[_LONG] * 8, *[_FLOAT] * 2, *[_INT] * 3]
+        self.expected_logits = library.quire_expected_logits
+        self.expected_logits.argtypes = [_PAGES, *[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT]
+        self.add_moments = library.quire_add_moments
+        self.add_moments.argtypes = [_POINTER] * 5 + [_LONG] * 5 + [_INT]
+        self.entry_norms = library.quire_entry_norms
+        self.entry_norms.argtypes = [_PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
+        self.mean_cosines = library.quire_mean_cosines
+        self.mean_cosines.argtypes = self.entry_norms.argtypes
         self.lag_ranks = library.quire_lag_ranks
-        self.lag_ranks.argtypes = [_POINTER] * 3 + [_LONG] * 6 + [_FLOAT, _INT, _INT]
+        self.lag_ranks.argtypes = [*[_PAGES] * 2, *[_POINTER] * 2, *[_LONG] * 5, _FLOAT, *[_INT] * 2]
+        self.mean_by_token = library.quire_mean_by_token
+        self.mean_by_token.argtypes = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
+        self.rank_entries = library.quire_rank_entries
+        self.rank_entries.argtypes = [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3
+        self.best_entries = library.quire_best_entries
+        self.best_entries.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
+        self.share_best = library.quire_share_best
+        self.share_best.argtypes = [_POINTER] * 2 + [_LONG] * 4 + [_INT]
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.draft_chain)
         choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
-        scores = (self.attention_columns, self.quadratic_form, self.lag_ranks)
-        for function in (*layers, *choices, self.compact, *scores):
+        scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
+        ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
+        for function in (*layers, *choices, self.compact, *scores, *ranking):
             function.restype = None
 
 

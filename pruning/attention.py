@@ -17,7 +17,7 @@ def mean_attention(view: LayerView, rows: int) -> Tensor:
     queries, positions = view.queries[-rows:], view.query_positions[-rows:]
     received = attention_columns(
         queries,
-        view.keys,
+        view.stored_keys,
         view.positions,
         view.lengths,
         positions,
@@ -27,4 +27,4 @@ def mean_attention(view: LayerView, rows: int) -> Tensor:
         sinks=view.sink_logits,
         backend=view.backend,
     )
-    return received.div_(len(queries) * queries.shape[1] // len(view.keys))
+    return received.div_(len(queries) * queries.shape[1] // len(view.lengths))

@@ -4,7 +4,7 @@ A budget sees all layers' scores and says how many entries each head keeps; `sel
 always kept and cuts it to what the head has. Letters: L' layers, K kv heads, E entries of a layer's longest head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.pruning import Budget, PruneParams
+from ..kernels.backend import Backend
+from ..kernels.ranking import best_entries, share_best
 from .masses import as_masses
 
 PYRAMID_BETA = 20
@@ -22,104 +24,101 @@ ADA_SAFEGUARD = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """One layer's entries, ready to be ranked."""
+    """The entries of all layers, ready to be ranked."""
 
     scores: Tensor
-    """[K, E] float32: inf where an entry is always kept, -inf past a head's length, else finite."""
+    """[L', K, E] float32: inf where an entry is always kept, -inf past a head's length, else finite."""
     lengths: Tensor
-    """[K] int64."""
+    """[L', K] int64."""
     protected: Tensor
-    """[K] int64: how many entries of a head are always kept."""
+    """[L', K] int64: how many entries of a head are always kept."""
     num_tokens: int
     """n, of the sequence; a head may hold fewer entries."""
+    backend: Backend = "reference"
+    """Which kernels may rank them."""
 
 
-def uniform(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def uniform(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """The same number for every head."""
-    return [torch.full_like(layer.lengths, target) for layer in layers]
+    return torch.full_like(entries.lengths, target)
 
 
-def pyramid(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def pyramid(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """Fewer from layer to layer, evenly (PyramidKV, Cai et al. 2024).
 
     Uniform where the last layer would get less than what is always kept.
     """
     # Of the sequence, not of what earlier prunes left: else the first layer would lose a window at each of them.
-    most = layers[0].num_tokens - params.window
+    most, layers = entries.num_tokens - params.window, len(entries.lengths)
     low = target / PYRAMID_BETA
     high = 2 * target - low
     if high > most:
         high = most
         low = 2 * target - high
-    if len(layers) == 1 or not high >= low >= params.sinks + params.window:
-        return uniform(layers, params, target)
-    step = (high - low) / (len(layers) - 1)
+    if layers == 1 or not high >= low >= params.sinks + params.window:
+        return uniform(entries, params, target)
+    step = (high - low) / (layers - 1)
     # Rounding all marks down from the running total makes the sum exact.
-    marks = [int(high * n - step * n * (n - 1) / 2 + 1e-6) for n in range(len(layers) + 1)]
-    return [torch.full_like(layer.lengths, marks[i + 1] - marks[i]) for i, layer in enumerate(layers)]
+    marks = torch.tensor([int(high * n - step * n * (n - 1) / 2 + 1e-6) for n in range(layers + 1)])
+    return marks.diff().to(entries.lengths.device)[:, None].expand_as(entries.lengths)
 
 
-def prefix(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def prefix(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """Every layer keeps the same share of its importance (PrefixKV, Wang et al. 2024), measured on these scores.
 
     A layer's importance is the mean over its heads of what their best entries hold of all that may go; what is always
     kept stands outside. An entry stays if what ranks before it holds less than a threshold; the threshold that meets
     the total is the one below which as many entries lie, so they are simply taken in that order.
     """
-    before = [_share_before(layer) for layer in layers]
-    spare = target * len(layers) - int(torch.stack([_always(layer) for layer in layers]).sum())
-    shares = torch.cat(before)
-    owner = torch.cat([torch.full_like(share, i, dtype=torch.int64) for i, share in enumerate(before)])
-    taken = owner[shares.sort(stable=True).indices[: max(0, spare)]].bincount(minlength=len(layers))
-    return [layer.protected + taken[i] for i, layer in enumerate(layers)]
+    shares = _shares_before(entries)
+    # Of each layer, rounded up.
+    always = int(entries.protected.float().mean(1).ceil().sum())
+    spare = max(0, target * len(shares) - always)
+    order = shares.flatten().sort(stable=True)
+    owner = (order.indices // shares.shape[1])[:spare].masked_fill(order.values[:spare].isinf(), len(shares))
+    return entries.protected + owner.bincount(minlength=len(shares) + 1)[:-1, None]
 
 
-def _always(layer: Candidates) -> Tensor:
-    """Entries per head that a layer always keeps, rounded up."""
-    return layer.protected.float().mean().ceil().long()
+def _shares_before(entries: Candidates) -> Tensor:
+    """[L', E] float32: what the ranks before each hold of a layer's importance, mean over its heads.
+
+    inf for ranks that none of its heads has.
+    """
+    free = entries.scores.isfinite()
+    ranked = as_masses(entries.scores.masked_fill(~free, 0), free).sort(2, descending=True).values
+    total = ranked.sum(2, keepdim=True)
+    share = (ranked / total.clamp(min=1e-30)).cumsum(2).mean(1)
+    before = pad(share, (1, -1))
+    ranks = (entries.lengths - entries.protected).amax(1, keepdim=True)
+    return before.masked_fill(torch.arange(before.shape[1], device=before.device) >= ranks, float("inf"))
 
 
-def _share_before(layer: Candidates) -> Tensor:
-    """[N] float32: what the ranks before each hold of the importance, mean over heads; N ranks that any head has."""
-    free = layer.scores.isfinite()
-    ranked = as_masses(layer.scores.masked_fill(~free, 0), free).sort(1, descending=True).values
-    total = ranked.sum(1, keepdim=True)
-    share = (ranked / total.clamp(min=1e-30)).cumsum(1).mean(0)
-    return torch.cat([share.new_zeros(1), share])[: int((layer.lengths - layer.protected).max())]
-
-
-def ada(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def ada(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """The best of all heads of a layer together, each head sure of a part (Ada-KV, Feng et al. 2024)."""
-    counts = []
-    for layer in layers:
-        safe = layer.scores.topk(min(max(1, int(target * ADA_SAFEGUARD)), layer.scores.shape[1]), dim=1)
-        boosted = safe.values.masked_fill(safe.values > float("-inf"), float("inf"))
-        counts.append(_best_of_all(layer.scores.scatter(1, safe.indices, boosted), target))
-    return counts
+    layers, heads, longest = entries.scores.shape
+    sure = entries.lengths.clamp(max=max(1, int(target * ADA_SAFEGUARD)))
+    safe = best_entries(entries.scores.flatten(0, 1), sure.flatten(), entries.backend).long()
+    real = torch.arange(safe.shape[1], device=safe.device) < sure.flatten()[:, None]
+    boosted = pad(entries.scores.flatten(0, 1), (0, 1))
+    boosted.scatter_(1, safe.masked_fill(~real, longest), float("inf"))
+    scores = boosted[:, :longest].view(layers, heads, longest)
+    return share_best(scores, heads * target, entries.backend)
 
 
-def over_all(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def over_all(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """The best of all heads of all layers together (KVzip, Kim et al. 2025); what is always kept is in the total."""
-    width = max(layer.scores.shape[1] for layer in layers)
-    padded = [pad(layer.scores, (0, width - layer.scores.shape[1]), value=float("-inf")) for layer in layers]
-    return list(_best_of_all(torch.cat(padded), target).split([len(layer.scores) for layer in layers]))
+    scores = entries.scores.flatten(0, 1)
+    return share_best(scores[None], len(scores) * target, entries.backend).view_as(entries.lengths)
 
 
-def _best_of_all(scores: Tensor, target: int) -> Tensor:
-    """[N] int64: how many of the N * target best of scores [N, E] are in each row; -inf is none."""
-    rows, entries = scores.shape
-    best = scores.flatten().topk(min(rows * target, rows * entries))
-    owner = (best.indices // entries).masked_fill(best.values == float("-inf"), rows)
-    return owner.bincount(minlength=rows + 1)[:rows]
-
-
-def threshold(layers: Sequence[Candidates], params: PruneParams, target: int) -> list[Tensor]:
+def threshold(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """All that scores at least `params.threshold`, and no head fewer than `params.floor`: the total is not bounded."""
     bar = params.threshold if params.threshold is not None else float("-inf")
-    return [((layer.scores >= bar) & (layer.scores > float("-inf"))).sum(1).clamp(min=params.floor) for layer in layers]
+    enough = (entries.scores >= bar) & (entries.scores > float("-inf"))
+    return enough.sum(2).clamp(min=params.floor)
 
 
-BUDGETS: dict[Budget, Callable[[Sequence[Candidates], PruneParams, int], list[Tensor]]] = {
+BUDGETS: dict[Budget, Callable[[Candidates, PruneParams, int], Tensor]] = {
     "uniform": uniform,
     "pyramid": pyramid,
     "prefix": prefix,
@@ -127,4 +126,4 @@ BUDGETS: dict[Budget, Callable[[Sequence[Candidates], PruneParams, int], list[Te
     "global": over_all,
     "threshold": threshold,
 }
-"""Name -> function of (layers, params, mean entries per head), giving [K] int64 entries for each head of each layer."""
+"""Name -> function of (entries, params, mean entries per head), giving the entries of each head, [L', K] int64."""

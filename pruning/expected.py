@@ -8,8 +8,8 @@ makes it a probability.
 import torch
 from torch import Tensor
 
-from ..kernels.quadratic_form import quadratic_form
-from ..kernels.rotary import rotate_reference
+from ..kernels.expected_logits import expected_logits
+from ..kernels.key_scores import entry_norms
 from .policy import LayerView, Limits, Needs
 
 HORIZON = 512
@@ -27,30 +27,19 @@ class ExpectedAttentionPolicy:
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""
-        counted = view.valid & (view.positions >= limits.sinks)
-        logits = _expected_logits(view, self._average_turn(view)).masked_fill_(~counted[:, None], float("-inf"))
-        norms = torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
-        return logits.softmax(2).mean(1) * norms
+        if view.query_mean is None or view.query_covariance is None:
+            raise ValueError("the view has no moments of queries: the policy must name them in its needs")
+        moments, turn = (view.query_mean, view.query_covariance), self._average_turn(view)
+        logits = expected_logits(view.stored_keys, view.lengths, *moments, turn, view.scale, view.backend)
+        ignored = ~view.valid | (view.positions < limits.sinks)
+        grouped = logits.unflatten(0, (len(view.lengths), -1)).masked_fill_(ignored[:, None], float("-inf"))
+        return grouped.softmax(2).mean(1) * entry_norms(view.stored_values, view.lengths, view.backend)
 
     def _average_turn(self, view: LayerView) -> tuple[Tensor, Tensor] | None:
         if view.rotation is None:
             return None
         if self._turn is None or self._turn[0] != view.num_tokens:
-            positions = torch.arange(view.num_tokens, view.num_tokens + HORIZON, device=view.keys.device)
+            positions = torch.arange(view.num_tokens, view.num_tokens + HORIZON, device=view.lengths.device)
             cos, sin = view.rotation(positions)
             self._turn = view.num_tokens, (cos.mean(0, keepdim=True), sin.mean(0, keepdim=True))
         return self._turn[1]
-
-
-def _expected_logits(view: LayerView, turn: tuple[Tensor, Tensor] | None) -> Tensor:
-    """[K, G, E] float32; turn: cosines and sines [1, R / 2] of the rotation averaged over the next positions."""
-    if view.query_mean is None or view.query_covariance is None:
-        raise ValueError("the view has no moments of queries: the policy must name them in its needs")
-    mean, covariance = view.query_mean, view.query_covariance
-    if turn is not None:
-        # R C R^T turns the rows of C, then its columns.
-        mean = rotate_reference(mean[None], *turn)[0]
-        for _ in range(2):
-            covariance = rotate_reference(covariance.flatten(0, 1)[None], *turn).view_as(covariance).mT
-    linear, square = view.scale * mean, view.scale**2 / 2 * covariance
-    return quadratic_form(view.keys, linear, square, view.backend).unflatten(0, (len(view.keys), -1))

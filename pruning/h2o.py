@@ -12,7 +12,7 @@ from .policy import LayerView, Limits, Needs
 class H2OPolicy:
     """The paper splits the budget between heavy hitters and recent entries: set the window to half of it."""
 
-    needs = Needs(keys=False, values=False, mass=True)
+    needs = Needs(mass=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

@@ -13,7 +13,7 @@ from .policy import LayerView, Limits, Needs
 class KVzipPolicy:
     """The paper drops the lowest of all heads and layers, which is the budget `global`."""
 
-    needs = Needs(keys=False, values=False, repeat=True)
+    needs = Needs(repeat=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

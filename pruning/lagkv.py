@@ -24,16 +24,9 @@ class LagKVPolicy:
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""
-        entries, sinks = view.valid.shape[1], limits.sinks
-        newest = 1 + torch.arange(entries, device=view.keys.device) / entries
+        entries = view.positions.shape[1]
+        newest = 1 + torch.arange(entries, device=view.lengths.device) / entries
         scores = newest.repeat(len(view.lengths), 1)
-        count = (entries - sinks) // PARTITION
-        if count < 2:
-            return scores
-        span = slice(sinks, sinks + count * PARTITION)
-        ranks = lag_ranks(view.keys[:, span], view.values[:, span], PARTITION, view.backend)
-        complete = (view.lengths - sinks) // PARTITION
-        ranked = torch.arange(count - 1, device=complete.device) < complete[:, None] - 1
-        scored = scores[:, sinks : sinks + (count - 1) * PARTITION].unflatten(1, (count - 1, PARTITION))
-        scored.copy_(torch.where(ranked[:, :, None], ranks, scored))
+        states = view.stored_keys, view.stored_values, view.lengths
+        lag_ranks(scores, *states, first=limits.sinks, size=PARTITION, backend=view.backend)
         return scores

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..kernels.backend import Backend
+from ..kernels.paged_rows import PagedRows
 
 Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions [N] int64 -> cosines and sines [N, R / 2] float32 of the model's rotary embedding (half-split layout)."""
@@ -18,13 +20,8 @@ Rotation = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the engine must gather for a policy while it serves; the default, keys and values alone, costs nothing.
+    """What the engine must gather for a policy while it serves; the default, what the cache holds, costs nothing."""
 
-    A policy that does without keys or values says so: they are not read for it.
-    """
-
-    keys: bool = True
-    values: bool = True
     queries: bool = False
     """The newest queries, `PruneParams.window` of them."""
     mass: bool = False
@@ -42,22 +39,18 @@ class LayerView:
     """One layer of one sequence, as a policy sees it. Read only; what lies past a head's length is arbitrary."""
 
     layer: int
-    keys: Tensor
-    """[K, E, D] in the cache's type, rotated at the entries' own positions; [K, 0, D] where `Needs` does without."""
-    values: Tensor
-    """[K, E, D], or the same."""
+    stored_keys: PagedRows
+    """[K, E, D] in the cache's type, rotated at the entries' own positions, where they lie: for kernels."""
+    stored_values: PagedRows
+    """[K, E, D], as well."""
     positions: Tensor
     """[K, E] int32: logical positions, ascending within a head."""
     lengths: Tensor
     """[K] int64: entries of each head."""
-    valid: Tensor
-    """[K, E] bool: index below the head's length."""
     num_tokens: int
     """n, the position of the next token."""
     scale: float
     """Of the scores: q.k * scale."""
-    shortest: int = 0
-    """Every head has at least so many entries: a number of the host, to spare masks where nothing is hidden."""
     softcap: float | None = None
     sink_logits: Tensor | None = None
     """[H]: one more logit per query head, which takes mass from the entries (gpt-oss)."""
@@ -81,6 +74,21 @@ class LayerView:
     """[hidden, H * D]."""
     backend: Backend = "reference"
     """Which kernels may compute the scores."""
+
+    @property
+    def keys(self) -> Tensor:
+        """[K, E, D]: a copy of `stored_keys`, made each time."""
+        return self.stored_keys.read()
+
+    @property
+    def values(self) -> Tensor:
+        """[K, E, D]: a copy of `stored_values`, made each time."""
+        return self.stored_values.read()
+
+    @property
+    def valid(self) -> Tensor:
+        """[K, E] bool: index below the head's length."""
+        return torch.arange(self.positions.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ class ValueNormPolicy:
     @property
     def needs(self) -> Needs:
         """The inner policy's, and the output projection."""
-        return replace(self.inner.needs, values=True, output_weight=True)
+        return replace(self.inner.needs, output_weight=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""
@@ -71,16 +71,17 @@ def projected_norms(view: LayerView) -> Tensor:
     """[K, E] float32: |W_o v|_1 of each entry's value, mean over the query heads of its group."""
     if view.output_weight is None:
         raise ValueError("the view has no output projection: the policy must name it in its needs")
-    kv_heads, entries, dim = view.values.shape
+    states = view.values
+    kv_heads, entries, dim = states.shape
     # The heads of a group side by side: the sum of their norms is one norm.
     weights = view.output_weight.unflatten(1, (kv_heads, -1, dim)).permute(1, 3, 2, 0).flatten(2)
     width, hidden = weights.shape[2], view.output_weight.shape[0]
     rows = max(1, (_CPU_BLOCK if weights.device.type == "cpu" else _BLOCK) // width)
     # A mean cannot overflow float16 where a sum might.
     mean = weights.new_full((width,), 1 / width)
-    norms = view.values.new_empty(kv_heads, entries, dtype=torch.float32)
+    norms = states.new_empty(kv_heads, entries, dtype=torch.float32)
     for head in range(kv_heads):
         for start in range(0, entries, rows):
-            values = view.values[head, start : start + rows]
-            norms[head, start : start + rows] = (values @ weights[head]).abs_() @ mean
+            some = states[head, start : start + rows]
+            norms[head, start : start + rows] = (some @ weights[head]).abs_() @ mean
     return norms * hidden

@@ -3,7 +3,7 @@
 Letters: L' layers given, K kv heads, E entries of a layer's longest head, E' entries that the longest head keeps.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.pruning import PruneParams
+from ..kernels.ranking import best_entries, rank_entries
 from .budgets import BUDGETS, Candidates
-from .policy import LayerView, Limits, Policy, protected
+from .policy import LayerView, Limits, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,39 +35,32 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
-    layers = [_candidates(policy.scores(view, limits), view, limits) for view in views]
-    if not layers:
+    scored = [(view, policy.scores(view, limits).float()) for view in views]
+    if not scored:
         raise ValueError("select needs at least one layer")
-    shares = torch.stack(BUDGETS[params.budget](layers, params, target))
-    least, most = (torch.stack(bound) for bound in zip(*((one.protected, one.lengths) for one in layers), strict=True))
-    counts = torch.minimum(shares.clamp(min=least), most)
-    longest = max(layer.scores.shape[1] for layer in layers)
-    padded = [pad(layer.scores, (0, longest - layer.scores.shape[1]), value=float("-inf")) for layer in layers]
-    keep = _best(torch.cat(padded), counts.flatten())
+    candidates = _candidates(scored, limits)
+    backend = scored[0][0].backend
+    shares = BUDGETS[params.budget](candidates, params, target)
+    counts = shares.clamp(min=candidates.protected).minimum(candidates.lengths)
+    keep = best_entries(candidates.scores.flatten(0, 1), counts.flatten(), backend)
     return Selection(keep.unflatten(0, counts.shape), counts.int())
 
 
-def _candidates(scores: Tensor, view: LayerView, limits: Limits) -> Candidates:
-    """Scores with every entry in its rank: protected ones first, then the finite ones, what lies past the end last."""
-    most = torch.finfo(torch.float32).max
-    finite = scores.float().nan_to_num(nan=-most, posinf=most, neginf=-most)
-    stays = protected(view, limits)
-    ranked = finite.masked_fill(stays, float("inf")).masked_fill(~view.valid, float("-inf"))
-    return Candidates(ranked, view.lengths.long(), stays.sum(1), view.num_tokens)
+def _candidates(scored: Sequence[tuple[LayerView, Tensor]], limits: Limits) -> Candidates:
+    """All layers' entries in their ranks: protected ones first, then the finite ones, what lies past the end last."""
+    view = scored[0][0]
+    scores = _side_by_side([scores for _, scores in scored])
+    positions = _side_by_side([view.positions for view, _ in scored])
+    lengths = torch.stack([view.lengths for view, _ in scored])
+    newest = view.num_tokens - limits.window
+    ranked, kept = rank_entries(scores, positions, lengths, sinks=limits.sinks, newest=newest, backend=view.backend)
+    return Candidates(ranked, lengths, kept, view.num_tokens, view.backend)
 
 
-def _best(scores: Tensor, counts: Tensor) -> Tensor:
-    """Indices [N, max(counts)] int32 of the counts [N] best of scores [N, E], ascending; ties go to the older entry."""
-    rows = len(scores)
-    fewest, width = torch.stack([counts.min(), counts.max()]).tolist()
-    if fewest == width:
-        bar = scores.topk(width, dim=1, sorted=False).values.amin(1, keepdim=True)
-    else:
-        bar = scores.sort(dim=1, descending=True).values.gather(1, (counts - 1).clamp(min=0)[:, None])
-    better, equal = scores > bar, scores == bar
-    spare = counts - better.sum(1)
-    chosen = (better | (equal & (equal.cumsum(1) <= spare[:, None]))).nonzero()[:, 1].int()
-    if fewest == width:
-        return chosen.view(rows, width)
-    real = torch.arange(width, device=scores.device) < counts[:, None]
-    return torch.zeros(rows, width, dtype=torch.int32, device=scores.device).masked_scatter_(real, chosen)
+def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
+    """[L', K, E] of tensors [K, E], the longest's E; what is added is arbitrary."""
+    widths = [layer.shape[1] for layer in layers]
+    longest = max(widths)
+    if min(widths) < longest:
+        layers = [pad(layer, (0, longest - width)) for layer, width in zip(layers, widths, strict=True)]
+    return torch.stack(tuple(layers))

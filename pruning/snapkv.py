@@ -16,7 +16,7 @@ KERNEL = 5
 class SnapKVPolicy:
     """Mean attention of the window's queries to the entries before it, pooled over neighbours in the cache."""
 
-    needs = Needs(values=False, queries=True)
+    needs = Needs(queries=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

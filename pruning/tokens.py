@@ -1,8 +1,8 @@
 """Scores that a layer's heads share: means over the entries of the same token, or of neighbouring tokens."""
 
-import torch
 from torch import Tensor
 
+from ..kernels import token_means
 from .policy import LayerView
 
 
@@ -11,8 +11,4 @@ def mean_by_token(scores: Tensor, view: LayerView, size: int = 1) -> Tensor:
 
     Heads may hold different entries. Arbitrary past a head's length.
     """
-    last = view.num_tokens // size + 1
-    place = (view.positions.long() // size).masked_fill(~view.valid, last)
-    totals = scores.new_zeros(last + 1).index_add(0, place.flatten(), scores.flatten())
-    counts = scores.new_zeros(last + 1).index_add(0, place.flatten(), torch.ones_like(scores).flatten())
-    return (totals / counts.clamp(min=1))[place]
+    return token_means.mean_by_token(scores, view.positions, view.lengths, view.num_tokens, size, view.backend)

@@ -10,7 +10,7 @@ from .tokens import mean_by_token
 class TovaPolicy:
     """The cheapest policy that looks at attention."""
 
-    needs = Needs(values=False, queries=True)
+    needs = Needs(queries=True)
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

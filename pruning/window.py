@@ -8,7 +8,7 @@ from .policy import LayerView, Limits, Needs
 class WindowPolicy:
     """The newer, the better."""
 
-    needs = Needs(keys=False, values=False)
+    needs = Needs()
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""

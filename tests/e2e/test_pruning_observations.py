@@ -1,5 +1,6 @@
 """What policies are shown is what the model really did: queries, attention mass, moments, repetition."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from quire.kernels.paged_rows import PagedRows
 from quire.pruning.attention import mean_attention
 from quire.pruning.policy import LayerView
 
@@ -35,7 +37,9 @@ class Shown(Serving):
         views_of = pruner._views
 
         def show(slot: int) -> list[LayerView]:
-            self.views.append(list(views_of(slot)))
+            # What the pages hold now: later they hold something else.
+            shown = (replace(view, stored_keys=PagedRows.of(view.keys)) for view in views_of(slot))
+            self.views.append(list(shown))
             return self.views[-1]
 
         pruner._views = show

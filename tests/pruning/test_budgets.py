@@ -14,7 +14,7 @@ from quire.pruning.policy import LayerView
 from quire.pruning.select import select
 from quire.pruning.table import make_policy
 
-from .views import GivenScores, make_view
+from .views import GivenScores, make_view, with_states
 
 
 def layers_of(lengths: list[list[int]], num_tokens: int, seed: int = 0) -> list[LayerView]:
@@ -164,7 +164,7 @@ def kept_of(view: LayerView, keep: Tensor, counts: Tensor) -> LayerView:
     valid = torch.arange(width) < counts[:, None]
     index = torch.where(valid, keep.long(), 0)
     positions, keys = view.positions.gather(1, index), view.keys.gather(1, index[:, :, None].expand(-1, -1, 8))
-    return replace(view, keys=keys, values=keys, positions=positions, lengths=counts.long(), valid=valid)
+    return with_states(view, keys, keys, positions=positions, lengths=counts.long())
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

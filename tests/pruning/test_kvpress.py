@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from quire.core.pruning import PruneParams
 from quire.kernels.backend import resolve_backend
+from quire.kernels.paged_rows import PagedRows
 from quire.pruning.policy import LayerView
 from quire.pruning.refine import CHUNK
 from quire.pruning.select import select
@@ -85,12 +86,11 @@ def observe(count: int, window: int) -> list[LayerView]:
         views.append(
             LayerView(
                 layer=index,
-                keys=keys,
-                values=values,
+                stored_keys=PagedRows.of(keys),
+                stored_values=PagedRows.of(values),
                 positions=torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1),
                 lengths=torch.full((KV_HEADS,), count),
                 backend=resolve_backend(keys.device, keys.dtype),
-                valid=torch.ones(KV_HEADS, count, dtype=torch.bool),
                 num_tokens=count,
                 scale=DIM**-0.5,
                 queries=turned[-window:],

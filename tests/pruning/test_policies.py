@@ -20,7 +20,7 @@ from quire.pruning.select import select
 from quire.pruning.snapkv import KERNEL
 from quire.pruning.table import POLICIES, make_policy
 
-from .views import make_view
+from .views import make_view, with_states
 
 LIMITS = Limits(sinks=2, window=6, target=12)
 GROUP = 3
@@ -43,7 +43,7 @@ def observed_view(
     factors = torch.randn(heads, DIM, DIM, generator=generator)
     return replace(
         view,
-        backend=resolve_backend(view.keys.device, view.keys.dtype),
+        backend=resolve_backend(view.lengths.device, torch.float32),
         queries=torch.randn(window, heads, DIM, generator=generator) * 3,
         query_positions=torch.arange(num_tokens - window, num_tokens),
         seen=torch.randint(1, 9, view.valid.shape, generator=generator).float(),
@@ -203,8 +203,9 @@ def test_lagkv_formula() -> None:
 def test_lagkv_before_a_run_of_one_token() -> None:
     """The next partition's values have no range: what differs from them stands out, and nothing is NaN."""
     view = make_view([4 * PARTITION], num_tokens=4 * PARTITION)
-    view.keys[:], view.values[:] = 1.0, 2.0
-    view.keys[0, 50], view.values[0, 50] = torch.randn(2, 8)
+    keys, values = torch.full_like(view.keys, 1.0), torch.full_like(view.values, 2.0)
+    keys[0, 50], values[0, 50] = torch.randn(2, 8)
+    view = with_states(view, keys, values)
     scores = fresh("lagkv").scores(view, LIMITS)
     assert int(scores[0, LIMITS.sinks : LIMITS.sinks + PARTITION].argmax()) == 50 - LIMITS.sinks
 
@@ -216,12 +217,9 @@ def test_padding_is_never_read(name: str) -> None:
     scores = fresh(name).scores(view, LIMITS)
     assert not scores[view.valid].isnan().any()
     cut = 30
-    tight = replace(
-        view,
-        **{
-            field: getattr(view, field)[:, :cut]
-            for field in ("keys", "values", "positions", "valid", "mass", "seen", "repeated")
-        },
+    by_entry = ("positions", "mass", "seen", "repeated")
+    tight = with_states(
+        view, view.keys[:, :cut], view.values[:, :cut], **{name: getattr(view, name)[:, :cut] for name in by_entry}
     )
     if name != "lagkv":  # whose unranked entries count from the end of the view; their order is the same
         torch.testing.assert_close(fresh(name).scores(tight, LIMITS)[tight.valid], scores[view.valid])
@@ -233,12 +231,12 @@ def test_heads_may_come_in_any_order(name: str) -> None:
     order = torch.tensor([2, 0, 1])
     rows = (order[:, None] * GROUP + torch.arange(GROUP)).flatten()
     assert view.queries is not None and view.query_mean is not None and view.query_covariance is not None
-    shuffled = replace(
+    by_head = ("positions", "lengths", "mass", "seen", "repeated")
+    shuffled = with_states(
         view,
-        **{
-            field: getattr(view, field)[order]
-            for field in ("keys", "values", "positions", "valid", "lengths", "mass", "seen", "repeated")
-        },
+        view.keys[order],
+        view.values[order],
+        **{field: getattr(view, field)[order] for field in by_head},
         queries=view.queries[:, rows],
         query_mean=view.query_mean[rows],
         query_covariance=view.query_covariance[rows],
@@ -257,8 +255,10 @@ def test_a_missing_observation_is_named(name: str) -> None:
 def test_bfloat16_cache(name: str) -> None:
     """Scores are float32 and close to those of the same numbers in float32."""
     view = observed_view([30, 21], num_tokens=40)
-    half = replace(view, **{field: getattr(view, field).bfloat16() for field in ("keys", "values", "queries")})
-    same = replace(half, **{field: getattr(half, field).float() for field in ("keys", "values", "queries")})
+    assert view.queries is not None
+    keys, values, queries = view.keys.bfloat16(), view.values.bfloat16(), view.queries.bfloat16()
+    half = with_states(view, keys, values, queries=queries)
+    same = with_states(view, keys.float(), values.float(), queries=queries.float())
     scores = fresh(name).scores(half, LIMITS)
     assert scores.dtype == torch.float32
     torch.testing.assert_close(scores[view.valid], fresh(name).scores(same, LIMITS)[view.valid], rtol=1e-3, atol=1e-5)

@@ -1,10 +1,12 @@
 """Layer views on random data, with padding full of NaN so that whoever reads it is found out."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quire.kernels.paged_rows import PagedRows
 from quire.pruning.policy import LayerView, Needs
 
 
@@ -22,10 +24,15 @@ def make_view(
     valid = torch.arange(entries) < torch.tensor(lengths)[:, None]
     keys[~valid], values[~valid] = float("nan"), float("nan")
     view: dict[str, Any] = {
-        "layer": 0, "keys": keys, "values": values, "positions": positions, "lengths": torch.tensor(lengths),
-        "valid": valid, "num_tokens": num_tokens, "scale": dim**-0.5,
+        "layer": 0, "stored_keys": PagedRows.of(keys), "stored_values": PagedRows.of(values), "positions": positions,
+        "lengths": torch.tensor(lengths), "num_tokens": num_tokens, "scale": dim**-0.5,
     }  # fmt: skip
     return LayerView(**view | fields)
+
+
+def with_states(view: LayerView, keys: Tensor, values: Tensor, **fields: Any) -> LayerView:
+    """The view with other keys and values [K, E, D]."""
+    return replace(view, stored_keys=PagedRows.of(keys), stored_values=PagedRows.of(values), **fields)
 
 
 class GivenScores:
