@@ -349,5 +349,5 @@ def _refuse_unsupported(kind: type[Body], data: dict[str, Any]) -> None:
 
 def _elsewhere(kind: type[Body]) -> set[str]:
     """Parameters of the other of the two endpoints that generate: ignored, they would change the answer unnoticed."""
-    others = {CompletionBody: ChatBody, ChatBody: CompletionBody}
+    others: dict[type[Body], type[Body]] = {CompletionBody: ChatBody, ChatBody: CompletionBody}
     return others[kind].model_fields.keys() - kind.model_fields.keys() if kind in others else set()
