@@ -40,7 +40,9 @@ def _draw_scores(path: Path, found: Sequence[Cell]) -> Path:
             for number, policy in enumerate(policies or ["none"]):
                 line = sorted((c for c in here if c.policy in (policy, "none")), key=lambda cell: cell.kept_share)
                 shares, scores = [cell.kept_share for cell in line], [cell.score for cell in line]
-                axes.plot(shares, scores, marker=".", color=f"C{number}", label=policy)
+                # There are ten colours: further policies have them again, dashed.
+                style = "-" if number < 10 else "--"
+                axes.plot(shares, scores, style, marker=".", color=f"C{number % 10}", label=policy)
                 axes.fill_between(shares, [c.low for c in line], [c.high for c in line], color=f"C{number}", alpha=0.12)
             if here and not here[0].measurable:
                 axes.text(0.5, 0.5, "the unpruned model\ncannot do it", transform=axes.transAxes, ha="center")
