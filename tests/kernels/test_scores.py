@@ -92,7 +92,13 @@ def test_attention_columns(
 def test_no_rows_give_nothing() -> None:
     """A sequence that begins with cached entries may have to forget some before it has computed a row."""
     places = torch.arange(9, dtype=torch.int32).expand(2, 9)
-    arguments = (torch.randn(0, 4, 16), torch.randn(2, 9, 16), places, torch.tensor([9, 9]), torch.arange(0))
+    arguments = (
+        torch.randn(0, 4, 16),
+        PagedRows.of(torch.randn(2, 9, 16)),
+        places,
+        torch.tensor([9, 9]),
+        torch.arange(0),
+    )
     found = attention_columns(*arguments, reduce="sum", scale=1.0, backend="cpu")
     assert torch.equal(found, torch.zeros(2, 9))
 
