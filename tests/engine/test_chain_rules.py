@@ -62,7 +62,10 @@ def test_one_call_draws_what_single_draws_do(runner: ModelRunner, batch: str) ->
     (tokens, state), (expected, wanted) = (run(runner, CPU, draw) for draw in (together, apart))
     assert torch.equal(tokens, expected)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(state[:2], wanted[:2], strict=True))
-    kept, kept_apart = together.distributions(asked), apart.distributions(asked)
+    kept, kept_apart = (
+        together.distributions(asked, np.ones(len(asked), np.bool_)),
+        apart.distributions(asked, np.ones(len(asked), np.bool_)),
+    )
     if kept is None or kept_apart is None:
         assert kept is kept_apart and batch in ("greedy", "seeded")
         return
