@@ -62,10 +62,8 @@ def test_one_call_draws_what_single_draws_do(runner: ModelRunner, batch: str) ->
     (tokens, state), (expected, wanted) = (run(runner, CPU, draw) for draw in (together, apart))
     assert torch.equal(tokens, expected)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(state[:2], wanted[:2], strict=True))
-    kept, kept_apart = (
-        together.distributions(asked, np.ones(len(asked), np.bool_)),
-        apart.distributions(asked, np.ones(len(asked), np.bool_)),
-    )
+    chains = np.ones(len(asked), np.bool_)
+    kept, kept_apart = together.distributions(asked, chains), apart.distributions(asked, chains)
     if kept is None or kept_apart is None:
         assert kept is kept_apart and batch in ("greedy", "seeded")
         return
@@ -82,6 +80,6 @@ def test_who_asks_for_more_than_cuts_is_drawn_one_by_one() -> None:
     for params in ({"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"min_tokens": 20}):
         draw = make_draw(ProposalDraw, [*FREE[:-1], params])
         assert draw.rules(np.arange(SLOTS, dtype=np.int32), active) is None
-        assert draw.distributions([*range(SLOTS)]) is None
+        assert draw.distributions([*range(SLOTS)], np.ones(SLOTS, np.bool_)) is None
     draw = make_draw(ProposalDraw, [*FREE[:-1], {"min_tokens": 1}])
     assert draw.rules(np.arange(SLOTS, dtype=np.int32), active) is not None, "it has them already"
