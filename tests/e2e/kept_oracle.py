@@ -79,7 +79,7 @@ class Recorder:
         """What a plan publishes was forgotten by whoever publishes it; who begins with it, has forgotten the same."""
         begun = {assignment.slot for assignment in plan.assignments if assignment.kept is not None}
         for sequence in self._loop.scheduler._running:
-            if sequence.base is not None:
+            if sequence.base is not None and sequence.prune is not None:
                 life, base = self.lives[sequence.request.id, sequence.index][-1], sequence.base
                 if sequence.slot in begun:
                     life.forgotten.update(self._contexts[base])

@@ -149,7 +149,11 @@ def test_only_what_was_pruned_alike_is_reused(model: Path) -> None:
 
 @pytest.mark.parametrize("policy", OBSERVES)
 def test_what_a_later_prune_must_have_seen_is_not_reused(model: Path, policy: str) -> None:
-    for settings, prune in (({}, about(policy, every=4)), ({"pressure": "prune"}, about(policy))):
+    scenes: tuple[tuple[dict[str, Any], PruneParams], ...] = (
+        ({}, about(policy, every=4)),
+        ({"pressure": "prune"}, about(policy)),
+    )
+    for settings, prune in scenes:
         serving = Serving(model, **settings)
         for number in range(2):
             ask(serving, str(number), question(number), prune)

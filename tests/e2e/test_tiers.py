@@ -181,7 +181,7 @@ def test_a_file_that_does_not_fit_or_is_broken_is_ignored(
 def test_a_pinned_prompt_survives_what_evicts_others(model: Path) -> None:
     client, prompt = Client(small(model, 24)), tokens(20, seed=7)
     now = [0.0]
-    client.loop.scheduler._cache._clock = lambda: now[0]
+    client.loop.scheduler._cache.pins._clock = lambda: now[0]
     params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     pinned = Request.create("pinned", prompt, params, SeedSource(), cache_ttl=60.0)
     client.loop.submit(pinned)

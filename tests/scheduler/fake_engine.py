@@ -84,8 +84,9 @@ class _Slot:
         self.kept = [assignment.cached] * num_rows
         self.forgotten: list[set[int]] = [set() for _ in range(num_rows)]
         """Per head, positions that pruning dropped."""
-        for kept in (assignment.kept, assignment.restored and assignment.restored.kept):
-            self.kept = self.kept if kept is None else kept.tolist()
+        kept = assignment.kept if assignment.restored is None else assignment.restored.kept
+        if kept is not None:
+            self.kept = kept.tolist()
 
 
 class FakeEngine:
