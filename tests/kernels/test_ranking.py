@@ -6,10 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quire.kernels.backend import Backend
 from quire.kernels.cpu_library import cpu_library
 from quire.kernels.ranking import best_entries, rank_entries, share_best
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
+
+BACKENDS: tuple[Backend, Backend] = ("cpu", "reference")
 
 
 def few_values(shape: tuple[int, ...], seed: int, levels: int) -> Tensor:
@@ -34,7 +37,7 @@ def test_best_entries(scores: Tensor, data: st.DataObject) -> None:
     scores = scores.flatten(0, 1)
     rows, entries = scores.shape
     counts = torch.tensor(data.draw(st.lists(st.integers(1, entries), min_size=rows, max_size=rows)))
-    found, expected = (best_entries(scores, counts, backend) for backend in ("cpu", "reference"))
+    found, expected = (best_entries(scores, counts, backend) for backend in BACKENDS)
     assert found.shape == expected.shape and found.dtype == expected.dtype == torch.int32
     for row, count in enumerate(counts.tolist()):
         assert torch.equal(found[row, :count], expected[row, :count])
@@ -45,7 +48,7 @@ def test_best_entries(scores: Tensor, data: st.DataObject) -> None:
 @settings(max_examples=200, deadline=None)
 @given(scores=SCORES, wanted=st.integers(1, 500))
 def test_shares_of_the_best(scores: Tensor, wanted: int) -> None:
-    found, expected = (share_best(scores, wanted, backend) for backend in ("cpu", "reference"))
+    found, expected = (share_best(scores, wanted, backend) for backend in BACKENDS)
     assert torch.equal(found, expected)
     for group, shares in zip(scores, found.tolist(), strict=True):
         every = [(-float(x), row) for row, part in enumerate(group) for x in part if x > float("-inf")]
@@ -62,9 +65,9 @@ def test_ranks(scores: Tensor, sinks: int, newest: int, data: st.DataObject) -> 
         data.draw(st.lists(st.integers(0, entries), min_size=layers * heads, max_size=layers * heads))
     )
     positions = (torch.arange(entries, dtype=torch.int32) * 3).expand(scores.shape)
-    arguments, limits = (scores, positions, lengths.view(layers, heads)), {"sinks": sinks, "newest": newest}
-    found, kept = rank_entries(*arguments, **limits, backend="cpu")
-    expected, known = rank_entries(*arguments, **limits)
+    arguments = scores, positions, lengths.view(layers, heads)
+    found, kept = rank_entries(*arguments, sinks=sinks, newest=newest, backend="cpu")
+    expected, known = rank_entries(*arguments, sinks=sinks, newest=newest)
     assert torch.equal(found, expected) and torch.equal(kept, known)
     assert torch.equal((found == float("inf")).sum(-1), kept)
     assert torch.equal((found == float("-inf")).sum(-1), entries - lengths.view(layers, heads))

@@ -150,14 +150,14 @@ def test_lag_ranks(size: int, width: int, dtype: torch.dtype) -> None:
     keys[0, first + size : first + 2 * size] = keys[0, size]  # no range, and equal scores, which keep their order
     values[0, first + size : first + 2 * size] = values[0, size]
     expected = torch.full((2, 3 * size + 7), 9.0)
-    numbers, how = torch.tensor(lengths), {"first": first, "size": size}
-    lag_ranks_reference(expected, PagedRows.of(keys), PagedRows.of(values), numbers, **how)
+    numbers = torch.tensor(lengths)
+    lag_ranks_reference(expected, PagedRows.of(keys), PagedRows.of(values), numbers, first=first, size=size)
     assert (expected[1] == 9).all(), "a partition without a complete one behind it"
     assert ((expected[0] < 1) == (torch.arange(3 * size + 7) - first < 2 * size)).logical_or(expected[0] == 9).all()
     for page in SIZES:
         paged = in_pages(keys, page, lengths), in_pages(values, page, lengths)
         found = torch.full_like(expected, 9.0)
-        lag_ranks(found, *paged, numbers, **how, backend="cpu")
+        lag_ranks(found, *paged, numbers, first=first, size=size, backend="cpu")
         assert torch.equal(found == 9, expected == 9)
         ranks, known = (part[0, first : first + 2 * size].view(2, size) for part in (found, expected))
         # Sums in another order may exchange neighbours whose scores agree to the last digits.

@@ -101,5 +101,5 @@ def test_refusals_leave_the_engine_usable(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="2 prompts"):
         llm.generate(["a", "b"], [GREEDY], progress=False)
     with pytest.raises(InvalidRequestError, match="single numbers"):
-        llm.generate([5, "a"], GREEDY, progress=False)  # type: ignore[list-item]
+        llm.generate([5, "a"], GREEDY, progress=False)  # type: ignore[arg-type]
     assert llm.generate(["x"], GREEDY, progress=False)[0].choices[0].token_ids
