@@ -1,5 +1,6 @@
 """The same entries stay as in NVIDIA's kvpress, policy by policy, on a small random model; see `make test-kvpress`."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,6 +189,37 @@ def test_expected_attention() -> None:
     for layer, others in zip(kept, theirs(press, views), strict=True):
         for mine, other in zip(layer, others, strict=True):
             assert mine - other <= {199} and len(mine) == len(other)
+
+
+class _Tokenizer:
+    """What KVzip's press asks a tokenizer for: the instruction to repeat, and what ends the user's turn."""
+
+    chat_template = None
+
+    def encode(self, text: str, **options: Any) -> Tensor:
+        """"Repeat the previous context" is five tokens here; the end of the turn one; nothing none."""
+        return torch.arange(VOCABULARY - 9, VOCABULARY)[: {"": 0, "\n": 1}.get(text, 5)][None]
+
+
+@torch.no_grad()
+def repeated(views: list[LayerView]) -> list[LayerView]:
+    """The views after the model was told to repeat all of it, and did: one chunk, with the press's instruction."""
+    count, tokenizer = views[0].num_tokens, _Tokenizer()
+    told = torch.cat([tokenizer.encode("repeat"), tokenizer.encode("\n")], dim=1)
+    output = make_model("eager")(torch.cat([tokens(count), told, tokens(count)], dim=1), output_attentions=True)
+    seen = [weights[0, :, count:, :count].amax(1).view(KV_HEADS, -1, count).amax(1) for weights in output.attentions]
+    return [replace(view, repeated=most) for view, most in zip(views, seen, strict=True)]
+
+
+def test_kvzip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over all heads and layers at once."""
+    module = importlib.import_module("kvpress.presses.kvzip_press")
+    monkeypatch.setattr(module.AutoTokenizer, "from_pretrained", lambda name: _Tokenizer())
+    views = observe(200, 1)
+    expected = theirs(kvpress.KVzipPress(compression_ratio=0.6, n_sink=SINKS), views)
+    kept = ours(unprotected(repeated(views)), 80, policy="kvzip", budget="global", sinks=SINKS, window=1)
+    assert len({len(head) for layer in kept for head in layer}) > 1
+    assert kept == expected
 
 
 def test_pyramid() -> None:
