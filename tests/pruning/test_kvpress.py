@@ -197,7 +197,7 @@ class _Tokenizer:
     chat_template = None
 
     def encode(self, text: str, **options: Any) -> Tensor:
-        """"Repeat the previous context" is five tokens here; the end of the turn one; nothing none."""
+        """The instruction to repeat is five tokens here; the end of the turn one; nothing none."""
         return torch.arange(VOCABULARY - 9, VOCABULARY)[: {"": 0, "\n": 1}.get(text, 5)][None]
 
 
