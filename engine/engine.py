@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..core.config import EngineConfig
-from ..core.errors import ConfigError, ModelLoadError
+from ..core.errors import ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
-from ..core.model_spec import ModelSpec, pages_needed
+from ..core.model_spec import ModelSpec
 from ..core.plan import (
     BatchPlan,
     IntArray,
@@ -35,10 +35,9 @@ from ..models.runner import ModelRunner, ProgressCallback
 from ..speculation.drafter import Drafter
 from ..speculation.loading import cache_share, load_draft, make_drafter
 from . import snapshot
-from .cache import KVCache
+from .allocation import allocate, allocate_host
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs, graph_sizes
-from .host_pool import HostPool
 from .inputs import LogitLayout, build_inputs, logit_layout
 from .observe import StepObserver
 from .page_selection import PageSelection
@@ -46,7 +45,7 @@ from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .recording import Drawn
 from .sampler import Sampler
-from .sizing import CacheLayout, cache_layout, num_host_pages, num_pages
+from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
 from .speculation import Proposed, Speculation, unspeculative, without_proposals
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
@@ -95,13 +94,13 @@ class Engine:
         self._runner = runner
         self._place = place
         layout = cache_layout(config, runner.spec, place.dtype)
-        per_sequence = _pages_per_sequence(config, runner.spec, layout)
+        per_sequence = pages_per_sequence(config, runner.spec, layout)
         enough = config.max_num_seqs * per_sequence
         pages = num_pages(layout, config.kv_memory, place.device, enough, draft_share)
-        self.cache = _allocate(layout, pages, place.device)
+        self.cache = allocate(layout, pages, place.device)
         self.sampler = Sampler(config.max_num_seqs, runner.spec.vocab_size, place.device, place.backend)
         host_pages = num_host_pages(layout, config.swap_memory)
-        self.host = _allocate_host(self.cache, host_pages) if host_pages else None
+        self.host = allocate_host(self.cache, host_pages) if host_pages else None
         self._pruner = Pruner(self.cache, runner, place.backend)
         self._selection = PageSelection(self.cache, runner.spec, place.backend)
         self.parking = Parking(self._pruner, self._selection)
@@ -368,34 +367,3 @@ class Engine:
         self._pruner.clear()
         if self._speculation is not None:
             self._speculation.clear()
-
-
-def _pages_per_sequence(config: EngineConfig, spec: ModelSpec, layout: CacheLayout) -> int:
-    """Pages of a sequence that grows as long as it may."""
-    return pages_needed(
-        spec.windows,
-        spec.num_kv_heads,
-        layout.max_model_len,
-        page_size=layout.page_size,
-        max_batch_tokens=config.max_batch_tokens,
-    )
-
-
-def _allocate_host(cache: KVCache, num_pages: int) -> HostPool:
-    """Raises `ConfigError` if the memory is not there."""
-    try:
-        return HostPool(cache, num_pages)
-    except (RuntimeError, MemoryError) as error:
-        raise ConfigError(
-            f"the host memory for swapping could not be allocated: {str(error).splitlines()[0]}", param="swap_memory"
-        ) from error
-
-
-def _allocate(layout: CacheLayout, pages: int, device: torch.device) -> KVCache:
-    """The cache; raises `ConfigError` if the device has no room for it after all."""
-    try:
-        return KVCache(layout, pages, device)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        raise ConfigError(
-            f"the KV cache could not be allocated: {str(error).splitlines()[0]}", param="kv_memory"
-        ) from error

@@ -9,7 +9,7 @@ import torch
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError
-from ..core.model_spec import ModelSpec
+from ..core.model_spec import ModelSpec, pages_needed
 
 log = logging.getLogger("quire")
 
@@ -72,6 +72,17 @@ def cache_layout(config: EngineConfig, spec: ModelSpec, dtype: torch.dtype) -> C
         num_slots=config.max_num_seqs,
         max_model_len=max_model_len,
         dtype=dtype,
+    )
+
+
+def pages_per_sequence(config: EngineConfig, spec: ModelSpec, layout: CacheLayout) -> int:
+    """Pages of a sequence that grows as long as it may."""
+    return pages_needed(
+        spec.windows,
+        spec.num_kv_heads,
+        layout.max_model_len,
+        page_size=layout.page_size,
+        max_batch_tokens=config.max_batch_tokens,
     )
 
 

@@ -1,7 +1,8 @@
 """The engine process: `python -m quire.scheduler.process ADDRESS`, an `EngineConfig` as JSON on standard input.
 
 The main thread owns scheduler and device. An input and an output thread do the sockets, so that the loop never waits
-for them. The process ends by itself when its parent is gone: an engine without a server only holds memory.
+for them. The process ends by itself when its parent is gone, and takes the sockets' files along: an engine without a
+server only holds memory.
 
 Exit codes: 0 after `Shutdown`, 1 when it cannot start or a step fails, 3 when the parent is gone.
 """
@@ -9,6 +10,7 @@ Exit codes: 0 after `Shutdown`, 1 when it cannot start or a step fails, 3 when t
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -66,6 +68,11 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     return loop
 
 
+def socket_folder(address: str) -> Path:
+    """Where the files of the sockets at an address are, and nothing else."""
+    return Path(address.removeprefix("ipc://")).parent
+
+
 class Wire:
     """The two socket threads and their queues."""
 
@@ -104,6 +111,7 @@ class Wire:
                 if socket.poll(1000):
                     self.inbox.put(decoder.decode(socket.recv()))
                 elif os.getppid() != parent:
+                    shutil.rmtree(socket_folder(self._address), ignore_errors=True)
                     os._exit(EXIT_PARENT_GONE)
 
 

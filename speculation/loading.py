@@ -25,24 +25,6 @@ DRAFT_FOLDER = "draft"
 """Of a checkpoint: the draft model that it brings along."""
 
 
-def load_drafter(
-    config: EngineConfig,
-    runner: ModelRunner,
-    cache: TargetCache,
-    place: Placement,
-    *,
-    max_model_len: int,
-    num_slots: int,
-    on_progress: ProgressCallback,
-) -> Drafter | None:
-    """The drafter that `config.draft` names, for the target `runner` and its cache; None for `none`.
-
-    Raises `ConfigError` in one line where a draft cannot be loaded or does not go with the target.
-    """
-    draft = load_draft(config, runner, place, on_progress)
-    return make_drafter(config, runner, draft, cache, place, max_model_len=max_model_len, num_slots=num_slots)
-
-
 def chosen_draft(config: EngineConfig) -> DraftChoice:
     """What `config.draft` comes to: auto is n-grams, with the draft model in the folder `draft` of the target's
     checkpoint if it brings one along."""
@@ -88,7 +70,10 @@ def make_drafter(
     max_model_len: int,
     num_slots: int,
 ) -> Drafter | None:
-    """`load_drafter` with the weights there already: what `load_draft` gave. Raises `ConfigError` as that does."""
+    """The drafter that `config.draft` names, for a target and its cache; None for `none`. `draft` is from `load_draft`.
+
+    Raises `ConfigError` in one line where it does not go with the target.
+    """
     choice = chosen_draft(config)
     if choice.method == "none":
         return None

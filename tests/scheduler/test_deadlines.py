@@ -6,7 +6,7 @@ from quire.core.errors import InvalidRequestError, RequestTimeoutError, revive
 from quire.core.ids import RequestId
 from quire.core.messages import Event, Failed
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 

@@ -9,7 +9,7 @@ from quire.core.messages import Decoded, EngineStats, Failed, Finished, StepRepo
 from quire.core.plan import NO_TOKEN, NON_FINITE, SequenceOutput, StepOutput
 from quire.scheduler.scheduler import Scheduler
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import EOS, World, make_config, make_request
 
 

@@ -13,7 +13,8 @@ from quire.core.pruning import PolicyInfo, PruneParams
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.scheduler import Scheduler
 
-from .fake_engine import FakeEngine, expected_output
+from .fake_engine import FakeEngine
+from .fake_text import expected_output
 from .test_decodes import decoding
 from .world import World, make_config, make_request
 

@@ -3,7 +3,8 @@
 from quire.core.plan import BatchPlan
 from quire.scheduler.sequence import MAX_SCORED_ROWS, choice_seed
 
-from .fake_engine import expected_output, parts
+from .fake_engine import parts
+from .fake_text import expected_output
 from .world import EOS, World, make_config, make_request
 
 

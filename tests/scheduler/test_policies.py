@@ -14,7 +14,7 @@ from quire.scheduler.policy import AGEING_TOKENS, PRIORITY_SECONDS, Fair
 from quire.scheduler.prediction import LengthPredictor
 from quire.scheduler.waiting import WaitingQueue
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 POLICIES = ("fcfs", "priority", "fair", "sjf")

@@ -5,7 +5,8 @@ from quire.core.messages import Tokens, single_events
 from quire.core.plan import BatchPlan
 from quire.core.request import Request
 
-from .fake_engine import expected_output, parts
+from .fake_engine import parts
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 PROMPT = range(1, 19)

@@ -4,7 +4,8 @@ import numpy as np
 
 from quire.core.ids import RequestId
 
-from .fake_engine import expected_output, parts
+from .fake_engine import parts
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 

@@ -12,7 +12,7 @@ from quire.core.plan import BatchPlan
 from quire.core.pruning import PolicyInfo, PruneCounts, PruneParams
 from quire.core.request import Request
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 POLICIES = {"any": PolicyInfo(), "newest": PolicyInfo(observes="newest"), "repeating": PolicyInfo(repeats=True)}

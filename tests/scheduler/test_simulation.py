@@ -19,7 +19,7 @@ from quire.core.speculation import DraftInfo, DraftMethod
 from quire.scheduler.scheduler import SchedulerConfig
 from quire.scheduler.sequence import choice_seed
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import World, make_config
 
 VOCAB = 23

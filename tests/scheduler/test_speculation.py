@@ -13,7 +13,7 @@ from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.speculation import DraftInfo
 from quire.scheduler.scheduler import Scheduler
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .world import World, make_config, make_request
 
 FIXED = DraftInfo(method="ngram", name="ngram", most=4, fixed=True)

@@ -6,7 +6,7 @@ from quire.core.plan import BatchPlan, StepOutput
 from quire.core.request import Request
 from quire.scheduler.swap import SwapCosts
 
-from .fake_engine import expected_output
+from .fake_text import expected_output
 from .test_prefix import PROMPT, entered, run
 from .test_simulation import POLICIES, VOCAB, soak
 from .world import World, make_config, make_request

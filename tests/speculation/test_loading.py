@@ -19,7 +19,7 @@ from quire.engine.sizing import CacheLayout
 from quire.models.loading import weight_bytes
 from quire.speculation.hybrid import HybridDrafter
 from quire.speculation.layerskip import LayerskipDrafter
-from quire.speculation.loading import cache_share, chosen_draft, load_draft, load_drafter
+from quire.speculation.loading import cache_share, chosen_draft, load_draft, make_drafter
 from quire.speculation.model import ModelDrafter
 from quire.speculation.ngram import NgramDrafter
 
@@ -46,9 +46,8 @@ def drafter_for(target: Tiny, setting: str, runner: str = "auto", **options):
     layout = CacheLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, 4, 2, 40, torch.float32)
     cache = KVCache(layout, 60, torch.device("cpu"))
     config = EngineConfig(model=str(folder), draft=setting, page_size=4, max_num_seqs=2)
-    return load_drafter(
-        config, loaded, cache, CPU, max_model_len=40, num_slots=2, on_progress=lambda phase, done, total: None
-    )
+    draft = load_draft(config, loaded, CPU, lambda phase, done, total: None)
+    return make_drafter(config, loaded, draft, cache, CPU, max_model_len=40, num_slots=2)
 
 
 def write_tokenizer(folder: Path, words: int, first: str = "a") -> None:
