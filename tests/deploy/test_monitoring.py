@@ -86,7 +86,7 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         quire:http_requests_total vllm:prefix_cache_hits_total vllm:prefix_cache_queries_total
         quire:request_timeouts_total quire:watchdog_total quire:page_leaks_total
         quire:pruned_entries_total quire:prune_pages_freed_total quire:prunes_total quire:prune_seconds_total
-        quire:lossy_preemptions_total
+        quire:lossy_preemptions_total quire:prefix_pruned_hits_total
         vllm:spec_decode_num_drafts_total vllm:spec_decode_num_draft_tokens_total
         vllm:spec_decode_num_accepted_tokens_total vllm:spec_decode_num_accepted_tokens_per_pos_total
         quire:draft_lengths_total quire:draft_seconds_total quire:drafter_info"""
