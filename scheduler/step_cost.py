@@ -54,6 +54,8 @@ class StepCost:
         if self._prompts_seen < _TRUSTED:
             return least
         left, per_token = seconds - self.seconds(0, decodes), float(self._weights[1])
+        if left <= 0.0:  # then prompt tokens may well look free: steps with many of them cost no more than the others
+            return least
         most = _GROWTH * self._largest
         fitting = most if left >= most * per_token else left / per_token
         return max(int(fitting) // least * least, least)

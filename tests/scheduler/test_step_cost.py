@@ -42,6 +42,15 @@ def test_prompts_always_go_on():
     assert StepCost().prompt_tokens_within(10.0, 1, 16) == 16
 
 
+def test_prompt_tokens_that_look_free_do_not_break_what_is_late_anyway():
+    cost = StepCost()
+    for i in range(40):
+        cost.learn(0 if i % 2 else 64, 2, 0.02 if i % 2 else 0.01)
+    assert cost.seconds(64, 2) == cost.seconds(0, 2)
+    assert cost.prompt_tokens_within(0.001, 2, 16) == 16
+    assert cost.prompt_tokens_within(1.0, 2, 16) == 128
+
+
 def test_chunks_grow_beyond_what_was_seen_step_by_step():
     cost = StepCost()
     for _ in range(10):
