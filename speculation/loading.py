@@ -40,21 +40,34 @@ def load_draft(
 ) -> ModelRunner | None:
     """The draft model for a target, also for `ModelDrafter.replace`; None where `config.draft` names no model.
 
-    Raises `ConfigError` where it cannot be loaded or its token ids are not the target's.
+    Raises `ConfigError` where the model that it names cannot be loaded or its token ids are not the target's. What the
+    checkpoint brought along nobody asked for: one line says why it is not used.
     """
     choice = chosen_draft(config)
     if not choice.model:
         return None
     try:
+        return _loaded(choice.model, config, target, place, on_progress)
+    except ConfigError as error:
+        if config.draft != "auto":
+            raise
+        log.warning("n-grams draft alone: %s", error.message)
+        return None
+
+
+def _loaded(
+    name: str, config: EngineConfig, target: ModelRunner, place: Placement, on_progress: ProgressCallback
+) -> ModelRunner:
+    try:
         draft = load_runner(
-            choice.model,
+            name,
             place=place,
             runner="auto",
             trust_remote_code=config.trust_remote_code,
             on_progress=on_progress,
             target=target,
         )
-        _check_vocabulary(choice.model, draft, config.model, target)
+        _check_vocabulary(name, draft, config.model, target)
     except ModelLoadError as error:
         raise ConfigError(f"the draft cannot be used: {error.message}", param="draft") from error
     return draft

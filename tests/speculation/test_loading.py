@@ -111,6 +111,18 @@ def test_auto_takes_the_draft_that_the_checkpoint_brings_along(target, draft, tm
     assert chosen_draft(EngineConfig(model=str(bundle), draft="auto")).name == f"ngram+{bundle / 'draft'}"
 
 
+def test_auto_does_without_a_draft_that_cannot_be_used(target, draft, tmp_path, caplog):
+    """One that shares the target's embedding, where the library's code runs the target; named, it is an error."""
+    share_embedding(draft)
+    bundle = tmp_path / "bundle"
+    shutil.copytree(target.folder, bundle)
+    shutil.copytree(draft.folder, bundle / "draft")
+    assert isinstance(drafter_for(target, "auto", "transformers", model=bundle), NgramDrafter)
+    assert "n-grams draft alone: the draft cannot be used: " in caplog.text
+    with pytest.raises(ConfigError, match=r"the draft cannot be used: .* not on the native runner"):
+        drafter_for(target, f"ngram+{bundle / 'draft'}", "transformers")
+
+
 @pytest.mark.parametrize(
     ("setting", "runner", "reason"),
     [
