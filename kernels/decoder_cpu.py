@@ -2,6 +2,9 @@
 
 For a step that nobody looks into between the layers. Letters: T rows, E hidden size, H query heads, K kv heads, D head
 dim, F feed-forward size, R rotated entries of a head.
+
+A decode step is bound by bytes: all weights once, and the keys and values of what the rows see. A prompt by FLOPs: 2 T
+per weight and, for attention, 4 H D per pair of a row and an entry that it sees.
 """
 
 import ctypes

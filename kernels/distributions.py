@@ -2,6 +2,8 @@
 
 What `kernels.sampling` draws from, and what the exact rule for draft tokens compares (`kernels.rejection`). Letters: R
 rows, V vocabulary. Everything is float32 (running sums of sorted masses float64); no row's result depends on another.
+
+Bytes: 8 R V, logits in and scaled ones out; the kernels find top-k and top-p cuts in rows that are still cached.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """The passes by which a small model continues its own tokens, all in one call of cpu_draft_chain.cpp.
 
-Letters as in `kernels.decoder_cpu`; k tokens of each of S sequences, V vocabulary.
+Letters as in `kernels.decoder_cpu`; k tokens of each of S sequences, V vocabulary. Bytes: k times the weights, head
+included, and the cache of S sequences.
 """
 
 import ctypes

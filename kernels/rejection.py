@@ -4,6 +4,8 @@ The rule of speculative sampling (Leviathan et al. 2023, "Fast inference from tr
 appendix A.1; Chen et al. 2023). Letters: R rows, V vocabulary. Distributions are given as `kernels.distributions`
 makes them, scaled logits whose greatest is 0. Randomness is keyed by (seed, position) as in `kernels.noise`, on streams
 of its own, so what the draft drew, whether it is accepted and what replaces it are independent.
+
+Bytes: 4 R V of each side's distributions once to judge, and once more in the rows where a draft token was rejected.
 """
 
 import torch

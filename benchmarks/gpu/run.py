@@ -48,6 +48,7 @@ def run_tests() -> str:
         "gpu and not slow",
         "tests/kernels",
         "tests/engine",
+        "tests/speculation",
         "-p",
         "no:cacheprovider",
     ]
