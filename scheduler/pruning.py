@@ -92,25 +92,35 @@ class Pruning:
             return False
         return self._room(sequence, self._config.max_batch_tokens) >= min(left, LEAST_REPEATED)
 
-    def repetition(self, sequence: SequenceState, budget: int) -> tuple[tuple[int, ...], int]:
-        """What to compute for that, at most `budget` tokens, and how many tokens of the sequence it repeats.
+    def least_step(self, sequences: Iterable[SequenceState]) -> int:
+        """Tokens that a step must take so that whoever of these must repeat something gets on; 0 if nobody must."""
+        return max((self._overhead(one) + LEAST_REPEATED for one in sequences if self.repeats(one)), default=0)
 
-        None where others leave the step too little room.
+    def repetition(self, sequence: SequenceState, draft: BatchDraft) -> tuple[tuple[int, ...], int]:
+        """What to compute for that within the draft's budget, and how many tokens of the sequence it repeats.
+
+        None where others leave the step too little room. Then who comes after it gets none either: room would only
+        become less.
         """
         state = sequence.prune
         assert state is not None
         left, start = state.prefill_end - state.repeated, state.repeated
-        count = min(left, self._room(sequence, budget), REPEATED_AT_ONCE)
+        count = min(left, self._room(sequence, draft.budget), REPEATED_AT_ONCE)
         if count < min(left, LEAST_REPEATED):
+            draft.budget = 0
             return (), 0
         lead = sequence.tokens[max(start - REPEATED_LEAD, 0) : start]
         return (*sequence.request.repeat_ids, *lead, *sequence.tokens[start : start + count]), count
 
     def _room(self, sequence: SequenceState, budget: int) -> int:
         """Tokens that can be repeated in a step of `budget` tokens, behind the sequence's own."""
-        assert sequence.prune is not None
         behind = self._config.max_length - 1 - sequence.num_computed
-        return min(budget, behind) - len(sequence.request.repeat_ids) - min(sequence.prune.repeated, REPEATED_LEAD)
+        return min(budget, behind) - self._overhead(sequence)
+
+    def _overhead(self, sequence: SequenceState) -> int:
+        """Tokens before those: the instruction, and the end of what was repeated last."""
+        assert sequence.prune is not None
+        return len(sequence.request.repeat_ids) + min(sequence.prune.repeated, REPEATED_LEAD)
 
     def repeated(self, sequence: SequenceState) -> None:
         """The model has repeated what was planned."""

@@ -132,7 +132,7 @@ class Scheduler:
             if sequence.decodes_plainly:
                 self._decodes.join(sequence)
         prompts = self._plan_decodes(draft)
-        draft.budget = min(draft.budget, self._pace.prompt_tokens(draft.size))
+        draft.budget = min(draft.budget, max(self._pace.prompt_tokens(draft.size), self._pruning.least_step(prompts)))
         for sequence in prompts:
             # A slot that is gone: preempted in favour of one planned before.
             if draft.budget and sequence.slot is not None:
@@ -277,7 +277,7 @@ class Scheduler:
 
     def _repeat(self, sequence: SequenceState, draft: BatchDraft) -> None:
         """Plan what the model repeats of a sequence, for its policy to see, if it can get the pages for that."""
-        ids, count = self._pruning.repetition(sequence, draft.budget)
+        ids, count = self._pruning.repetition(sequence, draft)
         if not count or (len(ids) > sequence.table.room and not self._growth.grow(sequence, len(ids), draft)):
             return
         draft.add(sequence, sequence.plan_repetition(ids, count))
