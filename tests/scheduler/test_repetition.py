@@ -34,9 +34,9 @@ def test_a_time_limit_leaves_room_for_an_instruction():
 
 
 def test_a_full_step_is_waited_for_and_nobody_enters_before():
-    """Seven decodes leave 17 tokens of 24."""
-    world = world_of(max_batch_tokens=24, max_model_len=400, num_pages=2000, max_num_seqs=9)
-    decoding(world, 7, 150)
+    """Eleven decodes leave 21 tokens of 32."""
+    world = world_of(max_model_len=400, num_pages=2000, max_num_seqs=13)
+    decoding(world, 11, 150)
     world.scheduler.add(repeating("a"))
     for _ in range(5):
         world.step()
