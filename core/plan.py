@@ -172,6 +172,8 @@ class SequencePlan:
     """Most tokens that the engine's drafter may propose to follow `token_ids`, which are then all known ones but for
     these: `sample` is set, and there are pages for so many entries more. What is proposed is verified in this very
     step; only the entries of `token_ids` and of accepted proposals are kept."""
+    model_drafts: int | None = None
+    """Of them, those that a model may draw, where n-grams draft too; None: all."""
     parents: tuple[int, ...] = ()
     """Of the engine's own making: the proposals are a tree, each follows the one with this index, -1: the last known
     token (see `speculation.drafter.Proposals`). Empty: each follows the one before it."""
@@ -269,6 +271,8 @@ class SequenceOutput:
     """One per `score_ids`."""
     drafted: int = 0
     """Tokens that were proposed and verified, at most `SequencePlan.drafts`."""
+    model_drafted: int = 0
+    """Of them, those that were drawn from a model's distributions: all or none."""
     branched: int = 0
     """Of them, those of a tree that are not on its longest path: rows that could not make the step's text longer."""
     error: str | None = None

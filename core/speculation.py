@@ -9,10 +9,6 @@ from .errors import ConfigError
 DraftMethod = Literal["model", "ngram", "hybrid", "layerskip"]
 MAX_DRAFT_TOKENS = 16
 """Most tokens of one proposal."""
-HYBRID_DEPTH = 6
-"""Of them, those that take a pass of the draft model each where n-grams draft too, which alone reach further. A model
-would seldom gain by more: with nine of ten tokens right and passes of a tenth of a step, 6 tokens give 5 % less than
-the best length, 10."""
 
 
 class StepCosts(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -44,13 +44,13 @@ from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
 from .recording import Drawn
-from .sampler import Sampler
+from .sampler import Sampler, with_drafts
 from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
 from .speculation import Proposed, Speculation, unspeculative, without_proposals
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
 from .timer import Moment, StepTimer
-from .trees import branched, staying_rows
+from .trees import staying_rows
 
 _WARM_UP_TOKENS = 8
 
@@ -257,8 +257,8 @@ class Engine:
         again = self.step(BatchPlan(tuple(without_proposals(plan.sequences[index]) for index in failed)))
         redone = dict(zip(failed, again.sequences, strict=True))
         return tuple(
-            replace(redone[index], drafted=part.drafts, branched=branched(part)) if index in redone else output
-            for index, (part, output) in enumerate(zip(plan.sequences, outputs, strict=True))
+            with_drafts(redone[index], part) if index in redone else outputs[index]
+            for index, part in enumerate(plan.sequences)
         )
 
     def _compute(self, plan: BatchPlan) -> LaunchedStep:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, TokenLogprob
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, SequencePlan, TokenLogprob
 from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
@@ -125,7 +125,8 @@ class Sampler:
                 outputs.append(SequenceOutput(error=NON_FINITE))
                 continue
             of_output, of_prompt = (tuple(logprobs.get((index, kind), ())) for kind in (False, True))
-            outputs.append(SequenceOutput(chosen.get(index, ()), of_output, of_prompt, part.drafts, branched(part)))
+            output = SequenceOutput(chosen.get(index, ()), of_output, of_prompt)
+            outputs.append(with_drafts(output, part) if part.drafts else output)
         return tuple(outputs)
 
     def _remember_accepted(self, plan: BatchPlan, outputs: Sequence[SequenceOutput]) -> None:
@@ -317,6 +318,11 @@ class Sampler:
         """Two int64 tensors in one transfer."""
         both = upload(np.array([first, second], np.int64), self.device)
         return both[0], both[1]
+
+
+def with_drafts(output: SequenceOutput, part: SequencePlan) -> SequenceOutput:
+    """What a sequence got, and what was proposed for it."""
+    return replace(output, drafted=part.drafts, model_drafted=part.model_drafts or 0, branched=branched(part))
 
 
 def _failed_sequences(plan: BatchPlan, layout: LogitLayout, finite: Sequence[bool]) -> set[int]:

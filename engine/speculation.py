@@ -1,7 +1,7 @@
 """`Speculation`: proposals for the sequences of a step that may have some. Whether they are right, the sampler says.
 
-In the plan that it returns, and wherever a step is computed, a sequence's `token_ids` end with its proposals, and
-`drafts` says how many they are.
+In the plan that it returns, and wherever a step is computed, a sequence's `token_ids` end with its proposals,
+`drafts` says how many they are, and `model_drafts` how many of them a model drew.
 """
 
 import time
@@ -68,18 +68,19 @@ class Speculation:
         most = np.array([part.drafts for part in parts], np.int32)
         known = self._history.known[slots]
         assert all(part.start + len(part.token_ids) == end for part, end in zip(parts, known, strict=True))
-        draw = ProposalDraw(self._sampler, slots, known, int(most.max()))
+        limits = [part.drafts if part.model_drafts is None else part.model_drafts for part in parts]
+        draw = ProposalDraw(self._sampler, slots, known, int(most.max()), np.array(limits, np.int32))
         proposals = self.drafter.propose(self._history, slots, most, draw)
         shapes, chains = _shapes(proposals, most)
         sequences = list(plan.sequences)
         tokens = _usable(proposals, most, self._sampler.table.vocab_size)
-        for index, part, drafts, parents in zip(asked, parts, tokens, shapes, strict=True):
-            sequences[index] = self._with(part, drafts, parents[: len(drafts)])
+        for index, part, drafts, parents, drew in zip(asked, parts, tokens, shapes, draw.drew.tolist(), strict=True):
+            sequences[index] = self._with(part, drafts, parents[: len(drafts)], drew)
         distributions = draw.distributions(asked, chains)
         return Proposed(replace(plan, sequences=tuple(sequences)), distributions, time.perf_counter() - started)
 
-    def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...]) -> SequencePlan:
-        """The sequence's part with its proposals."""
+    def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...], drew: bool) -> SequencePlan:
+        """The sequence's part with its proposals; drew: whether a model drew them."""
         # Policies that watch attention or select pages know no trees, and a row's mask has only so many bits: there the
         # first path of a tree must do.
         rows = len(part.token_ids) + len(drafts)
@@ -88,7 +89,9 @@ class Speculation:
             drafts, parents = tuple(drafts[node] for node in nodes), tuple(range(-1, len(nodes) - 1))
         if parents and parents == tuple(range(-1, len(drafts) - 1)):
             parents = ()
-        return replace(part, token_ids=part.token_ids + drafts, drafts=len(drafts), parents=parents)
+        count = len(drafts)
+        ids = part.token_ids + drafts
+        return replace(part, token_ids=ids, drafts=count, model_drafts=count if drew else 0, parents=parents)
 
     def note(self, plan: BatchPlan, decoded: IntArray, outputs: tuple[SequenceOutput, ...]) -> None:
         """What a step has made known."""
@@ -120,8 +123,11 @@ def unspeculative(plan: BatchPlan) -> BatchPlan:
 class ProposalDraw:
     """Draws for S sequences, by the parameters of their slots; fulfils `speculation.drafter.Draw`."""
 
-    def __init__(self, sampler: Sampler, slots: IntArray, first: IntArray, most: int) -> None:
-        """first [S]: position of each sequence's first draft token; most: tokens of a proposal."""
+    def __init__(self, sampler: Sampler, slots: IntArray, first: IntArray, most: int, limits: IntArray) -> None:
+        """first [S]: position of each sequence's first draft token; most: tokens of a proposal; limits: see `Draw`."""
+        self.limits = limits
+        self.drew = np.zeros(len(slots), np.bool_)
+        """[S]: of whom tokens were drawn."""
         self._sampler = sampler
         self._slots = slots
         self._first = first
@@ -144,6 +150,7 @@ class ProposalDraw:
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
+        self.drew[members] = True
         table = self._sampler.table
         logits = logits[:, : table.vocab_size]
         if self._greedy:
@@ -167,6 +174,7 @@ class ProposalDraw:
         """See `Draw`."""
         if self._adjusted:
             return None
+        self.drew[members] = True
         rules = chain_rules(self._sampler.table, self._slots[members], self._first[members], active)
         if len(rules.scaled):
             places = rules.places.numpy()

@@ -116,9 +116,9 @@ class BatchDraft:
         self.members.append(sequence)
         self.plans.append(part)
 
-    def extend(self, place: int, drafts: int) -> None:
+    def extend(self, place: int, drafts: int, model_drafts: int) -> None:
         """The member at `place` drafts, too."""
-        self.plans[place] = replace(self.plans[place], drafts=drafts)
+        self.plans[place] = replace(self.plans[place], drafts=drafts, model_drafts=model_drafts)
         self.members[place].in_flight += drafts
         self.budget -= drafts
 

@@ -30,12 +30,8 @@ _UP, _DOWN = 0.25, 1.0
 class CostCurve:
     """Seconds for 1 to `most`, linear between nodes; 0 for none. Without points nothing is known: it costs nothing."""
 
-    def __init__(self, points: Sequence[tuple[int, float]], most: int, *, steady: bool = True) -> None:
-        """`points` are (count, seconds), ascending; beyond the last one the curve goes on as steeply.
-
-        steady: it takes about as long each time; else the mean is learned, of whatever is measured.
-        """
-        self._steady = steady
+    def __init__(self, points: Sequence[tuple[int, float]], most: int) -> None:
+        """`points` are (count, seconds), ascending; beyond the last one the curve goes on as steeply."""
         self._nodes: Floats = np.array(_nodes(most), np.float64)
         self._logs: Floats = np.log2(self._nodes)
         self._seen = np.zeros(len(self._nodes), np.int64)
@@ -69,9 +65,7 @@ class CostCurve:
         seen = int(self._seen[node])
         self._seen[node] += 1
         clip, rate = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP), max(_RATE, 1 / (seen + 2))
-        if not self._steady:
-            change = rate * (seconds - expected)
-        elif seen < _FIRST and seconds < _FAR_BELOW * expected:
+        if seen < _FIRST and seconds < _FAR_BELOW * expected:
             change = seconds - expected
         else:
             change = rate * min(max(seconds - expected, -clip), clip)

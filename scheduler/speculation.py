@@ -14,7 +14,7 @@ from ..core.speculation import SpeculationCounts
 from .batch import BatchDraft
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
-from .draft_length import Candidates, DraftLengths, Outcome
+from .draft_length import Candidates, DraftLengths, Lengths, Outcome
 from .growth import Growth
 from .sequence import SequenceState
 
@@ -71,8 +71,7 @@ class Speculation:
         if may_draft and not self.lengths.idle(len(draft.decoders) + len(others)):
             batch = self._candidates(draft, others)
             if batch.budget and batch.limits.any():
-                lengths = self.lengths.choose(batch)
-                chosen = self._let_draft(draft, others, np.flatnonzero(lengths).tolist(), lengths.tolist())
+                chosen = self._let_draft(draft, others, self.lengths.choose(batch))
         self._asked[0] += may_draft - len(chosen)
         self._asked.update(chosen)
         self._begin()
@@ -122,21 +121,22 @@ class Speculation:
         rows = len(decodes) + sum(len(part.token_ids) for part in draft.plans)
         return Candidates(slots, arrivals, known, left, limits, len(slots), rows, draft.budget)
 
-    def _let_draft(self, draft: BatchDraft, others: list[int], chosen: list[int], lengths: list[int]) -> list[int]:
-        """Let the candidates `chosen` draft as far as pages allow; returns the lengths that are left."""
-        decoders, granted = len(draft.decoders), list[int]()
+    def _let_draft(self, draft: BatchDraft, others: list[int], lengths: Lengths) -> list[int]:
+        """Let the candidates draft as far as pages allow; returns the lengths that are left."""
+        decoders, granted, chosen = len(draft.decoders), list[int](), np.flatnonzero(lengths.most).tolist()
         members = [draft.decoders[row] if row < decoders else draft.members[others[row - decoders]] for row in chosen]
-        counts = self._growth.ahead(members, [lengths[row] for row in chosen], draft)
+        counts = self._growth.ahead(members, lengths.most[chosen].tolist(), draft)
         rows = list[int]()
-        for row, member, count in zip(chosen, members, counts, strict=True):
+        for row, member, count, by_model in zip(chosen, members, counts, lengths.model[chosen].tolist(), strict=True):
             if not count:
                 continue
             granted.append(count)
+            by_model = min(by_model, count)
             if row >= decoders:
-                draft.extend(others[row - decoders], count)
+                draft.extend(others[row - decoders], count, by_model)
             else:
                 self._decodes.leave(member)
-                draft.add(member, member.plan(1, count), planned=1)
+                draft.add(member, member.plan(1, count, by_model), planned=1)
                 rows.append(row)
         draft.remove_decodes(rows)
         return granted
@@ -149,18 +149,12 @@ def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
 
 
 def _outcome(drafts: list[tuple[SequencePlan, SequenceOutput]]) -> Outcome:
-    columns = zip(
-        *(
-            (
-                part.slot,
-                part.drafts,
-                result.drafted,
-                len(result.token_ids) - 1,
-                part.start + 1 + len(result.token_ids),
-                result.branched,
-            )
-            for part, result in drafts
-        ),
-        strict=True,
-    )
+    columns = zip(*(_numbers(part, result) for part, result in drafts), strict=True)
     return Outcome(*(np.array(column, np.int32) for column in columns))
+
+
+def _numbers(part: SequencePlan, result: SequenceOutput) -> tuple[int, ...]:
+    """One row of an `Outcome`."""
+    asked_model = part.drafts if part.model_drafts is None else part.model_drafts
+    accepted, known = len(result.token_ids) - 1, part.start + 1 + len(result.token_ids)
+    return (part.slot, part.drafts, asked_model, result.drafted, result.model_drafted, accepted, known, result.branched)

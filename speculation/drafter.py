@@ -21,6 +21,11 @@ from .history import TokenHistory
 class Draw(Protocol):
     """Draws the next draft token of each sequence, as the user's parameters would draw from the target's logits."""
 
+    @property
+    def limits(self) -> IntArray:
+        """[S]: of those asked, how many tokens are to be drawn of each at most, where there is another way."""
+        ...
+
     def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
         """For a kernel that draws whole chains: how the tokens of the sequences `members` [S] are drawn, of the first
         `active[d]` of them that at depth d. Who gets rules draws all of these tokens by them, and calls for none.

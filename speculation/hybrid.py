@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..core.plan import IntArray
-from ..core.speculation import HYBRID_DEPTH, DraftMethod
+from ..core.speculation import DraftMethod
 from ..kernels.draft_chain_cpu import DrawRules
 from .drafter import Drafter, Draw, Proposals
 from .history import TokenHistory
@@ -44,12 +44,12 @@ class HybridDrafter:
         self._model.clear()
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
-        """See `Drafter`. The model proposes no more than `HYBRID_DEPTH` tokens."""
+        """See `Drafter`. The model proposes no more than `Draw.limits` tokens."""
         found = self._ngram.propose(history, slots, most, draw)
-        others = np.flatnonzero(found.counts == 0).astype(np.int32)
+        wanted = np.minimum(most, draw.limits).astype(np.int32)
+        others = np.flatnonzero((found.counts == 0) & (wanted > 0)).astype(np.int32)
         if len(others):
-            wanted = np.minimum(most[others], HYBRID_DEPTH)
-            drawn = self._model.propose(history, slots[others], wanted, _DrawAmong(draw, others))
+            drawn = self._model.propose(history, slots[others], wanted[others], _DrawAmong(draw, others))
             assert found.parents is None and drawn.parents is None, "a pair proposes chains"
             found.tokens[others, : drawn.tokens.shape[1]] = drawn.tokens
             found.counts[others] = drawn.counts
@@ -63,6 +63,11 @@ class _DrawAmong:
     draw: Draw
     among: IntArray
     """[M]: which of all sequences each one is."""
+
+    @property
+    def limits(self) -> IntArray:
+        """See `Draw`."""
+        return self.draw.limits[self.among]
 
     def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
         """See `Draw`."""

@@ -46,7 +46,7 @@ def make_draw(kind: type[ProposalDraw], batch: list[dict[str, Any]]) -> Proposal
     slots = np.arange(1, SLOTS + 1, dtype=np.int32)
     for slot, params in zip(slots.tolist(), batch, strict=True):
         sampler.table.assign(SlotAssignment(SlotId(slot), SamplingParams(**params), 7 * slot, (), (1,), (), 99))
-    return ProposalDraw(sampler, slots, FIRST, DEPTH)
+    return ProposalDraw(sampler, slots, FIRST, DEPTH, MOST)
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,8 @@ class Run:
         if self.lengths is not None:
             known = np.full(size, 50 + self.steps, np.int32)
             drafts = asked > 0
-            columns = (column[drafts] for column in (slots, asked, asked, accepted, known))
+            by_model = asked * (self.machine.method != "ngram")
+            columns = (column[drafts] for column in (slots, asked, by_model, asked, by_model, accepted, known))
             outcome = Outcome(*columns) if depth else None
             self.lengths.learn(outcome, rows, verify, propose, pure=True)
         self.seconds += verify + propose
@@ -90,7 +91,7 @@ class Run:
         full = np.full(size, MOST, np.int32)
         return self.lengths.choose(
             Candidates(slots, slots.astype(np.int64), known, known, full, decoding=size, rows=size, budget=2048)
-        )
+        ).most
 
     def _accepted(self, sequence: int, count: int) -> int:
         rates = self.rates(sequence, self.steps)
@@ -195,22 +196,22 @@ def candidates(limits: list[int], budget: int = 100) -> Candidates:
 def test_fixed_lengths_obey_only_the_limits():
     lengths = DraftLengths(COMPUTE_BOUND.info(fixed=True), 64)
     assert not lengths.idle(64)
-    assert lengths.choose(candidates([8, 3, 0, 8])).tolist() == [8, 3, 0, 8]
-    assert lengths.choose(candidates([8, 3, 0, 8], budget=9)).tolist() == [8, 1, 0, 0]
+    assert lengths.choose(candidates([8, 3, 0, 8])).most.tolist() == [8, 3, 0, 8]
+    assert lengths.choose(candidates([8, 3, 0, 8], budget=9)).most.tolist() == [8, 1, 0, 0]
 
 
 def test_chosen_lengths_obey_the_limits_too():
     lengths = DraftLengths(MEMORY_BOUND.info(), 64)
-    found = lengths.choose(candidates([8, 2, 0, 8]))
+    found = lengths.choose(candidates([8, 2, 0, 8])).most
     assert found[0] == found[3] > 2 and found[1:3].tolist() == [2, 0]
-    assert DraftLengths(MEMORY_BOUND.info(), 64).choose(candidates([8] * 4, budget=6)).sum() <= 6
+    assert DraftLengths(MEMORY_BOUND.info(), 64).choose(candidates([8] * 4, budget=6)).most.sum() <= 6
 
 
 def test_a_long_prompt_that_the_draft_must_read_first_is_not_worth_a_few_tokens():
     batch = candidates([8])
     for known, left, drafts in ((50, 50, True), (50_000, 20, False)):
         asked = replace(batch, known=np.array([known], np.int32), left=np.array([left], np.int32))
-        assert (DraftLengths(MEMORY_BOUND.info(), 64).choose(asked).sum() > 0) == drafts
+        assert (DraftLengths(MEMORY_BOUND.info(), 64).choose(asked).most.sum() > 0) == drafts
 
 
 def test_passes_measured_far_too_dear_at_start_are_tried_all_the_same():
@@ -227,11 +228,11 @@ def test_asking_is_not_free_even_if_nothing_is_proposed():
     lengths, rng, late = DraftLengths(LOOKUP.info(), 64), random.Random(2), list[int]()
     for step in range(3000):
         batch = replace(candidates([8] * 8), known=np.full(8, 50 + step, np.int32))
-        asked = np.zeros(8, np.int32) if lengths.idle(8) else lengths.choose(batch)
+        asked = np.zeros(8, np.int32) if lengths.idle(8) else lengths.choose(batch).most
         drafted = np.where(asked > 0, [rng.random() < 0.1 for _ in range(8)], 0).astype(np.int32)
         rows, some = 8 + int(drafted.sum()), asked > 0
         slots, known, right = batch.slots[some], batch.known[some], drafted[some]
-        outcome = Outcome(slots, asked[some], right, right, known)
+        outcome = Outcome(slots, asked[some], 0 * right, right, 0 * right, right, known)
         seconds = LOOKUP.step(rows) * (1 + 0.1 * some.mean()) * rng.uniform(0.95, 1.05)
         lengths.learn(outcome if some.any() else None, rows, seconds, 0.0001 * some.any(), pure=True)
         late.append(int(some.sum()))
@@ -245,11 +246,11 @@ def test_branches_of_trees_do_not_count_as_places_that_failed(told: bool):
     slots = np.zeros(1, np.int32)
     for step in range(1500):
         known = np.full(1, 50 + step, np.int32)
-        asked = int(lengths.choose(replace(candidates([MOST]), known=known))[0]) if not lengths.idle(1) else 0
+        asked = int(lengths.choose(replace(candidates([MOST]), known=known)).most[0]) if not lengths.idle(1) else 0
         depth = asked - asked // 3
         right = next((place for place in range(depth) if rng.random() >= 0.9), depth)
         ask, right_ones, branched = (np.array([n], np.int32) for n in (asked, right, asked // 3 if told else 0))
-        outcome = Outcome(slots, ask, ask, right_ones, known, branched) if asked else None
+        outcome = Outcome(slots, ask, ask, ask, ask, right_ones, known, branched) if asked else None
         propose = asked * COMPUTE_BOUND.draft(1)
         lengths.learn(outcome, 1 + asked, COMPUTE_BOUND.step(1 + asked), propose, pure=True)
         asked_for.append(asked)

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from quire.core.speculation import HYBRID_DEPTH
 from quire.speculation.draft_cache import DraftLayout
 from quire.speculation.hybrid import HybridDrafter
 from quire.speculation.model import ModelDrafter
@@ -35,8 +34,17 @@ def test_long_matches_are_believed_and_the_model_otherwise(draft):
     for slot, text in enumerate(texts):
         world.enter(slot, text)
     got = world.propose([2, 1, 0], [3, 4, 12])
-    own = [greedy(draft.model, texts[slot], count) for slot, count in ((2, 3), (0, HYBRID_DEPTH))]
+    own = [greedy(draft.model, texts[slot], count) for slot, count in ((2, 3), (0, 12))]
     assert got == [own[0], [11, 12, 13, 7], own[1]]
+
+
+def test_the_model_has_limits_of_its_own(draft):
+    world = make_world(draft)
+    texts = [[20, 21, 22, 23], REPEATED, [30, 31, 40, 30, 31]]
+    for slot, text in enumerate(texts):
+        world.enter(slot, text)
+    got = world.propose([2, 1, 0], [4, 4, 4], drawn=[0, 0, 2])
+    assert got == [[], [11, 12, 13, 7], greedy(draft.model, texts[0], 2)]
 
 
 def test_the_model_catches_up_with_what_n_grams_brought(draft):

@@ -24,7 +24,8 @@ class GreedyDraw:
     def __init__(self, most: IntArray, vocab_size: int, *, whole: bool = True) -> None:
         """whole: whether chains may be drawn by a kernel, unasked."""
         self.whole = whole
-        self.most, self.vocab_size = most, vocab_size
+        self.limits = self.most = most
+        self.vocab_size = vocab_size
         self.drawn = np.zeros(len(most), np.int32)
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
@@ -42,6 +43,8 @@ class GreedyDraw:
 
 class NeverDraw:
     """The draw of drafters that sample from no distribution."""
+
+    limits: IntArray = np.empty(0, np.int32)
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         raise AssertionError("nothing is to be drawn")
@@ -65,10 +68,12 @@ class World(Generic[D]):
         )
         self.drafter.assign(slot)
 
-    def propose(self, slots: Sequence[int], most: Sequence[int]) -> list[list[int]]:
-        """What the drafter proposes for the slots, by greedy draws."""
+    def propose(self, slots: Sequence[int], most: Sequence[int], drawn: Sequence[int] | None = None) -> list[list[int]]:
+        """What the drafter proposes for the slots, by greedy draws, of which there may be `drawn`."""
         limits = np.array(most, np.int32)
         draw = GreedyDraw(limits, self.vocab_size)
+        if drawn is not None:
+            draw.limits = np.array(drawn, np.int32)
         return lists(self.drafter.propose(self.history, np.array(slots, np.int32), limits, draw), limits)
 
     def tokens(self, slot: int) -> list[int]:

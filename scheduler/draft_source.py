@@ -1,0 +1,85 @@
+"""`DraftSource`: where drafts come from, n-grams or a model; how often it is right, what it takes, what to ask it for.
+
+Letters: S sequences, K most tokens of a draft, H thresholds, O = 1 + H * K offers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..core.plan import IntArray
+from .acceptance import Acceptance, Floats
+from .cost_curve import CostCurve
+
+_THRESHOLDS = np.array([0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8])
+_PROPOSED_RATE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """What a source may be asked for in a step, what that brings, and what it takes.
+
+    The first offer is nothing. The others are sets of the most likely tokens: those with a chance above a threshold, up
+    to a depth. Among them are all uniform lengths.
+    """
+
+    above: npt.NDArray[np.bool_]
+    """[H, S, K]: tokens with such a chance."""
+    tokens: Floats
+    """[O]: expected to be accepted."""
+    rows: Floats
+    """[O]: expected to be verified."""
+    seconds: Floats
+    """[O]: for proposing."""
+    asked: Floats
+    """[O]: sequences."""
+    drafts: Floats
+    """[O]: most tokens, what is asked for."""
+
+    def lengths(self, offer: int) -> IntArray:
+        """[S]: draft tokens to ask for."""
+        if not offer:
+            return np.zeros(self.above.shape[1], np.int32)
+        height, depth = divmod(offer - 1, self.above.shape[2])
+        return np.asarray(self.above[height, :, : depth + 1].sum(axis=1), np.int32)
+
+
+class DraftSource:
+    """What is known of it. N slots."""
+
+    def __init__(self, num_slots: int, most: int, passes: CostCurve | None) -> None:
+        """passes: seconds of one more token for so many sequences together; None: it takes no time."""
+        self._places, self._passes = np.arange(most), passes
+        self.acceptance = Acceptance(num_slots, most)
+        self._proposed: Floats = np.ones(most)
+        """[K]: by place, share of the tokens asked for that are proposed, if any are."""
+
+    def offers(self, slots: IntArray, limits: IntArray, turns: Floats, extra: Floats) -> Offers:
+        """To sequences [S] that may have `limits` tokens each; turns: how likely it is the source's turn to propose;
+        extra: seconds that the first token takes besides."""
+        chances = self.acceptance.chances(slots) * (self._places < limits[:, None])
+        above = chances > _THRESHOLDS[:, None, None]
+        reached = above * turns[:, None]
+        counts, gains = reached.sum(axis=1), (reached * chances).sum(axis=1)  # [H, K]
+        seconds = np.zeros(counts.shape) if self._passes is None else np.cumsum(self._passes.at(counts), axis=1)
+        seconds += (above[:, :, 0] @ extra)[:, None]
+        asked = np.broadcast_to(above[:, :, 0].sum(axis=1)[:, None], counts.shape)
+        rows, drafts = np.cumsum(self._proposed * counts, axis=1), np.cumsum(above.sum(axis=1), axis=1)
+        return Offers(above, *map(_after_none, (np.cumsum(gains, axis=1), rows, seconds, asked, drafts)))
+
+    def learn(
+        self, slots: IntArray, asked: IntArray, drafted: IntArray, accepted: IntArray, turns: npt.NDArray[np.bool_]
+    ) -> None:
+        """Of the slots [S], asked for so many tokens, these were proposed and those accepted; where it was the source's
+        turn [S]."""
+        if turns.any():
+            slots, asked, drafted, accepted = (column[turns] for column in (slots, asked, drafted, accepted))
+            wanted, there = ((self._places < column[:, None]).sum(axis=0) for column in (asked, drafted))
+            self._proposed += _PROPOSED_RATE * np.where(wanted > 0, there / np.maximum(wanted, 1) - self._proposed, 0.0)
+            self.acceptance.learn(slots, asked, accepted)
+
+
+def _after_none(values: npt.NDArray[np.generic]) -> Floats:
+    """[H, K] as offers [O]; the first is 0."""
+    return np.concatenate([[0.0], values.ravel()])

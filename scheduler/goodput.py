@@ -1,0 +1,67 @@
+"""`Goodput`: tokens per second of a step, by what each source of drafts is asked for; and the best of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .acceptance import Floats
+from .cost_curve import CostCurve
+from .draft_source import Offers
+
+_ROUNDS = 2
+"""How often each of two sources is fitted to what is asked of the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """Of a step with these offers of one source or more. A choice is an offer of each; see `draft_length`."""
+
+    offers: Sequence[Offers]
+    costs: CostCurve
+    """Seconds by rows."""
+    decoding: int
+    """Sequences that get a token."""
+    rows: int
+    """Of the step, without drafts."""
+    budget: int
+    """Draft tokens that it can take."""
+    asking: float
+    """Seconds that it takes to ask a sequence for drafts."""
+
+    @property
+    def without(self) -> float:
+        """If nobody drafts."""
+        return self.decoding / max(self.costs.one(self.decoding), 1e-9)
+
+    def of(self, choice: Sequence[int], number: int = 0) -> Floats:
+        """[O]: by the offer of source `number`, with those chosen of the others; 0 where that is not to be had."""
+        part = self.offers[number]
+        tokens, rows, seconds, asked = part.tokens + self.decoding, part.rows + self.rows, part.seconds, part.asked
+        drafts = part.drafts
+        for other, offer in zip(self.offers, choice, strict=True):
+            if other is not part:
+                tokens, rows, seconds = (
+                    tokens + other.tokens[offer],
+                    rows + other.rows[offer],
+                    seconds + other.seconds[offer],
+                )
+                asked, drafts = np.maximum(asked, other.asked[offer]), np.maximum(drafts, other.drafts[offer])
+        # What else the step computes takes its time either way.
+        seconds = seconds + self.costs.at(rows) + (self.costs.one(self.decoding) - self.costs.one(self.rows))
+        scores = tokens / np.maximum(seconds + asked * self.asking, 1e-9)
+        return np.where((drafts > 0) & (drafts <= self.budget), scores, 0.0)
+
+    def best(self, start: Sequence[int]) -> tuple[list[int], float]:
+        """The choice that gives most, but for nothing from all, and what it gives; `start`: a choice to begin with."""
+        choice, goodput = list(start), 0.0
+        for _ in range(_ROUNDS if len(self.offers) > 1 else 1):
+            for number in range(len(self.offers)):
+                scores = self.of(choice, number)
+                choice[number] = int(scores.argmax())
+                goodput = float(scores[choice[number]])
+        return choice, goodput
+
+    def tokens(self, choice: Sequence[int]) -> float:
+        """Expected tokens of the step."""
+        return self.decoding + sum(float(o.tokens[c]) for o, c in zip(self.offers, choice, strict=True))
