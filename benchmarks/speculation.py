@@ -1,24 +1,28 @@
 """Speculative decoding: tokens per second relative to none, and why, within one run.
 
     python -m benchmarks.speculation [--model DIR] [--drafters ngram DIR layerskip:4] [--lengths 2 4 8 auto]
-        [--batches 1 4 16 64] [--workloads code edit chat] [--temperature 0] [--rounds 3] [--quick] [--json FILE]
+        [--batches 1 4 16 64] [--workloads code edit chat] [--temperature 0] [--rounds 5] [--quick] [--json FILE]
 
 Without --model the target is quire-mini enlarged (`benchmarks/upscale.py`), made once and kept in the cache folder: it
 costs what a model of --preset costs. Then quire-mini itself is a drafter that is nearly always right, the upper bound.
 Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 too, or take a model of your own.
 
-An engine is loaded per drafter and length. On it a batch of prompts runs with speculation and without in turns, the
-order changing from round to round; the first round is not counted. What counts are the steps at whose beginning all
-sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio; the median is reported.
+An engine that drafts is loaded per drafter and length, beside one that does not (`--draft none`). They run the batch
+of prompts in turns, the order changing from round to round; the first round is not counted. What counts are the steps at
+whose beginning all sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio of
+tokens per second. The machine's own pace changes within seconds: short rounds (--output) and many of them see least of
+it.
 
-* x off: generated tokens per second, relative to no speculation on the same engine.
+* x off: generated tokens per second, relative to no drafter: the median of the rounds' ratios. Behind it, where this
+  lies with a probability of 95 % (bootstrap over the rounds), and how that is to `--floor`: above, below, or across it.
 * per draft: accepted tokens of a draft and the one that the target adds, over steps with drafts.
 * accepted: share of the drafts whose 1st, 2nd, ... token was accepted; where drafts are of unequal lengths, a short one
   counts as not accepted at the places it lacks.
 * asked: mean length asked for per sequence and step, no draft counting as 0.
 * forward: time of the target's forward pass in a step, relative to no speculation: what rows of drafts add.
 * draft: share of the steps' time spent on proposing. rest: the share that is neither that nor the target's forward pass
-  (planning, sampling, verifying, committing), with speculation and without.
+  (planning, sampling, verifying, committing), with speculation and without. With a length that is a number all steps
+  verify, and it is what verification costs beyond the forward pass of as many rows.
 * equal: share of tokens equal to those without speculation, where they must be (greedy), ties of rounding aside.
 """
 
@@ -26,6 +30,7 @@ import argparse
 import itertools
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,13 +39,14 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.stepping import drain, load
+from benchmarks.intervals import median_interval, verdict
+from benchmarks.stepping import load
 from benchmarks.upscale import PRESETS, cached, standalone
 from benchmarks.workloads import WORKLOADS, Workloads, has_chat, request
 from quire.core.config import embedded_model
 from quire.core.errors import QuireError
 from quire.core.ids import RequestId
-from quire.core.messages import EngineInfo, EngineStats, Event, Failed, Finished, Tokens
+from quire.core.messages import EngineInfo, Failed, Finished, StepReport, Tokens, single_events
 from quire.core.request import SeedSource
 from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
 from quire.scheduler.loop import EngineLoop
@@ -90,11 +96,12 @@ class Watcher:
         self._ended = False
         self._drafted = before.draft_seconds
 
-    def watch(self, stats: EngineStats, events: Sequence[Event]) -> None:
-        """Take in a step."""
+    def watch(self, report: StepReport, seconds: float) -> None:
+        """Take in a step, which took so long, the report included."""
+        stats = report.stats
         steady = len(self.tokens) == self._size and not self._ended
         tokens = 0
-        for event in events:
+        for event in single_events(report.events):
             assert not isinstance(event, Failed), event.error.message
             if isinstance(event, Tokens):
                 self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
@@ -103,7 +110,7 @@ class Watcher:
         if steady:
             self.steady.steps += 1
             self.steady.tokens += tokens
-            self.steady.seconds += stats.step_seconds
+            self.steady.seconds += seconds
             self.steady.forward_seconds += stats.forward_seconds
             self.steady.draft_seconds += stats.speculation.draft_seconds - self._drafted
         self._drafted = stats.speculation.draft_seconds
@@ -128,12 +135,12 @@ def difference(now: SpeculationCounts, before: SpeculationCounts) -> Speculation
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One batch with speculation and without."""
+    """One batch with a drafter and without."""
 
     on: Steady
     off: Steady
     counts: SpeculationCounts
-    """Of the run with speculation, all its steps."""
+    """Of the run with the drafter, all its steps."""
     equal: float
     """Share of tokens equal."""
 
@@ -149,9 +156,19 @@ class Cell:
     rounds: list[Round] = field(default_factory=list)
 
     @property
+    def ratios(self) -> list[float]:
+        """Tokens per second with the drafter by those without, of each round."""
+        return [one.on.rate / one.off.rate for one in self.rounds]
+
+    @property
     def speedup(self) -> float:
-        """Median of the rounds' ratios of tokens per second."""
-        return statistics.median(one.on.rate / one.off.rate for one in self.rounds)
+        """Their median."""
+        return statistics.median(self.ratios)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """In which the median lies with a probability of 95 %."""
+        return median_interval(self.ratios)
 
     @property
     def rate(self) -> float:
@@ -178,26 +195,41 @@ class Cell:
         return sum(length * times for length, times in enumerate(lengths)) / max(1, sum(lengths))
 
 
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """What is compared."""
+
+    on: EngineLoop
+    """Has a drafter."""
+    off: EngineLoop
+    """Has none."""
+
+
 def run(
-    loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace, *, speculate: bool
+    loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace
 ) -> tuple[list[list[int]], Steady, SpeculationCounts]:
     """The batch from the first prompt to the last token: what each said, times, and what was drafted."""
     before = loop.stats().speculation
     watcher = Watcher(len(prompts), before)
     seeds = SeedSource()
-    requests = [request(one, args.output, args.temperature, seeds, speculate=speculate) for one in prompts]
-    drain(loop, requests, watcher.watch)
+    requests = [request(one, args.output, args.temperature, seeds) for one in prompts]
+    for one in requests:
+        loop.submit(one)
+    while loop.has_work:
+        started = time.perf_counter()
+        report = loop.step()
+        watcher.watch(report, time.perf_counter() - started)
     said = [watcher.tokens[one.id] for one in requests]
     return said, watcher.steady, difference(loop.stats().speculation, before)
 
 
-def measure(loop: EngineLoop, cell: Cell, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
+def measure(engines: Engines, cell: Cell, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
     """Fill the cell with rounds."""
     for number in range(args.rounds + 1):
-        order = (True, False) if number % 2 else (False, True)
-        results = {speculate: run(loop, prompts, args, speculate=speculate) for speculate in order}
+        order = (engines.on, engines.off) if number % 2 else (engines.off, engines.on)
+        results = {id(loop): run(loop, prompts, args) for loop in order}
         if number:  # the first one warms up: kernels, prefixes, measured acceptance
-            (said, on, counts), (plain, off, _) = results[True], results[False]
+            (said, on, counts), (plain, off, _) = results[id(engines.on)], results[id(engines.off)]
             if not (on.tokens and off.tokens):
                 sys.exit("error: some answers ended before all prompts were computed: ask for a longer --output")
             cell.rounds.append(Round(on, off, counts, agreement(said, plain)))
@@ -224,40 +256,45 @@ def draw(args: argparse.Namespace, model: str, console: Console) -> dict[tuple[s
     }
 
 
+def engine_settings(args: argparse.Namespace, prompts: dict[tuple[str, int], list[list[int]]]) -> dict[str, object]:
+    """Of both engines."""
+    return {
+        "dtype": args.dtype,
+        "prefix_cache": True,  # prompts are not what is measured
+        "max_num_seqs": max(args.batches),
+        "max_model_len": max(len(prompt) for batch in prompts.values() for prompt in batch) + args.output,
+    }
+
+
 def cells(
     args: argparse.Namespace,
     model: str,
+    off: EngineLoop,
     engine: tuple[str, str],
     prompts: dict[tuple[str, int], list[list[int]]],
     console: Console,
 ) -> Iterator[Cell]:
     """All of one engine (drafter, length), as they are measured; nothing if it cannot draft so."""
     drafter, length = engine
-    settings = {
-        "dtype": args.dtype,
-        "prefix_cache": True,  # prompts are not what is measured
-        "max_num_seqs": max(args.batches),
-        "max_model_len": max(len(prompt) for batch in prompts.values() for prompt in batch) + args.output,
-    }
     try:
-        loop = load(model, **settings | draft_settings(drafter, length))
+        on = load(model, **engine_settings(args, prompts) | draft_settings(drafter, length))
     except QuireError as error:
         console.print(f"{drafter}: {error.message}")
         return
-    info: EngineInfo = loop.engine.info
+    info: EngineInfo = on.engine.info
     if info.draft is None:
         console.print(f"{drafter}: the engine does not draft")
         return
     console.print(f"{drafter}, length {length}: {info.device}, {info.dtype}, {msgspec.to_builtins(info.draft)}")
     for (workload, batch), batched in prompts.items():
         cell = Cell(drafter, length, workload, batch)
-        measure(loop, cell, batched, args)
+        measure(Engines(on, off), cell, batched, args)
         yield cell
 
 
-def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
+def show(console: Console, found: Sequence[Cell], floor: float, greedy: bool) -> None:
     """A row per cell."""
-    names = ("workload", "batch", "length", "x off", "tokens/s", "per draft", "accepted", "asked")
+    names = ("workload", "batch", "length", "x off", f"95 %, to {floor}", "tokens/s", "per draft", "accepted", "asked")
     table = Table(*names, "forward", "draft", "rest", "equal", title=found[0].drafter)
     for cell in found:
         on, off = ([getattr(one, name) for one in cell.rounds] for name in ("on", "off"))
@@ -265,7 +302,8 @@ def show(console: Console, found: Sequence[Cell], greedy: bool) -> None:
             cell.workload,
             str(cell.batch),
             cell.length,
-            f"{cell.speedup:.2f}x",
+            f"{cell.speedup:.3f}x",
+            "{:.3f}-{:.3f} {}".format(*cell.interval, verdict(cell.interval, floor)),
             f"{cell.rate:,.0f}",
             f"{cell.per_draft:.2f}",
             " ".join(f"{share:.0%}" for share in cell.accepted[:5]),
@@ -293,7 +331,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=int, default=96, help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--floor", type=float, default=0.97, help="x off that no cell should be below")
     parser.add_argument("--quick", action="store_true", help="a small target, few cells, one round")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -324,14 +363,17 @@ def main() -> None:
         sys.exit(f"error: {error.message}")
     model = args.model or str(cached(embedded_model(), args.preset))
     prompts = draw(args, model, console)
+    off = load(model, **engine_settings(args, prompts))
     found: list[Cell] = []
     for drafter in args.drafters or default_drafters(own=args.model is None):
-        rows = [cell for length in args.lengths for cell in cells(args, model, (drafter, length), prompts, console)]
+        rows = [
+            cell for length in args.lengths for cell in cells(args, model, off, (drafter, length), prompts, console)
+        ]
         if rows:
-            show(console, rows, args.temperature == 0)
+            show(console, rows, args.floor, args.temperature == 0)
         found += rows
     if args.json:
-        derived = ("speedup", "rate", "per_draft", "accepted", "asked")
+        derived = ("speedup", "interval", "rate", "per_draft", "accepted", "asked")
         figures = [asdict(cell) | {name: getattr(cell, name) for name in derived} for cell in found]
         content = {"arguments": vars(args), "model": model, "cells": figures}
         args.json.write_bytes(msgspec.json.encode(content, enc_hook=str))

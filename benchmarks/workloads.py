@@ -81,7 +81,7 @@ def has_chat(tokenizer: Tokenizer) -> bool:
     return True
 
 
-def request(prompt: list[int], output: int, temperature: float, seeds: SeedSource, *, speculate: bool) -> Request:
+def request(prompt: list[int], output: int, temperature: float, seeds: SeedSource) -> Request:
     """Of a set length and without a seed of its own, under a fresh name."""
     params = SamplingParams(temperature=temperature, max_tokens=output, ignore_eos=True)
-    return Request.create(RequestId(f"benchmark-{next(_names)}"), prompt, params, seeds, speculate=speculate)
+    return Request.create(RequestId(f"benchmark-{next(_names)}"), prompt, params, seeds)

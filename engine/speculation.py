@@ -7,6 +7,7 @@ In the plan that it returns, and wherever a step is computed, a sequence's `toke
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from .rows import DraftDistributions, Rows
 from .sampler import Sampler
 from .staging import upload
 from .trees import MASKED_ROWS, first_chain, valid_nodes
+
+_MOST_WAITING = 64
+"""Steps that the history may be behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +57,20 @@ class Speculation:
         self._sampler = sampler
         self._readers = readers
         self._history = TokenHistory(sampler.table.num_slots, max_length)
+        self._decoded: list[tuple[IntArray, IntArray]] = []
+        """Slots and tokens of the last steps' decodes, which are not in the history yet: while nobody drafts, nobody
+        reads it, and many steps enter it at once."""
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot."""
+        self._enter_decoded()
         self._history.assign(assignment)
         self.drafter.assign(assignment.slot)
 
     def propose(self, plan: BatchPlan) -> Proposed:
         """Proposals for a plan that asks for some."""
         started = time.perf_counter()
+        self._enter_decoded()
         asked = [index for index, part in enumerate(plan.sequences) if part.drafts]
         parts = [plan.sequences[index] for index in asked]
         slots = np.array([part.slot for part in parts], np.int32)
@@ -95,17 +104,25 @@ class Speculation:
 
     def note(self, plan: BatchPlan, decoded: IntArray, outputs: tuple[SequenceOutput, ...]) -> None:
         """What a step has made known."""
-        slots = plan.decodes.slots
-        if len(slots):
-            good = decoded != NO_TOKEN
-            everything = bool(good.all())
-            self._history.append(slots if everything else slots[good], decoded if everything else decoded[good])
-        for part, output in zip(plan.sequences, outputs, strict=True):
-            if output.token_ids:
-                self._history.extend(part.slot, output.token_ids)
+        if len(decoded):
+            self._decoded.append((plan.decodes.slots, decoded))
+        accepted = [(part.slot, output.token_ids) for part, output in zip(plan.sequences, outputs, strict=True)
+                    if output.token_ids]  # fmt: skip
+        if accepted or len(self._decoded) >= _MOST_WAITING:
+            self._enter_decoded()
+        for slot, token_ids in accepted:
+            self._history.extend(slot, token_ids)
+
+    def _enter_decoded(self) -> None:
+        # A failed one's NO_TOKEN enters too: that sequence is over, and its slot's next one begins a history anew.
+        for _, steps in groupby(self._decoded, key=lambda step: step[0].tobytes()):
+            slots, tokens = zip(*steps, strict=True)
+            self._history.append(slots[0], np.stack(tokens, axis=1))
+        self._decoded.clear()
 
     def clear(self) -> None:
         """Forget all slots."""
+        self._decoded.clear()
         self._history.known[:] = 0
         self.drafter.clear()
 

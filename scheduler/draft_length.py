@@ -52,6 +52,8 @@ _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
 _LASTING = 4
 """Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
+_SELDOM = 32
+"""The same while nothing is drafted: knowing more would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +214,7 @@ class DraftLengths:
         if not self.on:
             seconds = step_seconds + draft_seconds
             self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
-        telling = pure and (rows != self._last_rows or self._steps % _LASTING == 0)
+        telling = pure and (rows != self._last_rows or self._steps % (_LASTING if self.on else _SELDOM) == 0)
         self._last_rows = rows
         if outcome is None:
             if telling:

@@ -4,7 +4,6 @@ Drafts are planned last, with what a step has left: tokens of its budget, and pa
 end where a sequence does, and where it is to be looked at for pruning, so its text is the same with drafts or without.
 """
 
-from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -35,9 +34,9 @@ class Speculation:
         self._decodes = decodes
         self._growth = growth
         self.lengths = DraftLengths(info, config.max_num_seqs)
-        self._asked: Counter[int] = Counter()
+        self._asked = [0] * (1 + info.most)
         """How often each length was planned."""
-        self._accepted_per_position = np.zeros(info.most, np.int64)
+        self._accepted_per_position = [0] * info.most
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
 
@@ -46,9 +45,9 @@ class Speculation:
         return SpeculationCounts(
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
-            accepted_tokens=int(self._accepted_per_position.sum()),
-            accepted_per_position=self._accepted_per_position.tolist(),
-            lengths=[self._asked[length] for length in range(self._most + 1)],
+            accepted_tokens=sum(self._accepted_per_position),
+            accepted_per_position=self._accepted_per_position.copy(),
+            lengths=self._asked.copy(),
             draft_seconds=self._draft_seconds,
             step_seconds=self._step_seconds,
         )
@@ -73,7 +72,8 @@ class Speculation:
             if batch.budget and batch.limits.any():
                 chosen = self._let_draft(draft, others, self.lengths.choose(batch))
         self._asked[0] += may_draft - len(chosen)
-        self._asked.update(chosen)
+        for length in chosen:
+            self._asked[length] += 1
         self._begin()
 
     def _begin(self) -> None:
@@ -89,17 +89,21 @@ class Speculation:
         self._draft_seconds += output.draft_seconds
         results = zip(plan.sequences, output.sequences, strict=True)
         drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
-        outcome = _outcome(drafts) if drafts else None
-        rows = plan.num_tokens
-        if outcome is not None:
+        rows, outcome = plan.num_tokens, None
+        if drafts:
+            outcome = _outcome(drafts)
             rows += int(outcome.drafted.sum())
-            self._drafts += int(np.count_nonzero(outcome.drafted))
-            self._draft_tokens += int(outcome.drafted.sum())
-            self._accepted_per_position += (np.arange(self._most) < outcome.accepted[:, None]).sum(axis=0)
+            self._count(outcome)
         pure = plan.num_tokens == len(plan.decodes) + len(plan.sequences) and not (
             plan.assignments or plan.prunes or plan.compactions or plan.parks
         )
         self.lengths.learn(outcome, rows, max(seconds - output.draft_seconds, 0.0), output.draft_seconds, pure)
+
+    def _count(self, outcome: Outcome) -> None:
+        self._drafts += int(np.count_nonzero(outcome.drafted))
+        self._draft_tokens += int(outcome.drafted.sum())
+        reached = (np.arange(self._most) < outcome.accepted[:, None]).sum(axis=0).tolist()
+        self._accepted_per_position = [sum(pair) for pair in zip(self._accepted_per_position, reached, strict=True)]
 
     def _candidates(self, draft: BatchDraft, others: list[int]) -> Candidates:
         """The rows of the step's decode batch, then the `others` of its members."""

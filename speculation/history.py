@@ -21,9 +21,10 @@ class TokenHistory:
         self.known[assignment.slot] = len(ids)
 
     def append(self, slots: IntArray, tokens: IntArray) -> None:
-        """One more token for each of the distinct slots [S]; tokens [S]."""
-        self.tokens[slots, self.known[slots]] = tokens
-        self.known[slots] += 1
+        """More tokens [S, n] for each of the distinct slots [S]."""
+        known, more = self.known[slots], tokens.shape[1]
+        self.tokens[slots[:, None], known[:, None] + np.arange(more)] = tokens
+        self.known[slots] = known + more
 
     def extend(self, slot: int, tokens: tuple[int, ...]) -> None:
         """More tokens for one slot."""

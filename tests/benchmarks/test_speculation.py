@@ -6,20 +6,28 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from benchmarks import speculation
-from benchmarks.speculation import Cell, Round, Steady, Watcher, agreement, difference
+from benchmarks.speculation import (
+    Cell,
+    Engines,
+    Round,
+    Steady,
+    Watcher,
+    agreement,
+    difference,
+    measure,
+)
 from benchmarks.workloads import WORKLOADS, Workloads, edit_prompt, has_chat, names_in, request
 from quire.core.config import embedded_model
 from quire.core.ids import RequestId
-from quire.core.messages import EngineStats, Event, Finished, StepReport, Tokens
+from quire.core.messages import EngineStats, Event, Finished, StepEvent, StepReport, Tokens
 from quire.core.request import Request, SeedSource
 from quire.core.speculation import SpeculationCounts
 from quire.server.text import Tokenizer
 
 
-def stats(seconds: float, forward: float, drafted: float) -> EngineStats:
+def report(forward: float, drafted: float, *events: Event) -> StepReport:
     counts = SpeculationCounts(draft_seconds=drafted)
-    return EngineStats(step_seconds=seconds, forward_seconds=forward, speculation=counts)
+    return StepReport(list(events), EngineStats(forward_seconds=forward, speculation=counts))
 
 
 def says(name: str, *tokens: int) -> Tokens:
@@ -29,11 +37,11 @@ def says(name: str, *tokens: int) -> Tokens:
 def test_steps_count_while_all_generate() -> None:
     watcher = Watcher(2, SpeculationCounts(draft_seconds=5.0))
     end: Event = Finished(RequestId("a"), 0, "length")
-    watcher.watch(stats(9.0, 1.0, 5.0), [says("a", 1)])  # b is still at its prompt
-    watcher.watch(stats(9.0, 1.0, 5.5), [says("a", 2), says("b", 1)])  # b computed the end of its prompt
-    watcher.watch(stats(1.0, 0.5, 5.7), [says("a", 3, 4, 5), says("b", 2)])
-    watcher.watch(stats(3.0, 0.5, 6.0), [says("a", 6, 7), end, says("b", 3)])
-    watcher.watch(stats(9.0, 1.0, 7.0), [says("b", 4)])  # b alone
+    watcher.watch(report(1.0, 5.0, says("a", 1)), 9.0)  # b is still at its prompt
+    watcher.watch(report(1.0, 5.5, says("a", 2), says("b", 1)), 9.0)  # b computed the end of its prompt
+    watcher.watch(report(0.5, 5.7, says("a", 3, 4, 5), says("b", 2)), 1.0)
+    watcher.watch(report(0.5, 6.0, says("a", 6, 7), end, says("b", 3)), 3.0)
+    watcher.watch(report(1.0, 7.0, says("b", 4)), 9.0)  # b alone
     assert watcher.tokens == {"a": [1, 2, 3, 4, 5, 6, 7], "b": [1, 2, 3, 4]}
     steady = watcher.steady
     assert (steady.tokens, steady.seconds, steady.forward_seconds) == (7, 4.0, 1.0)
@@ -72,45 +80,48 @@ def test_figures_of_a_cell() -> None:
 
 @dataclass
 class FakeLoop:
-    """Says two tokens a step with speculation and one without; a step takes a second."""
+    """Says two tokens a step with a drafter and one without."""
 
-    asked: list[bool] = field(default_factory=list)
+    drafts: bool
+    turns: list[bool]
     requests: list[Request] = field(default_factory=list)
     said: int = 0
     counts: SpeculationCounts = field(default_factory=SpeculationCounts)
 
     def submit(self, request: Request) -> None:
         self.requests.append(request)
-        self.asked.append(request.speculate)
+        self.turns.append(self.drafts)
 
     @property
     def has_work(self) -> bool:
         return bool(self.requests)
 
     def stats(self) -> EngineStats:
-        return EngineStats(step_seconds=1.0, speculation=self.counts)
+        return EngineStats(speculation=self.counts)
 
     def step(self) -> StepReport:
         [asked] = self.requests
-        count = min(1 + asked.speculate, (asked.params.max_tokens or 0) - self.said)
-        if asked.speculate:
+        count = min(1 + self.drafts, (asked.params.max_tokens or 0) - self.said)
+        if self.drafts:
             drafts = self.counts.drafts + 1
             self.counts = SpeculationCounts(drafts=drafts, accepted_tokens=drafts, accepted_per_position=[drafts])
         self.said += count
-        events: list[Event] = [Tokens(asked.id, 0, [7] * count)]
+        events: list[StepEvent] = [Tokens(asked.id, 0, [7] * count)]
         if self.said == asked.params.max_tokens:
             events.append(Finished(asked.id, 0, "length"))
             self.requests, self.said = [], 0
-        return StepReport(list(events), self.stats())
+        return StepReport(events, self.stats())
 
 
 def test_rounds_take_turns_and_the_first_is_not_counted() -> None:
-    loop, cell = FakeLoop(), Cell("ngram", "1", "code", 1)
-    args = argparse.Namespace(output=9, temperature=0.0, rounds=2)
-    speculation.measure(loop, cell, [[1, 2, 3]], args)  # type: ignore[arg-type]
-    assert loop.asked == [False, True, True, False, False, True]
+    turns: list[bool] = []
+    cell, engines = Cell("ngram", "1", "code", 1), Engines(FakeLoop(True, turns), FakeLoop(False, turns))  # type: ignore[arg-type]
+    measure(engines, cell, [[1, 2, 3]], argparse.Namespace(output=9, temperature=0.0, rounds=2))
+    assert turns == [False, True, True, False, False, True]
     assert len(cell.rounds) == 2 and cell.rounds[0].equal == 1.0
-    assert (cell.speedup, cell.per_draft) == (pytest.approx(7 / 4), 2.0)
+    # Of nine tokens the first one's step is not counted.
+    sides = [(one.on.tokens / one.on.steps, one.off.tokens / one.off.steps) for one in cell.rounds]
+    assert sides == [(7 / 4, 1.0)] * 2 and cell.per_draft == 2.0
 
 
 def test_prompts_are_what_they_say() -> None:
@@ -135,5 +146,5 @@ def test_an_edit_renames_whole_words() -> None:
 
 
 def test_a_request_has_no_seed_of_its_own() -> None:
-    one = request([1, 2], 5, 0.8, SeedSource(), speculate=False)
-    assert (one.params.seed, one.params.max_tokens, one.params.temperature, one.speculate) == (None, 5, 0.8, False)
+    one = request([1, 2], 5, 0.8, SeedSource())
+    assert (one.params.seed, one.params.max_tokens, one.params.temperature, one.speculate) == (None, 5, 0.8, True)
