@@ -8,10 +8,10 @@ costs what a model of --preset costs. Then quire-mini itself is a drafter that i
 Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 too, or take a model of your own.
 
 An engine that drafts is loaded per drafter and length, beside one that does not (`--draft none`). They run the batch
-of prompts in turns, the order changing from round to round; the first round is not counted. What counts are the steps at
-whose beginning all sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio of
-tokens per second. The machine's own pace changes within seconds: short rounds (--output) and many of them see least of
-it.
+of prompts in turns, the order changing from round to round; the first round is not counted. What counts are the steps
+at whose beginning all sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio
+of tokens per second. The machine's own pace changes within seconds: short rounds (--output) and many of them see least
+of it.
 
 * x off: generated tokens per second, relative to no drafter: the median of the rounds' ratios. Behind it, where this
   lies with a probability of 95 % (bootstrap over the rounds), and how that is to `--floor`: above, below, or across it.

@@ -125,10 +125,10 @@ class BatchDraft:
     def remove_decodes(self, rows: list[int]) -> None:
         """The steady decodes in these rows, ascending, take part otherwise."""
         if rows:
-            slots, starts, tokens = (
-                np.delete(column, rows) for column in (self.decodes.slots, self.decodes.starts, self.decodes.token_ids)
-            )
-            self.decodes = Decodes(slots, starts, tokens)
+            kept = np.ones(len(self.decoders), np.bool_)
+            kept[rows] = False
+            decodes = self.decodes
+            self.decodes = Decodes(decodes.slots[kept], decodes.starts[kept], decodes.token_ids[kept])
             for row in reversed(rows):
                 del self.decoders[row]
 

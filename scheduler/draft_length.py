@@ -47,13 +47,14 @@ _FADED = 0.85
 _RELAXED = 0.05
 """How far a look takes costs back to those measured at start."""
 _PLAIN, _MOST_PLAIN = 32, 512
-"""While it drafts, a step in so many does not, or less by turns, to know what that costs; ever more seldom."""
+"""While it drafts, a step in at least and at most so many does not, or less by turns, to know what that costs: what it
+loses is to be `_PROBE_SHARE` of the time, so where drafts hardly pay it is often."""
 _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
+_SELDOM = 16
+"""Of later steps alike, one in so many teaches what they cost: learning takes time too."""
 _LASTING = 4
 """Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
-_SELDOM = 32
-"""The same while nothing is drafted: knowing more would gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +191,8 @@ class DraftLengths:
                 stayed = self._steps - self._changed >= _SHORTEST
                 self._pause = _SHORTEST if stayed else min(2 * self._pause, _LONGEST)
                 self._next_look = self._steps + self._pause
-            self._changed, self._plain_pause = self._steps, _PLAIN
-            self._next_plain = self._steps + _PLAIN
+            self._changed = self._steps
+            self._next_plain = self._steps + self._plain_pause
         elif not self.on:
             lengths = self._look(batch, lengths)
         elif self._steps >= self._next_plain:
@@ -214,11 +215,12 @@ class DraftLengths:
         if not self.on:
             seconds = step_seconds + draft_seconds
             self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
-        telling = pure and (rows != self._last_rows or self._steps % (_LASTING if self.on else _SELDOM) == 0)
+        fresh = self.on or self._steps - self._changed <= _FRESH
+        telling = pure and (rows != self._last_rows or self._steps % (_LASTING if fresh else _SELDOM) == 0)
         self._last_rows = rows
         if outcome is None:
             if telling:
-                self.costs.learn_plain(rows, step_seconds, self.on or self._steps - self._changed <= _FRESH)
+                self.costs.learn_plain(rows, step_seconds, fresh)
             return
         found, drew = self._found_by_ngrams(outcome), outcome.model_drafted > 0
         turns = ~found & (outcome.asked_model > 0) & (self._model is not None)
@@ -270,6 +272,7 @@ class DraftLengths:
                 choice, goodput = self._choice, kept
         self._choice, self._looked_at = choice, batch.decoding
         self.on = goodput > step.without * (_KEPT if self.on else _ENTRY)
+        self._plain_pause = round(min(max((goodput / step.without - 1.0) / _PROBE_SHARE, _PLAIN), _MOST_PLAIN))
         self._loss = max(step.tokens(choice) * (1.0 / goodput - 1.0 / step.without), 0.0) if goodput else 0.0
         lengths = [part.lengths(offer) for part, offer in zip(offers, choice, strict=True)]
         model = lengths[-1] if self._model is not None else np.zeros_like(lengths[-1])
@@ -305,7 +308,6 @@ class DraftLengths:
     def _unlike(self, batch: Candidates, lengths: Lengths) -> Lengths:
         """Something else than the best, to know what that costs: no drafts; shorter ones; or, where n-grams draft
         alone, a model's for some."""
-        self._plain_pause = min(2 * self._plain_pause, _MOST_PLAIN)
         self._next_plain = self._steps + self._plain_pause
         alone = len(self._sources) > 1 and not lengths.model.any()
         self._plain_turn = (self._plain_turn + 1) % (3 if alone else 2)

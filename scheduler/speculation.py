@@ -90,13 +90,13 @@ class Speculation:
         results = zip(plan.sequences, output.sequences, strict=True)
         drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
         rows, outcome = plan.num_tokens, None
+        pure = rows == len(plan.decodes) + len(plan.sequences) and not (
+            plan.assignments or plan.prunes or plan.compactions or plan.parks
+        )
         if drafts:
             outcome = _outcome(drafts)
             rows += int(outcome.drafted.sum())
             self._count(outcome)
-        pure = plan.num_tokens == len(plan.decodes) + len(plan.sequences) and not (
-            plan.assignments or plan.prunes or plan.compactions or plan.parks
-        )
         self.lengths.learn(outcome, rows, max(seconds - output.draft_seconds, 0.0), output.draft_seconds, pure)
 
     def _count(self, outcome: Outcome) -> None:
