@@ -51,7 +51,7 @@ _PLAIN, _MOST_PLAIN = 32, 512
 loses is to be `_PROBE_SHARE` of the time, so where drafts hardly pay it is often."""
 _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
-_SELDOM = 16
+_SELDOM = 64
 """Of later steps alike, one in so many teaches what they cost: learning takes time too."""
 _LASTING = 4
 """Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
