@@ -303,7 +303,7 @@ def show(console: Console, found: Sequence[Cell], floor: float, greedy: bool) ->
             str(cell.batch),
             cell.length,
             f"{cell.speedup:.3f}x",
-            "{:.3f}-{:.3f} {}".format(*cell.interval, verdict(cell.interval, floor)),
+            f"{cell.interval[0]:.3f}-{cell.interval[1]:.3f} {verdict(cell.interval, floor)}",
             f"{cell.rate:,.0f}",
             f"{cell.per_draft:.2f}",
             " ".join(f"{share:.0%}" for share in cell.accepted[:5]),

@@ -49,6 +49,8 @@ _RELAXED = 0.05
 _PLAIN, _MOST_PLAIN = 32, 512
 """While it drafts, a step in at least and at most so many does not, or less by turns, to know what that costs: what it
 loses is to be `_PROBE_SHARE` of the time, so where drafts hardly pay it is often."""
+_WITHOUT = 4
+"""Steps that go without in a row."""
 _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
 _SELDOM = 64
@@ -164,7 +166,7 @@ class DraftLengths:
         that it was thought to lose."""
         self._trying = False
         """Whether in the step in flight a model drafts to find out how good it is, while n-grams are what pays."""
-        self._next_plain, self._plain_pause, self._plain_turn = _PLAIN, _PLAIN, 0
+        self._next_plain, self._plain_pause, self._plain_turn, self._without_until = _PLAIN, _PLAIN, 0, 0
 
     def idle(self, decoding: int) -> bool:
         """Whether nothing is to be drafted in a step that decodes so many sequences, as far as can be told for free."""
@@ -177,6 +179,9 @@ class DraftLengths:
         """Draft tokens for each of the candidates [S], within their limits; who calls sees to it that some are > 0."""
         if self._info.fixed:
             return Lengths(batch.limits, batch.limits).within(batch.limits, batch.budget)
+        if self.on and self._steps < self._without_until:
+            self._probing = self._trying = False
+            return Lengths.none(len(batch.slots))
         who = (batch.slots.tobytes(), batch.arrivals.tobytes(), batch.decoding)
         if self.on and who == self._who and self._steps < min(self._next_choice, self._next_plain):
             self._behind = False
@@ -216,7 +221,8 @@ class DraftLengths:
             seconds = step_seconds + draft_seconds
             self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
         fresh = self.on or self._steps - self._changed <= _FRESH
-        telling = pure and (rows != self._last_rows or self._steps % (_LASTING if fresh else _SELDOM) == 0)
+        without = self.on and outcome is None
+        telling = pure and (without or rows != self._last_rows or self._steps % (_LASTING if fresh else _SELDOM) == 0)
         self._last_rows = rows
         if outcome is None:
             if telling:
@@ -312,6 +318,7 @@ class DraftLengths:
         alone = len(self._sources) > 1 and not lengths.model.any()
         self._plain_turn = (self._plain_turn + 1) % (3 if alone else 2)
         if self._plain_turn == 0:
+            self._without_until = self._steps + _WITHOUT
             return Lengths.none(len(batch.slots))
         if self._plain_turn == 1:
             return lengths.within(np.maximum(lengths.most - 1, 0), batch.budget)

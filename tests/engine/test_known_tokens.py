@@ -53,7 +53,8 @@ def test_tokens_of_many_steps_are_known_when_somebody_asks() -> None:
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             known[slot].append(token)
         drafter = next((slot for slot in range(SLOTS) if slot not in slots), None)
-        parts, outputs = (), ()
+        parts: tuple[SequencePlan, ...] = ()
+        outputs: tuple[SequenceOutput, ...] = ()
         if drafter is not None:
             known[drafter] += [7, 8]
             parts = (SequencePlan(SlotId(drafter), 0, (1,), sample=True),)
