@@ -51,11 +51,13 @@ class SlotTable:
         self.device = device
         self.states: dict[int, SlotState] = {}
         self.kinds = np.zeros(num_slots, np.int8)
-        """[N], on the host as the next five: which of `DRAW_KINDS`."""
+        """[N], on the host as the next six: which of `DRAW_KINDS`."""
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
         """[N]: whether its state has a bias."""
+        self.likeliest = np.zeros(num_slots, np.bool_)
+        """[N]: gets the likeliest token of the logits as they are, from `min_ends` on."""
         self.free = np.zeros(num_slots, np.bool_)
         """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
         how likely each is."""
@@ -103,6 +105,7 @@ class SlotTable:
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
         self.biased[slot] = bool(state.bias)
+        self.likeliest[slot] = draw_kind(params) == "greedy" and not penalised and not state.bias
         # The kernel that draws all rows together knows greedy ones by a temperature of 0.
         temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature
         strengths = [temperature, params.top_p, params.min_p]
@@ -116,6 +119,10 @@ class SlotTable:
     def plain(self, slots: IntArray, positions: IntArray) -> bool:
         """Whether the slots' tokens at these positions are drawn without bias and masks."""
         return not (self.biased[slots] | (positions < self.min_ends[slots])).any()
+
+    def all_likeliest(self, slots: IntArray, positions: IntArray) -> bool:
+        """Whether the slots' tokens at these positions are `likeliest`."""
+        return bool((self.likeliest[slots] & (positions >= self.min_ends[slots])).all())
 
     def _count(self, assignment: SlotAssignment) -> None:
         """Start the slot's counts from its prompt and what it has generated already."""

@@ -110,8 +110,8 @@ class CpuLibrary:
         self.forward.argtypes = [ctypes.POINTER(kind) for kind in (DecoderArgs, DecoderStepArgs, AttentionArgs)]
         self.draft_chain = library.quire_draft_chain
         self.draft_chain.argtypes = [*self.forward.argtypes, ctypes.POINTER(DraftChainArgs)]
-        self.row_maxima = library.quire_row_maxima
-        self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
+        self.survey_rows = library.quire_survey_rows
+        self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows
         self.shape_rows.argtypes = [_POINTER] * 6 + [_LONG] * 3 + [_INT]
         self.draw_rows = library.quire_draw_rows
@@ -141,7 +141,7 @@ class CpuLibrary:
         self.share_best = library.quire_share_best
         self.share_best.argtypes = [_POINTER] * 2 + [_LONG] * 4 + [_INT]
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.draft_chain)
-        choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
+        choices = (self.survey_rows, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
         ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
         for function in (*layers, *choices, self.compact, *scores, *ranking):

@@ -17,11 +17,14 @@ _LOGPROB_ROWS = 32
 """Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""
 
 
-def finite_rows(logits: Tensor, backend: Backend = "reference") -> Tensor:
-    """[R] bool: rows of [R, V] whose maximum is a finite number, so not NaN anywhere, not +inf, not all -inf."""
+def survey_rows(logits: Tensor, backend: Backend = "reference") -> tuple[Tensor | None, Tensor]:
+    """`greedy_tokens` [R] of [R, V], where they are found in the same pass, and whether each row is finite [R] int64.
+
+    A row is finite if its maximum is a finite number, so not NaN anywhere, not +inf, not all -inf.
+    """
     if backend == "cpu":
-        return _row_maxima_cpu(logits)[0].isfinite()
-    return logits.amax(-1).isfinite()
+        return _survey_cpu(logits)
+    return None, logits.amax(-1).isfinite().long()
 
 
 def adjust_penalties(
@@ -52,18 +55,20 @@ def forbid(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
 def greedy_tokens(logits: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64: the most likely token of each row of [R, V], the lowest id among equals; any token if one is NaN."""
     if backend == "cpu":
-        return _row_maxima_cpu(logits)[1]
+        return _survey_cpu(logits)[0]
     return logits.argmax(-1)
 
 
-def _row_maxima_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """cpu_sampling.cpp: largest logit of each row, NaN if there is one, and its first place."""
+def _survey_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """cpu_sampling.cpp: the likeliest token of each row, and whether it is finite, both [R] int64."""
     rows, vocab = logits.shape
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    values, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    pointers = (logits.data_ptr(), values.data_ptr(), tokens.data_ptr())
-    loaded_library().row_maxima(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
-    return values, tokens
+    found = torch.empty(2, rows, dtype=torch.int64)
+    first = found.data_ptr()
+    pointers = (logits.data_ptr(), first, first + rows * found.itemsize)
+    loaded_library().survey_rows(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
+    tokens, finite = found.unbind()
+    return tokens, finite
 
 
 def sample_full(
