@@ -57,10 +57,18 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
+        if self.backend == "cpu" and self._are_likeliest(rows, layout):
+            survey = sampling.survey_rows(logits)
+            self.table.remember(rows.slots, survey[0])
+            return Drawn(Download(survey.view(-1)), None)
         recording = record(logits, layout.sampled, self.table.recorded[rows.slots], self.backend)
-        likeliest, finite = sampling.survey_rows(logits, self.backend)
-        tokens = self._draw(logits, rows, layout, likeliest)
-        return Drawn(Download(torch.cat([tokens, finite])), recording)
+        tokens = self._draw(logits, rows, layout)
+        return Drawn(Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend)])), recording)
+
+    def _are_likeliest(self, rows: Rows, layout: LogitLayout) -> bool:
+        """Whether every row of logits gives its likeliest token and is over: one pass finds all there is to know."""
+        apart = any(layout.drafted) or len(layout.sampled) < len(layout.rows)
+        return not apart and self.table.all_likeliest(rows.slots, rows.positions)
 
     def propose(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Draft tokens [N] int64 from a draft's logits [N, V] float32, as the rows' parameters would draw.
@@ -157,47 +165,35 @@ class Sampler:
                 wanted.append(_LogprobRequest(index, first + offset, token, top, of_prompt=True))
         return wanted
 
-    def _draw(self, logits: Tensor, rows: Rows, layout: LogitLayout, likeliest: Tensor | None) -> Tensor:
-        """Tokens [N] int64 (on the device) of the rows; remembered, but where drafts leave open whether they stay.
-
-        likeliest [R]: tokens of all rows of logits, if they are known.
-        """
+    def _draw(self, logits: Tensor, rows: Rows, layout: LogitLayout) -> Tensor:
+        """Tokens [N] int64 (on the device) of the rows; remembered, but where drafts leave open whether they stay."""
         slots, at = rows.slots, layout.sampled
         if not len(slots):
             return torch.empty(0, dtype=torch.int64, device=self.device)
+        owners, places = self._pairs(slots, rows.positions)
         everything = len(at) == len(logits)
+        logits = logits if everything else logits[upload(at, self.device)]
         penalised = self.table.penalised[slots]
-        if likeliest is not None and rows.judged is None and self.table.all_likeliest(slots, rows.positions):
-            owners = upload(slots.astype(np.int64), self.device)
-            tokens = likeliest if everything else likeliest[upload(at, self.device)]
+        if self._fused and rows.judged is None and self.table.plain(slots, rows.positions):
+            kind = DRAW_KINDS[self.table.kinds[slots].max()]
+            tokens = self._draw_fused(kind, logits, owners, places, penalised=bool(penalised.any()), prefix=rows.prefix)
         else:
-            owners, places = self._pairs(slots, rows.positions)
-            chosen = logits if everything else logits[upload(at, self.device)]
-            tokens = self._draw_rows(chosen, rows, owners, places, penalised=bool(penalised.any()), shared=everything)
+            logits = self._adjust(logits, rows, owners, shared=everything)
+            tokens = self._draw_by_kind(logits, rows, owners, places)
         if any(layout.drafted):
             stays = _undrafted(len(slots), layout)
             members = self._where(stays)
-            self._remember(penalised[stays], owners[members], tokens[members])
+            self._remember(penalised[stays], slots[stays], owners[members], tokens[members])
         else:
-            self._remember(penalised, owners, tokens)
+            self._remember(penalised, slots, owners, tokens)
         return tokens
 
-    def _draw_rows(
-        self, logits: Tensor, rows: Rows, owners: Tensor, places: Tensor, *, penalised: bool, shared: bool
-    ) -> Tensor:
-        """Tokens [N] from raw logits [N, V], which must not change if they are `shared`."""
-        if self._fused and rows.judged is None and self.table.plain(rows.slots, rows.positions):
-            kind = DRAW_KINDS[self.table.kinds[rows.slots].max()]
-            return self._draw_fused(kind, logits, owners, places, penalised=penalised, prefix=rows.prefix)
-        logits = self._adjust(logits, rows, owners, shared=shared)
-        return self._draw_by_kind(logits, rows, owners, places)
-
-    def _remember(self, penalised: npt.NDArray[np.bool_], owners: Tensor, tokens: Tensor) -> None:
-        """The distinct slots `owners` [N] have got tokens [N]; those that are `penalised` [N] count them."""
+    def _remember(self, penalised: npt.NDArray[np.bool_], slots: IntArray, owners: Tensor, tokens: Tensor) -> None:
+        """The slots [N], on the device `owners`, have got tokens [N]; those that are `penalised` [N] count them."""
         if penalised.any():
             members = self._where(penalised)
             self.table.count_outputs(owners[members], tokens[members])
-        self.table.newest.index_copy_(0, owners, tokens)
+        self.table.remember(slots, tokens, owners)
 
     def _draw_by_kind(self, logits: Tensor, rows: Rows, owners: Tensor, places: Tensor) -> Tensor:
         """Tokens [N] from adjusted logits; `owners` are the rows' slots on the device, `places` their positions."""

@@ -224,9 +224,9 @@ inline Vec transpose_sum(const Vec* sums) {
 #endif
 }
 
-// Ask for the cache lines of [p, p + bytes) without waiting; harmless outside of what is mapped.
-inline void prefetch(const void* p, long bytes) {
-  for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+// Ask for the cache lines of [p, p + bytes), or some of them, without waiting; harmless outside of what is mapped.
+inline void prefetch(const void* p, long bytes, long every = 64) {
+  for (long i = 0; i < bytes; i += every) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Memory that is kept for the next call of this thread, because fresh memory costs a page fault per 4 KiB.

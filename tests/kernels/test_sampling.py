@@ -13,12 +13,12 @@ from quire.kernels.noise import gumbel_noise, random_bits
 from quire.kernels.sampling import (
     adjust_bias,
     adjust_penalties,
+    finite_rows,
     forbid,
     greedy_tokens,
     rank_tokens,
     sample_full,
     sample_truncated,
-    survey_rows,
     token_logprobs,
     top_logprobs,
 )
@@ -164,7 +164,7 @@ def test_bias_adds_and_forbidden_tokens_never_win() -> None:
 def test_finite_rows_allow_forbidden_tokens_but_no_nan() -> None:
     bad = float("nan"), float("inf"), float("-inf")
     rows = torch.tensor([[0.0, 1.0], [bad[0], 1.0], [1.0, bad[1]], [bad[2], bad[2]], [bad[2], 1.0]])
-    assert survey_rows(rows)[1].tolist() == [1, 0, 0, 0, 1]
+    assert finite_rows(rows).tolist() == [1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 33, 2048, 5001])
@@ -176,7 +176,7 @@ def test_cpu_maxima_equal_torchs(vocab: int) -> None:
     for row in range(30):
         logits[row, torch.randint(0, vocab, (1,), generator=generator)] = special[row % 3]
     logits[59] = -torch.inf
-    assert torch.equal(survey_rows(logits, "cpu")[1], survey_rows(logits)[1])
+    assert torch.equal(finite_rows(logits, "cpu"), finite_rows(logits))
     numbers = ~logits.isnan().any(-1)
     assert torch.equal(greedy_tokens(logits, "cpu")[numbers], greedy_tokens(logits)[numbers])
 
