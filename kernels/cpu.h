@@ -124,7 +124,26 @@ inline float max_lanes(Vec v) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// a > b ? a : b, so b beside a NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline int32_t min_lane(IntVec v) {
+#if defined(QUIRE_AVX512)
+  return _mm512_reduce_min_epi32((__m512i)v);
+#else
+  int32_t least = v[0];
+  for (int i = 1; i < kLanes; i++) least = v[i] < least ? v[i] : least;
+  return least;
+#endif
+}
+
+inline int32_t max_lane(IntVec v) { return ~min_lane(~v); }
 
 // e^r for |r| <= ln(2) / 2: Taylor to degree 7 with minimax corrections (Cephes expf).
 inline Vec exp_polynomial(Vec r) {
