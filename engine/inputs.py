@@ -181,10 +181,11 @@ def _decode_rows(decodes: Decodes, cache: KVCache, max_lengths: np.ndarray) -> _
     numbers = np.empty((5, len(slots)), np.int64)
     numbers[0], numbers[1] = decodes.token_ids, decodes.starts
     numbers[2], numbers[3], numbers[4] = cache.rotary_starts(slots, decodes.starts), max_lengths[slots], slots
+    input_ids, positions, rotations, lengths, slot_rows = upload(numbers, cache.device).unbind()
     logit_rows, start, new = _steady_rows(len(slots), cache.device)
     return _StepRows(
-        *upload(numbers, cache.device).unbind(), new, logit_rows, start, None, _steady_layout(len(slots)), slots, ones,
-        ones,
+        input_ids, positions, rotations, lengths, slot_rows, new, logit_rows, start, None, _steady_layout(len(slots)),
+        slots, ones, ones,
     )  # fmt: skip
 
 
