@@ -7,8 +7,8 @@ Two models in bfloat16: quire-mini, and one of the shape of Qwen2-0.5B with rand
 machine whose speed drifts does not favour one; times are medians over the rounds.
 
 `of the bandwidth bound`: the time to read all weights and the cache once, over the step's. `of packed products`: the
-time of oneDNN's products alone, over the step's. All decoder layers are one call; what it consists of is measured in
-further steps that call the same kernels one by one.
+time of oneDNN's products alone, over the step's. The network is one call, from token ids to logits; what it consists of
+is measured in further steps that call the same kernels one by one.
 """
 
 import argparse
@@ -43,9 +43,8 @@ from quire.scheduler.scheduler import Scheduler
 
 Times = defaultdict[str, float]
 PROMPT, CHUNK = 128, 512
-KERNELS = {"decoder": "decoder layers", "linear": "output head"}
 APART = ("linear", "attention", "rms_norm", "rotate")
-PARTS = (*KERNELS.values(), "other forward", "inputs", "sampling", "scheduling")
+PARTS = ("network", "other forward", "inputs", "sampling", "scheduling")
 
 
 def half_billion(config: EngineConfig) -> Engine:
@@ -140,8 +139,7 @@ def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
     """Seconds of one step, in parts."""
     spent = Times(float)
     with ExitStack() as stack:
-        for name, label in KERNELS.items():
-            stack.enter_context(timed(loaded_library(), name, spent, label))
+        stack.enter_context(timed(decoder_of(engine)._fused, "_call", spent, "network"))
         stack.enter_context(timed(engine_module, "build_inputs", spent, "inputs"))
         stack.enter_context(timed(engine.cache, "apply", spent, "inputs"))
         stack.enter_context(timed(engine._runner, "forward", spent, "forward"))
@@ -155,7 +153,7 @@ def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
         spent["step"] = time.perf_counter() - began
     spent["scheduling"] = spent["step"] - (left - planned)
     spent["sampling"] = output.sample_seconds
-    spent["other forward"] = spent.pop("forward") - sum(spent[label] for label in KERNELS.values())
+    spent["other forward"] = spent.pop("forward") - spent["network"]
     return spent
 
 
@@ -168,7 +166,7 @@ def timed_kernels(engine: Engine, scheduler: Scheduler) -> Times:
     with ExitStack() as stack:
         stack.callback(setattr, decoder, "_fusible", True)
         for name in APART:
-            stack.enter_context(timed(loaded_library(), name, spent, f"layers: {name}"))
+            stack.enter_context(timed(loaded_library(), name, spent, f"network: {name}"))
         output = engine.step(plan)
     scheduler.commit(plan, output)
     return spent
@@ -218,7 +216,7 @@ def column(engine: Engine, step: Callable[[], Times], size: int, rounds: int, nu
     whole, bandwidth = median["step"], numbers.nbytes / median["reading"]
     median["rest"] = whole - sum(median[part] for part in PARTS)
     cells = {part: f"{median[part] * 1e3:.2f} ms ({median[part] / whole:.0%})" for part in (*PARTS, "rest")}
-    for part in (f"layers: {name}" for name in APART):
+    for part in (f"network: {name}" for name in APART):
         cells[part] = f"{median[part] * 1e3:.2f} ms"
     cells["whole step"] = f"{whole * 1e3:.2f} ms"
     cells["of packed products"] = f"{median['products'] / whole:.0%}"

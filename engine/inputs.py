@@ -1,6 +1,7 @@
 """From a `BatchPlan` to what the model's forward pass takes. Python touches prompts; the rest is vectorised."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
@@ -102,6 +103,53 @@ def build_inputs(
     device: the token that each sampled last. All other numbers are computed on the host and go to the device in one
     piece.
     """
+    rows = _ragged_rows(plan, cache, max_lengths) if plan.sequences else _decode_rows(plan.decodes, cache, max_lengths)
+    decodes = plan.decodes
+    fill_unknown(rows.input_ids[: len(decodes)], rows.slots[: len(decodes)], decodes, newest)
+    longest = cache.longest(rows.host_slots, rows.counts)
+    page_table, kept = cache.tables(rows.slots, longest)
+    context = AttentionContext(
+        pool=cache.pool,
+        entry_positions=cache.entry_positions,
+        page_table=page_table,
+        kept=kept,
+        query_start=rows.start,
+        query_lengths=rows.counts,
+        positions=rows.positions,
+        destinations=None,
+        max_kept=longest,
+        visible=rows.visible,
+        backend=backend,
+    )
+    return StepInputs(
+        rows.input_ids, rows.rotations, rows.lengths, context, rows.logit_rows, rows.layout, rows.slots, rows.new,
+        rows.host_slots, rows.stored,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _StepRows:
+    """The numbers of one step, as in `StepInputs` and `AttentionContext`."""
+
+    input_ids: Tensor
+    positions: Tensor
+    rotations: Tensor
+    lengths: Tensor
+    slots: Tensor
+    new: Tensor
+    logit_rows: Tensor
+    start: Tensor
+    visible: Tensor | None
+    layout: LogitLayout
+    host_slots: IntArray
+    counts: tuple[int, ...]
+    """Rows of each sequence."""
+    stored: tuple[int, ...]
+    """Entries that each keeps."""
+
+
+def _ragged_rows(plan: BatchPlan, cache: KVCache, max_lengths: np.ndarray) -> _StepRows:
+    """Of any step."""
     decodes, others = plan.decodes, plan.sequences
     slots = np.concatenate([decodes.slots, np.array([sequence.slot for sequence in others], np.int32)])
     counts = (1,) * len(decodes) + tuple(len(sequence.token_ids) for sequence in others)
@@ -121,25 +169,38 @@ def build_inputs(
     input_ids, position_rows, rotation_rows, length_rows, slot_rows, new, logit_rows, start, visible = packed.split(
         [len(ids)] * 4 + [len(slots)] * 2 + [len(layout.rows), len(slots) + 1, len(masks)]
     )
-    fill_unknown(input_ids[: len(decodes)], slot_rows[: len(decodes)], decodes, newest)
-    longest = cache.longest(slots, counts)
-    page_table, kept = cache.tables(slot_rows, longest)
-    context = AttentionContext(
-        pool=cache.pool,
-        entry_positions=cache.entry_positions,
-        page_table=page_table,
-        kept=kept,
-        query_start=start.int(),
-        query_lengths=counts,
-        positions=position_rows,
-        destinations=None,
-        max_kept=longest,
-        visible=None if trees is None else visible,
-        backend=backend,
-    )
-    return StepInputs(
-        input_ids, rotation_rows, length_rows, context, logit_rows, layout, slot_rows, new.int(), slots, stored
-    )
+    return _StepRows(
+        input_ids, position_rows, rotation_rows, length_rows, slot_rows, new.int(), logit_rows, start.int(),
+        None if trees is None else visible, layout, slots, counts, stored,
+    )  # fmt: skip
+
+
+def _decode_rows(decodes: Decodes, cache: KVCache, max_lengths: np.ndarray) -> _StepRows:
+    """Of a step in which every sequence decodes, most of all steps: most numbers are those of the step before."""
+    slots, ones = decodes.slots, (1,) * len(decodes)
+    numbers = np.empty((5, len(slots)), np.int64)
+    numbers[0], numbers[1] = decodes.token_ids, decodes.starts
+    numbers[2], numbers[3], numbers[4] = cache.rotary_starts(slots, decodes.starts), max_lengths[slots], slots
+    input_ids, positions, rotations, lengths, slot_rows = upload(numbers, cache.device).unbind()
+    logit_rows, start, new = _steady_rows(len(slots), cache.device)
+    return _StepRows(
+        input_ids, positions, rotations, lengths, slot_rows, new, logit_rows, start, None, _steady_layout(len(slots)),
+        slots, ones, ones,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _steady_rows(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """`logit_rows`, `start` and `new` of so many decodes."""
+    rows = torch.arange(count + 1, device=device)
+    return rows[:-1], rows.int(), torch.ones(count, dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=64)
+def _steady_layout(count: int) -> LogitLayout:
+    """Of so many decodes."""
+    rows = np.arange(count, dtype=np.int32)
+    return LogitLayout(rows, rows, [], [], [], [])
 
 
 def _rows(plan: BatchPlan, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

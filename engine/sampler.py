@@ -57,9 +57,18 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
+        if self.backend == "cpu" and self._are_likeliest(rows, layout):
+            survey = sampling.survey_rows(logits)
+            self.table.remember(rows.slots, survey[0])
+            return Drawn(Download(survey.view(-1)), None)
         recording = record(logits, layout.sampled, self.table.recorded[rows.slots], self.backend)
         tokens = self._draw(logits, rows, layout)
-        return Drawn(Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend).long()])), recording)
+        return Drawn(Download(torch.cat([tokens, sampling.finite_rows(logits, self.backend)])), recording)
+
+    def _are_likeliest(self, rows: Rows, layout: LogitLayout) -> bool:
+        """Whether every row of logits gives its likeliest token and is over: one pass finds all there is to know."""
+        apart = any(layout.drafted) or len(layout.sampled) < len(layout.rows)
+        return not apart and self.table.all_likeliest(rows.slots, rows.positions)
 
     def propose(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """Draft tokens [N] int64 from a draft's logits [N, V] float32, as the rows' parameters would draw.
@@ -175,17 +184,17 @@ class Sampler:
         if any(layout.drafted):
             stays = _undrafted(len(slots), layout)
             members = self._where(stays)
-            self._remember(penalised[stays], owners[members], tokens[members])
+            self._remember(penalised[stays], slots[stays], owners[members], tokens[members])
         else:
-            self._remember(penalised, owners, tokens)
+            self._remember(penalised, slots, owners, tokens)
         return tokens
 
-    def _remember(self, penalised: npt.NDArray[np.bool_], owners: Tensor, tokens: Tensor) -> None:
-        """The slots `owners` [N] have got tokens [N]; those that are `penalised` [N] count them."""
+    def _remember(self, penalised: npt.NDArray[np.bool_], slots: IntArray, owners: Tensor, tokens: Tensor) -> None:
+        """The slots [N], on the device `owners`, have got tokens [N]; those that are `penalised` [N] count them."""
         if penalised.any():
             members = self._where(penalised)
             self.table.count_outputs(owners[members], tokens[members])
-        self.table.newest[owners] = tokens
+        self.table.remember(slots, tokens, owners)
 
     def _draw_by_kind(self, logits: Tensor, rows: Rows, owners: Tensor, places: Tensor) -> Tensor:
         """Tokens [N] from adjusted logits; `owners` are the rows' slots on the device, `places` their positions."""

@@ -51,11 +51,13 @@ class SlotTable:
         self.device = device
         self.states: dict[int, SlotState] = {}
         self.kinds = np.zeros(num_slots, np.int8)
-        """[N], on the host as the next five: which of `DRAW_KINDS`."""
+        """[N], on the host as the next six: which of `DRAW_KINDS`."""
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
         """[N]: whether its state has a bias."""
+        self.likeliest = np.zeros(num_slots, np.bool_)
+        """[N]: gets the likeliest token of the logits as they are, from `min_ends` on, and is not recorded."""
         self.free = np.zeros(num_slots, np.bool_)
         """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
         how likely each is."""
@@ -69,6 +71,7 @@ class SlotTable:
         """[N, 2]: seed (its 64 bits) and top_k."""
         self.newest = torch.zeros(num_slots, dtype=torch.int64, device=device)
         """[N]: the token that the slot sampled last, for a step that is launched before the host knows it."""
+        self._newest_host = self.newest.numpy() if device.type == "cpu" else None
         self._counts: Tensor | None = None
         self._in_prompt: Tensor | None = None
 
@@ -103,6 +106,8 @@ class SlotTable:
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
         self.biased[slot] = bool(state.bias)
+        plain = not penalised and not state.bias and not assignment.record
+        self.likeliest[slot] = plain and draw_kind(params) == "greedy"
         # The kernel that draws all rows together knows greedy ones by a temperature of 0.
         temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature
         strengths = [temperature, params.top_p, params.min_p]
@@ -117,6 +122,10 @@ class SlotTable:
         """Whether the slots' tokens at these positions are drawn without bias and masks."""
         return not (self.biased[slots] | (positions < self.min_ends[slots])).any()
 
+    def all_likeliest(self, slots: IntArray, positions: IntArray) -> bool:
+        """Whether the slots' tokens at these positions are `likeliest`."""
+        return bool((self.likeliest[slots] & (positions >= self.min_ends[slots])).all())
+
     def _count(self, assignment: SlotAssignment) -> None:
         """Start the slot's counts from its prompt and what it has generated already."""
         prompt = upload(np.array(assignment.prompt_ids, np.int64), self.device)
@@ -125,6 +134,14 @@ class SlotTable:
         self.in_prompt[assignment.slot, prompt] = True
         self.output_counts[assignment.slot] = 0
         self.count_outputs(torch.full_like(output, assignment.slot), output)
+
+    def remember(self, slots: IntArray, tokens: Tensor, owners: Tensor | None = None) -> None:
+        """The distinct slots [N] have got tokens [N] int64; owners: they as int64, on a GPU."""
+        if self._newest_host is not None:  # a third of the time that torch takes, which counts in a small model's step
+            self._newest_host[slots] = tokens.numpy()
+        else:
+            assert owners is not None
+            self.newest.index_copy_(0, owners, tokens)
 
     def count_outputs(self, slots: Tensor, tokens: Tensor) -> None:
         """One more occurrence of tokens [N] int64 in the outputs of the penalised slots [N] int64."""

@@ -124,7 +124,26 @@ inline float max_lanes(Vec v) {
 #endif
 }
 
-inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+// a > b ? a : b, so b beside a NaN.
+inline Vec max(Vec a, Vec b) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline int32_t min_lane(IntVec v) {
+#if defined(QUIRE_AVX512)
+  return _mm512_reduce_min_epi32((__m512i)v);
+#else
+  int32_t least = v[0];
+  for (int i = 1; i < kLanes; i++) least = v[i] < least ? v[i] : least;
+  return least;
+#endif
+}
+
+inline int32_t max_lane(IntVec v) { return ~min_lane(~v); }
 
 // e^r for |r| <= ln(2) / 2: Taylor to degree 7 with minimax corrections (Cephes expf).
 inline Vec exp_polynomial(Vec r) {
@@ -224,9 +243,9 @@ inline Vec transpose_sum(const Vec* sums) {
 #endif
 }
 
-// Ask for the cache lines of [p, p + bytes) without waiting; harmless outside of what is mapped.
-inline void prefetch(const void* p, long bytes) {
-  for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
+// Ask for the cache lines of [p, p + bytes), or some of them, without waiting; harmless outside of what is mapped.
+inline void prefetch(const void* p, long bytes, long every = 64) {
+  for (long i = 0; i < bytes; i += every) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 
 // Memory that is kept for the next call of this thread, because fresh memory costs a page fault per 4 KiB.

@@ -83,7 +83,7 @@ inline void compute_task(const Args& a, const Task& task, Span following, const 
     attend_part(a, tile, work, {all.pages, begin, end}, end < all.end ? rest : following, begin ? part : whole);
     if (begin) merge(whole, part, tile.rows, padded);
   }
-  write_tile(a, tile, whole, padded);
+  write_tile<T, Work>(a, tile, whole, padded);
 }
 
 template <class T>
@@ -108,7 +108,11 @@ inline void finish_task(const Args& a, const Task& task, float* scratch, int scr
   const State whole = state_at(scratch, task.scratch, scratch_rows, padded);
   for (int part = 1; part < task.parts; part++)
     merge(whole, state_at(scratch, task.scratch + part, scratch_rows, padded), tile.rows, padded);
-  write_tile(a, tile, whole, padded);
+#if defined(QUIRE_TILES)
+  if constexpr (sizeof(T) == sizeof(bf16))
+    if (TileWork::fits(a)) return write_tile<T, TileWork>(a, tile, whole, padded);
+#endif
+  write_tile<T, VectorWork<T>>(a, tile, whole, padded);
 }
 
 // Store the new keys, values and positions of sequence s at entries kept .. kept + tokens - 1 of every head.

@@ -73,34 +73,73 @@ struct Span {
   long begin, end;
 };
 
-// Keys and positions of up to kBlock entries of one head; a value lies page_size * width behind its key.
+// Keys and positions of up to kBlock entries of one head; a value lies page_size * width behind its key. And their
+// memory, to be asked for before it is read.
 template <class T>
 struct Block {
+  struct Run {
+    const char* from;
+    long bytes;
+  };
+
   const T* key[kBlock];
   int32_t position[kBlock];
   int count;
   int32_t first, last;
+  long bytes;            // of all entries
+  Run runs[2 * kBlock];  // as yet not asked for: those from `asked` on
+  int run_count, asked;
+
+  // `entries` more in a row.
+  void add(const T* keys, long entries, long width, long page_size) {
+    for (long i = 0; i < entries; i++) key[count + i] = keys + i * width;
+    count += entries;
+    const long size = entries * width * sizeof(T);
+    bytes += 2 * size;
+    if (entries == page_size) {
+      runs[run_count++] = {(const char*)keys, 2 * size};
+    } else {
+      runs[run_count++] = {(const char*)keys, size};
+      runs[run_count++] = {(const char*)(keys + page_size * width), size};
+    }
+  }
+
+  // Ask for the next `size` bytes. Pages lie anywhere, so the hardware cannot guess where the next one starts; but in
+  // the order in which a page lies in memory it joins in. Little at a time between the arithmetic, because a burst of
+  // requests would stall it until most of them are answered.
+  void ask(long size) {
+    while (size > 0 && asked < run_count) {
+      Run& run = runs[asked];
+      const long now = size < run.bytes ? size : run.bytes;
+      prefetch(run.from, now);
+      run.from += now, run.bytes -= now, size -= now;
+      asked += run.bytes == 0;
+    }
+  }
 };
 
 // The first kBlock entries of a span, or as many as it has.
 template <class T>
 inline void fill_block(const Args& a, Span span, Block<T>& block) {
-  const int32_t* pages = span.pages;
   const long end = span.begin + kBlock < span.end ? span.begin + kBlock : span.end;
-  int count = 0;
-  for (long entry = span.begin; entry < end;) {
-    const long page = pages[entry / a.page_size], offset = entry % a.page_size;
-    const int here = a.page_size - offset < end - entry ? a.page_size - offset : end - entry;
-    const T* keys = (const T*)a.pool + (page * 2 * a.page_size + offset) * a.width;
-    for (int i = 0; i < here; i++) block.key[count + i] = keys + i * a.width;
-    memcpy(block.position + count, a.entry_positions + page * a.page_size + offset, here * sizeof(int32_t));
+  block.count = block.run_count = block.asked = block.bytes = 0;
+  if (span.begin >= end) return;
+  const int32_t size = a.page_size, first = span.begin;
+  const int32_t* pages = span.pages + first / size;
+  long offset = first % size;
+  for (int32_t entry = first; entry < end; pages++, offset = 0) {
+    const long here = size - offset < end - entry ? size - offset : end - entry;
+    const int32_t* positions = a.entry_positions + (long)*pages * size + offset;
     if (entry + kBlock < span.end)  // read when the next block is filled
-      prefetch(a.entry_positions + pages[(entry + kBlock) / a.page_size] * a.page_size, a.page_size * sizeof(int32_t));
-    count += here;
+      prefetch(a.entry_positions + (long)span.pages[(entry + kBlock) / size] * size, size * sizeof(int32_t));
+    if (here == kLanes)  // one vector instead of a call
+      memcpy(block.position + block.count, positions, kLanes * sizeof(int32_t));
+    else
+      memcpy(block.position + block.count, positions, here * sizeof(int32_t));
+    block.add((const T*)a.pool + (*pages * 2l * size + offset) * a.width, here, a.width, size);
     entry += here;
   }
-  block.count = count;
-  if (!count) return;
+  const int count = block.count;
   for (int i = count; i % kLanes; i++) {  // the last tile of dot products is filled up with what is there
     block.key[i] = block.key[count - 1];
     block.position[i] = block.position[count - 1];
@@ -111,33 +150,21 @@ inline void fill_block(const Args& a, Span span, Block<T>& block) {
     least = at < least ? at : least;
     most = at > most ? at : most;
   }
-  block.first = block.last = least[0];
-  for (int i = 0; i < kLanes; i++) {
-    block.first = least[i] < block.first ? least[i] : block.first;
-    block.last = most[i] > block.last ? most[i] : block.last;
-  }
+  block.first = min_lane(least), block.last = max_lane(most);
   for (int i = count; i < kBlock; i++) block.position[i] = INT32_MAX;  // behind every query
 }
 
-// Ask for the key of an entry of the block that comes next, or for its value: pages lie anywhere, so the hardware cannot
-// guess where the next one starts. One entry at a time between the arithmetic, because a burst of requests would stall
-// it until most of them are answered.
-template <class T>
-inline void prefetch_entry(const Block<T>& next, int entry, long offset, long width) {
-  if (entry < next.count) prefetch(next.key[entry] + offset, width * sizeof(T));
-}
-
 // Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block; the first rows ask
-// for the next block's keys.
+// for half of the next block.
 template <class T, int ROWS>
-inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, const Block<T>& next, long width,
+inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, Block<T>& next, long width,
                        float (*scores)[kBlock]) {
   constexpr int COLUMNS = kLanes / ROWS;
   const T* queries[ROWS];
   const int count = tile.rows - row < ROWS ? tile.rows - row : ROWS;
   for (int r = 0; r < ROWS; r++) queries[r] = tile.query[row + (r < count ? r : count - 1)];
   for (int e = 0; e < block.count; e += COLUMNS) {
-    for (int c = 0; row == 0 && c < COLUMNS; c++) prefetch_entry(next, e + c, 0, width);
+    if (row == 0) next.ask(COLUMNS * width * sizeof(T));
     float lanes[kLanes];
     store(lanes, dot_tile<T, ROWS>(queries, block.key + e, width));
     for (int r = 0; r < count; r++) memcpy(scores[row + r] + e, lanes + r * COLUMNS, COLUMNS * sizeof(float));
@@ -145,7 +172,7 @@ inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, cons
 }
 
 template <class T>
-inline void score_block(const Tile<T>& tile, const Block<T>& block, const Block<T>& next, long width,
+inline void score_block(const Tile<T>& tile, const Block<T>& block, Block<T>& next, long width,
                         float (*scores)[kBlock]) {
   int row = 0;
   for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, next, width, scores);
@@ -185,13 +212,15 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
       s = ((at <= latest) & (at > earliest)) ? s : nothing;
       if (seen != ~0ull) s = lane_bits(seen >> i * kLanes) ? s : nothing;
     }
-    best = s > best ? s : best;
-    best = s != s ? s : best;  // a NaN must not vanish in the maximum
+    best = max(s, best);
     parts[i] = s;
   }
   float high = max_lanes(best);
   high = high < top ? top : high;
-  if (high == -INFINITY) {
+  if (high == -INFINITY) {  // nothing is visible, or NaN alone; beside numbers it comes out as a weight
+    float sum = 0;
+    for (int i = 0; i < kParts; i++) sum += sum_lanes(parts[i] != parts[i] ? parts[i] : Vec{});
+    if (sum != sum) top = mass = sum;
     memset(scores, 0, kBlock * sizeof(float));
     return 1.0f;
   }
@@ -209,9 +238,9 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
 }
 
 // sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile. If
-// `ahead`, ask for as many columns of the next block's values.
+// `ahead`, ask for as much of the next block.
 template <class T, int ROWS, int VECTORS>
-inline void accumulate(const Block<T>& block, const Block<T>& next, bool ahead, long value_offset,
+inline void accumulate(const Block<T>& block, Block<T>& next, bool ahead, long value_offset,
                        float (*scores)[kBlock], float* sum, long padded) {
   Vec acc[ROWS][VECTORS];
 #pragma GCC unroll 16
@@ -220,7 +249,7 @@ inline void accumulate(const Block<T>& block, const Block<T>& next, bool ahead, 
     for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sum + r * padded + v * kLanes);
   for (int e = 0; e < block.count; e++) {
     const T* value = block.key[e] + value_offset;
-    if (ahead) prefetch_entry(next, e, value_offset, VECTORS * kLanes);
+    if (ahead) next.ask(VECTORS * kLanes * sizeof(T));
     Vec values[VECTORS];
 #pragma GCC unroll 16
     for (int v = 0; v < VECTORS; v++) values[v] = load(value + v * kLanes);
@@ -236,7 +265,7 @@ inline void accumulate(const Block<T>& block, const Block<T>& next, bool ahead, 
 }
 
 template <class T, int ROWS>
-inline void accumulate_rows(const Args& a, const Block<T>& block, const Block<T>& next, bool ahead,
+inline void accumulate_rows(const Args& a, const Block<T>& block, Block<T>& next, bool ahead,
                             float (*scores)[kBlock], float* sum, long padded) {
   // As many sums as half of the registers hold: with few rows there must be more columns, or additions wait for each
   // other.
@@ -266,16 +295,16 @@ class VectorWork {
  public:
   VectorWork(const Args& a, const Tile<T>& tile) : args_(a), tile_(tile) {}
 
-  // scores[row][entry] of the whole block; asks for the next block's keys.
-  void score(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock]) const {
+  // scores[row][entry] of the whole block; asks for a part of the next block.
+  void score(const Block<T>& block, Block<T>& next, float (*scores)[kBlock]) const {
     score_block(tile_, block, next, args_.width, scores);
   }
 
-  // After the weights of a row: nothing, scoring has asked for all keys.
-  void weighed(const Block<T>&, int) const {}
+  // After the weights of a row: nothing, the other two ask for all of the next block.
+  void weighed(Block<T>&) const {}
 
-  // sum[row][column] += weights x values of the block; asks for the next block's values.
-  void accumulate(const Block<T>& block, const Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
+  // sum[row][column] += weights x values of the block; asks for the rest of the next block.
+  void accumulate(const Block<T>& block, Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
     int row = 0;
     for (; row + 4 <= tile_.rows; row += 4)
       accumulate_rows<T, 4>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
@@ -284,6 +313,9 @@ class VectorWork {
     if (row < tile_.rows)
       accumulate_rows<T, 1>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
   }
+
+  // Puts a row's finished sums, of whatever order, into that of the columns.
+  static void straighten(float*, long) {}
 
  private:
   const Args& args_;
@@ -312,7 +344,7 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Sp
       const uint64_t seen = hidden ? seen_entries(tile.visible[r], tile.plain_end, span.begin) : ~0ull;
       const float shrink =
           weigh_row(a, block, tile.position[r], masked, seen, scores[r], state.top[r], state.mass[r]);
-      work.weighed(next, r);
+      work.weighed(next);
       if (shrink == 1.0f) continue;
       float* sum = state.sum + r * padded;
       for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
@@ -336,7 +368,7 @@ inline void merge(State whole, State part, int rows, long padded) {
 }
 
 // Divide by the mass, sinks included, and write the tile's rows.
-template <class T>
+template <class T, class Work>
 inline void write_tile(const Args& a, const Tile<T>& tile, State state, long padded) {
   for (int r = 0; r < tile.rows; r++) {
     float scale = 1.0f, mass = state.mass[r];
@@ -346,6 +378,7 @@ inline void write_tile(const Args& a, const Tile<T>& tile, State state, long pad
       mass = mass * scale + exp(broadcast(sink - high))[0];
     }
     const Vec factor = broadcast(mass == 0 ? 0 : scale / mass);
+    Work::straighten(state.sum + r * padded, padded);
     T* out = (T*)a.output + (tile.token[r] * a.heads + tile.head[r]) * a.value_width;
     for (long i = 0; i < a.value_width; i += kLanes) {
       const long count = a.value_width - i < kLanes ? a.value_width - i : kLanes;

@@ -15,15 +15,25 @@ struct DecoderLayer {
   long window;  // 0: none
 };
 
-// One step. The buffers between the layers' parts are the caller's.
-struct DecoderStep {
-  void* x;                          // [T, E], replaced by the last layer's output
-  void *normed, *heads, *gated;     // [T, E], [T, (H + 2 K) * D], [T, F]
-  const void *cos, *sin;            // [T, half]
-  long rows, hidden, feed_forward, half;
-  long table_layer, kept_layer;     // strides of the page table and of the kept lengths
+struct Decoder {
+  const DecoderLayer* layers;
+  const void *embedding, *norm, *head;  // [V, E], [E], [V, E]
+  long count, hidden, feed_forward, vocab;
   float epsilon;
-  int is_bf16, threads;
+  int is_bf16;
+};
+
+// One step. The buffers between its parts are the caller's.
+struct DecoderStep {
+  const int64_t* ids;                        // [T]
+  const void *cos, *sin;                     // [.., half]
+  const int64_t *angle_rows, *logit_rows;    // [T]: which of them; [R]; null: row i is i's
+  float* logits;                             // [R, V]
+  void *x, *heads, *gated, *turns;           // [T, E], [T, (H + 2 K) * D], [T, F], [2, T, half]
+  void* normed;                              // [max(T, R), E]
+  long rows, wanted, half;                   // T, R
+  long table_layer, kept_layer;              // strides of the page table and of the kept lengths
+  int threads;
 };
 
 }  // namespace quire
@@ -42,6 +52,5 @@ void quire_rotate(void* heads, const void* cos, const void* sin, const void* wei
 
 void quire_attention(const quire::Args* args, int do_append, int do_attend, int is_bf16, int threads);
 
-void quire_decoder(const quire::DecoderLayer* layers, long count, const quire::DecoderStep* step,
-                   const quire::Args* attention);
+int quire_forward(const quire::Decoder* decoder, const quire::DecoderStep* step, const quire::Args* attention);
 }

@@ -34,13 +34,13 @@ class AttentionArgs(ctypes.Structure):
 
 
 class Matrix(ctypes.Structure):
-    """`quire::Matrix` of cpu_decoder.cpp."""
+    """`quire::Matrix` of cpu_kernels.h."""
 
     _fields_ = (("weight", _POINTER), ("bias", _POINTER))
 
 
 class DecoderLayerArgs(ctypes.Structure):
-    """`quire::DecoderLayer` of cpu_decoder.cpp."""
+    """`quire::DecoderLayer` of cpu_kernels.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("attention_norm", "mlp_norm", "head_norm")),
@@ -49,14 +49,24 @@ class DecoderLayerArgs(ctypes.Structure):
     )
 
 
-class DecoderStepArgs(ctypes.Structure):
-    """`quire::DecoderStep` of cpu_decoder.cpp."""
+class DecoderArgs(ctypes.Structure):
+    """`quire::Decoder` of cpu_kernels.h."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "normed", "heads", "gated", "cos", "sin")),
-        *((name, _LONG) for name in ("rows", "hidden", "feed_forward", "half", "table_layer", "kept_layer")),
+        *((name, _POINTER) for name in ("layers", "embedding", "norm", "head")),
+        *((name, _LONG) for name in ("count", "hidden", "feed_forward", "vocab")),
         ("epsilon", _FLOAT),
         ("is_bf16", _INT),
+    )
+
+
+class DecoderStepArgs(ctypes.Structure):
+    """`quire::DecoderStep` of cpu_kernels.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("ids", "cos", "sin", "angle_rows", "logit_rows", "logits")),
+        *((name, _POINTER) for name in ("x", "heads", "gated", "turns", "normed")),
+        *((name, _LONG) for name in ("rows", "wanted", "half", "table_layer", "kept_layer")),
         ("threads", _INT),
     )
 
@@ -65,10 +75,9 @@ class DraftChainArgs(ctypes.Structure):
     """`quire::DraftChain` of cpu_draft_chain.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("tokens", "active", "embedding", "norm", "head", "cos", "sin")),
-        *((name, _POINTER) for name in ("first", "logits", "temperature", "top_p", "floor", "top_k", "seeds")),
-        *((name, _POINTER) for name in ("positions", "places", "scaled")),
-        *((name, _LONG) for name in ("depth", "sequences", "vocab")),
+        *((name, _POINTER) for name in ("tokens", "active", "first", "temperature", "top_p", "floor")),
+        *((name, _POINTER) for name in ("top_k", "seeds", "positions", "places", "scaled")),
+        *((name, _LONG) for name in ("depth", "sequences")),
     )
 
 
@@ -97,12 +106,12 @@ class CpuLibrary:
         self.rotate.argtypes = [_POINTER] * 4 + [_LONG] * 5 + [_FLOAT, _INT, _INT]
         self.attention = library.quire_attention
         self.attention.argtypes = [ctypes.POINTER(AttentionArgs), _INT, _INT, _INT, _INT]
-        self.decoder = library.quire_decoder
-        self.decoder.argtypes = [_POINTER, _LONG, ctypes.POINTER(DecoderStepArgs), ctypes.POINTER(AttentionArgs)]
+        self.forward = library.quire_forward
+        self.forward.argtypes = [ctypes.POINTER(kind) for kind in (DecoderArgs, DecoderStepArgs, AttentionArgs)]
         self.draft_chain = library.quire_draft_chain
-        self.draft_chain.argtypes = [*self.decoder.argtypes, ctypes.POINTER(DraftChainArgs)]
-        self.row_maxima = library.quire_row_maxima
-        self.row_maxima.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
+        self.draft_chain.argtypes = [*self.forward.argtypes, ctypes.POINTER(DraftChainArgs)]
+        self.survey_rows = library.quire_survey_rows
+        self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows
         self.shape_rows.argtypes = [_POINTER] * 6 + [_LONG] * 3 + [_INT]
         self.draw_rows = library.quire_draw_rows
@@ -131,12 +140,13 @@ class CpuLibrary:
         self.best_entries.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.share_best = library.quire_share_best
         self.share_best.argtypes = [_POINTER] * 2 + [_LONG] * 4 + [_INT]
-        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.draft_chain)
-        choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
+        layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.draft_chain)
+        choices = (self.survey_rows, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
         ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
         for function in (*layers, *choices, self.compact, *scores, *ranking):
             function.restype = None
+        self.forward.restype = ctypes.c_int
 
 
 def load_library(folder: Path) -> CpuLibrary:

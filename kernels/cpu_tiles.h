@@ -33,15 +33,19 @@ inline bool tiles_granted() {
   return granted;
 }
 
+// In each quarter of 128 bits, rows and columns of 4 x 4 words of 32 bits change places.
+inline void transpose_lanes(__m512i* v) {
+  const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+  const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+  v[0] = _mm512_unpacklo_epi64(a, c), v[1] = _mm512_unpackhi_epi64(a, c);
+  v[2] = _mm512_unpacklo_epi64(b, d), v[3] = _mm512_unpackhi_epi64(b, d);
+}
+
 // Rows and columns of 16 x 16 words of 32 bits change places.
 inline void transpose_words(__m512i* v) {
   __m512i t[16];
-  for (int i = 0; i < 16; i += 4) {
-    const __m512i a = _mm512_unpacklo_epi32(v[i], v[i + 1]), b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-    const __m512i c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]), d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
-    t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
-    t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
-  }
+  memcpy(t, v, sizeof t);
+  for (int i = 0; i < 16; i += 4) transpose_lanes(t + i);
   for (int i = 0; i < 4; i++) {
     const __m512i a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88), b = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
     const __m512i c = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88);

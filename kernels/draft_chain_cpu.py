@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention_cpu import PagedStep
 from .cpu_library import DraftChainArgs, loaded_library
 from .decoder_cpu import DecoderCPU
+from .rotary import Angles
 
 _NOTHING = torch.empty(0)
 
@@ -45,50 +46,35 @@ class DrawRules:
         return DrawRules(torch.zeros(sequences), *(_NOTHING,) * 7)
 
 
-@dataclass(frozen=True, slots=True)
-class DraftChainCPU:
-    """What surrounds the layers, contiguous and of the layers' type."""
+def draft_chain_cpu(
+    decoder: DecoderCPU,
+    tokens: Tensor,
+    active: Sequence[int],
+    logits: Tensor,
+    rules: DrawRules,
+    angles: Angles,
+    step: PagedStep,
+) -> None:
+    """Fill tokens [k, S] int64, contiguous; active [k]: how many sequences, always the first ones, get a token at each
+    depth, in descending order.
 
-    layers: DecoderCPU
-    embedding: Tensor
-    """[V, E]"""
-    norm: Tensor
-    """[E]"""
-    head: Tensor
-    """[V, E]"""
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        active: Sequence[int],
-        logits: Tensor,
-        rules: DrawRules,
-        angles: tuple[Tensor, Tensor],
-        step: PagedStep,
-    ) -> None:
-        """Fill tokens [k, S] int64, contiguous; active [k]: how many sequences, always the first ones, get a token at
-        each depth, in descending order.
-
-        logits [S, V] float32, contiguous: what the first tokens are drawn from; overwritten. angles: cos and sin
-        [P, R / 2] of the positions from 0 on. step: one row per sequence, that of its first token; its positions and
-        kept lengths are counted up where it has them. A row that is not finite goes on with token 0.
-        """
-        depth, sequences = tokens.shape
-        vocab, hidden = self.head.shape
-        if logits.shape != (sequences, vocab) or not logits.is_contiguous():
-            raise ValueError(f"logits must be contiguous [{sequences}, {vocab}], got {list(logits.shape)}")
-        x = torch.empty((sequences, hidden), dtype=self.layers.dtype)
-        shared, _buffers = self.layers.prepare(x, *angles, step)
-        counts, further = (ctypes.c_int64 * depth)(*active), torch.empty((sequences, vocab))
-        # Contiguous, and alive until the call returns.
-        temperature, floor, top_p = rules.temperature.contiguous(), rules.min_p.log(), rules.top_p.contiguous()
-        top_k, seeds = rules.top_k.contiguous(), rules.seeds.contiguous()
-        chain = DraftChainArgs(
-            tokens=tokens.data_ptr(), active=ctypes.addressof(counts), embedding=self.embedding.data_ptr(),
-            norm=self.norm.data_ptr(), head=self.head.data_ptr(), cos=angles[0].data_ptr(), sin=angles[1].data_ptr(),
-            first=logits.data_ptr(), logits=further.data_ptr(), temperature=temperature.data_ptr(),
-            top_p=top_p.data_ptr(), floor=floor.data_ptr(), top_k=top_k.data_ptr(), seeds=seeds.data_ptr(),
-            positions=rules.positions.data_ptr(), places=rules.places.data_ptr(), scaled=rules.scaled.data_ptr(),
-            depth=depth, sequences=sequences, vocab=vocab,
-        )  # fmt: skip
-        loaded_library().draft_chain(*self.layers.layers, shared, step.args, chain)
+    logits [S, V] float32, contiguous: what the first tokens are drawn from; overwritten. angles: of all positions, from
+    0 on, picked by those of `step`: one row per sequence, that of its first token; its positions and kept lengths are
+    counted up where it has them. A row that is not finite goes on with token 0.
+    """
+    depth, sequences = tokens.shape
+    if logits.shape != (sequences, decoder.vocab) or not logits.is_contiguous():
+        raise ValueError(f"logits must be contiguous [{sequences}, {decoder.vocab}], got {list(logits.shape)}")
+    shared, _buffers = decoder.prepare(sequences, sequences, angles, step)
+    counts, further = (ctypes.c_int64 * depth)(*active), torch.empty((sequences, decoder.vocab))
+    shared.logits = further.data_ptr()
+    # Contiguous, and alive until the call returns.
+    temperature, floor, top_p = rules.temperature.contiguous(), rules.min_p.log(), rules.top_p.contiguous()
+    top_k, seeds = rules.top_k.contiguous(), rules.seeds.contiguous()
+    chain = DraftChainArgs(
+        tokens=tokens.data_ptr(), active=ctypes.addressof(counts), first=logits.data_ptr(),
+        temperature=temperature.data_ptr(), top_p=top_p.data_ptr(), floor=floor.data_ptr(), top_k=top_k.data_ptr(),
+        seeds=seeds.data_ptr(), positions=rules.positions.data_ptr(), places=rules.places.data_ptr(),
+        scaled=rules.scaled.data_ptr(), depth=depth, sequences=sequences,
+    )  # fmt: skip
+    loaded_library().draft_chain(decoder.args, shared, step.args, chain)

@@ -5,12 +5,40 @@ leading R of a head stay. Every product is rounded to the heads' dtype, as in th
 rows, N heads, D head dim, R <= D rotated entries. Reads and writes the heads once: 2 * T * N * D * itemsize bytes.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 from .norm import rms_norm_reference
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """By what the rows of a step are rotated."""
+
+    cos: Tensor
+    """[T, R / 2], contiguous; or [P, R / 2], of which `rows` picks."""
+    sin: Tensor
+    rows: Tensor | None = None
+    """[T] int64, each below P."""
+
+    def picked(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of each row, [T, R / 2]."""
+        if self.rows is None:
+            return self.cos, self.sin
+        return self.cos.index_select(0, self.rows), self.sin.index_select(0, self.rows)
+
+    def check(self, rows: int, dtype: torch.dtype, width: int) -> int:
+        """R / 2; raises `ValueError` unless these are for so many rows in `dtype` and heads of `width`."""
+        cos, half = self.cos, self.cos.shape[1]
+        if cos.shape != self.sin.shape or 2 * half > width or cos.dtype != dtype:
+            raise ValueError(f"cos and sin must be {dtype} [.., <= {width // 2}], got {cos.dtype} {list(cos.shape)}")
+        if len(cos if self.rows is None else self.rows) != rows:
+            raise ValueError(f"angles must be of {rows} rows, got {len(cos if self.rows is None else self.rows)}")
+        return half
 
 
 def rotate_heads(

@@ -5,6 +5,7 @@ masses float64). No row's result depends on another row. Ties are always broken 
 the rules: penalties, bias, forbidden tokens (`adjust_*`), then temperature, top-k, top-p, min-p (`sample_*`).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,11 +18,22 @@ _LOGPROB_ROWS = 32
 """Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""
 
 
+def survey_rows(logits: Tensor) -> Tensor:
+    """[2, R] int64 of [R, V], in one pass over them on the CPU: `greedy_tokens`, and `finite_rows`."""
+    rows, vocab = logits.shape
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    # NumPy's memory: what torch takes to allocate is a tenth of a small model's sampling.
+    found = np.empty((2, rows), np.int64)
+    first = found.__array_interface__["data"][0]
+    pointers = (logits.data_ptr(), first, first + rows * found.itemsize)
+    loaded_library().survey_rows(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
+    return torch.from_numpy(found)
+
+
 def finite_rows(logits: Tensor, backend: Backend = "reference") -> Tensor:
-    """[R] bool: rows of [R, V] whose maximum is a finite number, so not NaN anywhere, not +inf, not all -inf."""
-    if backend == "cpu":
-        return _row_maxima_cpu(logits)[0].isfinite()
-    return logits.amax(-1).isfinite()
+    """[R] int64: whether the maximum of each row of [R, V] is a finite number, so not NaN anywhere, not +inf, not all
+    -inf."""
+    return survey_rows(logits)[1] if backend == "cpu" else logits.amax(-1).isfinite().long()
 
 
 def adjust_penalties(
@@ -51,19 +63,7 @@ def forbid(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
 
 def greedy_tokens(logits: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64: the most likely token of each row of [R, V], the lowest id among equals; any token if one is NaN."""
-    if backend == "cpu":
-        return _row_maxima_cpu(logits)[1]
-    return logits.argmax(-1)
-
-
-def _row_maxima_cpu(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """cpu_sampling.cpp: largest logit of each row, NaN if there is one, and its first place."""
-    rows, vocab = logits.shape
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    values, tokens = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
-    pointers = (logits.data_ptr(), values.data_ptr(), tokens.data_ptr())
-    loaded_library().row_maxima(*pointers, logits.stride(0), rows, vocab, torch.get_num_threads())
-    return values, tokens
+    return survey_rows(logits)[0] if backend == "cpu" else logits.argmax(-1)
 
 
 def sample_full(

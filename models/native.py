@@ -94,8 +94,8 @@ class NativeRunner:
         logit_rows: Tensor,
     ) -> Tensor:
         """See `ModelRunner.forward`."""
-        cos, sin = self.rotary(positions, lengths, self.decoder.embedding.dtype)
-        return self.decoder(input_ids, cos, sin, context, logit_rows)
+        angles = self.rotary.angles(positions, lengths, self.decoder.embedding.dtype)
+        return self.decoder(input_ids, angles, context, logit_rows)
 
     def chain(self, context: AttentionContext, depth: int) -> Chain | None:
         """What draws `depth` tokens of each sequence and computes them but for the last, as `forward` of one row per

@@ -14,12 +14,13 @@ from functools import cached_property, partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import TRITON_BACKENDS
-from ..kernels.decoder_cpu import DecoderCPU, LayerWeights
-from ..kernels.draft_chain_cpu import DraftChainCPU, DrawRules
+from ..kernels.decoder_cpu import DecoderCPU, EndWeights, LayerWeights
+from ..kernels.draft_chain_cpu import DrawRules, draft_chain_cpu
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import add_rms_norm
-from ..kernels.rotary import rotate_heads
+from ..kernels.rotary import Angles, rotate_heads
 from .context import AttentionContext
 from .placement import Placement
 
@@ -36,7 +37,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 Chain = Callable[[Tensor, Sequence[int], Tensor, DrawRules], None]
-"""`DraftChainCPU` in a given context: tokens, active, logits, rules."""
+"""`draft_chain_cpu` in a given context: tokens, active, logits, rules."""
 Stream = tuple[Tensor, Tensor | None]
 """The residual stream [T, E], and what of it waits to be added by the next norm, in the pass that reads it anyway."""
 
@@ -211,44 +212,41 @@ class Decoder:
 
     @cached_property
     def _fused(self) -> DecoderCPU:
-        """All layers in one call."""
+        """All of this in one call."""
         weights = [layer.weights() for layer in self.layers]
-        return DecoderCPU(weights, self._shape.num_kv_heads, self._shape.head_dim, self._shape.norm_epsilon)
-
-    @cached_property
-    def _chain(self) -> DraftChainCPU:
-        """All passes of a continuation in one call."""
-        return DraftChainCPU(self._fused, self.embedding, self.norm.weight, self.head)
+        ends, shape = EndWeights(self.embedding, self.norm.weight, self.head), self._shape
+        return DecoderCPU(weights, ends, shape.num_kv_heads, shape.head_dim, shape.norm_epsilon)
 
     def first(self, count: int) -> "Decoder":
         """A decoder of the first `count` layers, then norm and head; the weights are these."""
         part = copy(self)
-        for kernel in ("_fused", "_chain"):
-            vars(part).pop(kernel, None)
+        vars(part).pop("_fused", None)
         part.layers = self.layers[:count]
         return part
 
-    def __call__(
-        self, input_ids: Tensor, cos: Tensor, sin: Tensor, context: AttentionContext, logit_rows: Tensor
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, angles: Angles, context: AttentionContext, logit_rows: Tensor) -> Tensor:
         """input_ids [T] -> logits [R, V] float32 of the rows `logit_rows` [R]."""
-        x = F.embedding(input_ids, self.embedding)
-        step = context.whole_step(self.layers[0].attention.scale, x.dtype) if self._fusible else None
-        stream: Stream = x, None
-        if step is None:
-            for layer in self.layers:
-                stream = layer(stream, cos, sin, context)
-        else:
-            self._fused(x, cos, sin, step)
+        step = self._whole_step(context)
+        if step is not None:
+            return self._fused(input_ids, angles, step, logit_rows)
+        stream: Stream = F.embedding(input_ids, self.embedding), None
+        cos, sin = angles.picked()
+        for layer in self.layers:
+            stream = layer(stream, cos, sin, context)
         last, waiting = (part if part is None else part.index_select(0, logit_rows) for part in stream)
         assert last is not None
         return linear(self.norm((last, waiting))[0], self.head, wide=True, backend=self.backend)
 
-    def chain(self, angles: tuple[Tensor, Tensor], context: AttentionContext) -> Chain | None:
-        """`DraftChainCPU` in this context, if that can be done here."""
-        dtype = self.embedding.dtype
-        step = context.whole_step(self.layers[0].attention.scale, dtype) if self._fusible else None
-        return None if step is None else partial(self._chain, angles=angles, step=step)
+    def chain(self, angles: Angles, context: AttentionContext) -> Chain | None:
+        """`draft_chain_cpu` in this context, if that can be done here."""
+        step = self._whole_step(context)
+        return None if step is None else partial(draft_chain_cpu, self._fused, angles=angles, step=step)
+
+    def _whole_step(self, context: AttentionContext) -> PagedStep | None:
+        """For `_fused`, where it can compute the step."""
+        if not self._fusible:
+            return None
+        return context.whole_step(self.layers[0].attention.scale, self.embedding.dtype)
 
     def parameters(self) -> Iterator[Tensor]:
         """Every weight once."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ModelLoadError
-from ..kernels.rotary import rotate_reference
+from ..kernels.rotary import Angles, rotate_reference
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 ROPE_KINDS: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
@@ -132,14 +132,14 @@ class RotaryEmbedding:
 
         `lengths` [T]: the most tokens each row's sequence can reach.
         """
-        table = self.table(positions, 0, dtype)
-        if table is None:
-            return self._compute(positions, self.frequencies(lengths), dtype)
-        cos, sin = table
-        return cos.index_select(0, positions), sin.index_select(0, positions)
+        return self.angles(positions, lengths, dtype).picked()
 
-    def table(self, positions: Tensor, ahead: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [P, dim / 2] of all positions from 0 on, with `positions` [T] and `ahead` more among them.
+    def angles(self, positions: Tensor, lengths: Tensor, dtype: torch.dtype) -> Angles:
+        """The same, as yet to be picked from a table where there is one."""
+        return self.table(positions, 0, dtype) or Angles(*self._compute(positions, self.frequencies(lengths), dtype))
+
+    def table(self, positions: Tensor, ahead: int, dtype: torch.dtype) -> Angles | None:
+        """Of `positions` [T], picked from all positions from 0 on, with `ahead` more behind the last of them.
 
         None where there is no such table.
         """
@@ -147,13 +147,13 @@ class RotaryEmbedding:
         # for the largest position.
         if positions.device.type != "cpu" or self.settings.kind in LENGTH_DEPENDENT or not len(positions):
             return None
-        needed = int(positions.max()) + 1 + ahead
+        needed = int(positions.numpy().max()) + 1 + ahead
         if needed > _MOST_TABLE:
             return None
         if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) < needed:
             rows = max(_LEAST_TABLE, 1 << (needed - 1).bit_length())
             self._table = self._compute(torch.arange(rows), self._frequencies, dtype)
-        return self._table
+        return Angles(*self._table, positions)
 
     def turned(self, heads: Tensor, steps: Tensor, length: int) -> Tensor:
         """`heads` [T, N, D], rotated already, as if they stood `steps` [T] positions later; computed in float32.

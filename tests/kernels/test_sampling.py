@@ -164,7 +164,7 @@ def test_bias_adds_and_forbidden_tokens_never_win() -> None:
 def test_finite_rows_allow_forbidden_tokens_but_no_nan() -> None:
     bad = float("nan"), float("inf"), float("-inf")
     rows = torch.tensor([[0.0, 1.0], [bad[0], 1.0], [1.0, bad[1]], [bad[2], bad[2]], [bad[2], 1.0]])
-    assert finite_rows(rows).tolist() == [True, False, False, False, True]
+    assert finite_rows(rows).tolist() == [1, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 33, 2048, 5001])

@@ -1,4 +1,4 @@
-"""All decoder layers in one call of the C++ kernels against the same layers one by one: equal to the bit."""
+"""The forward pass in one call of the C++ kernels against its layers one by one: equal to the bit."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.cpu_library import cpu_library
+from quire.kernels.rotary import Angles
 from quire.models.context import AttentionContext
 from quire.models.native_layers import Decoder, LayerShape, TokenWeights
 from quire.models.placement import Placement
@@ -69,15 +70,17 @@ def batch(dtype: torch.dtype, lengths: tuple[int, ...], kept: int, rows: Tensor 
 def test_one_call_is_the_layers_one_by_one(dtype: torch.dtype, switches: str, lengths: tuple[int, ...]) -> None:
     decoder, total = random_decoder(dtype, SWITCHES[switches]), sum(lengths)
     ids = torch.arange(total) * 7 % VOCAB
-    angles = torch.randn(total, WIDTH // 2, generator=torch.Generator().manual_seed(2))
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    table = torch.randn(total + 5, WIDTH // 2, generator=torch.Generator().manual_seed(2))
+    cos, sin, picked = table.cos().to(dtype), table.sin().to(dtype), torch.arange(total).flip(0) + 3
+    gathered, angles = Angles(cos[picked], sin[picked]), Angles(cos, sin, picked)
+    wanted = torch.tensor([total - 1, *range(total), 0])
     slots = torch.arange(len(lengths)).flip(0) + 1
     for rows in (None, slots):
         apart, together = (batch(dtype, lengths, 11, rows) for _ in range(2))
         apart.observer = Onlooker()
-        expected = decoder(ids, cos, sin, apart, torch.arange(total))
+        expected = decoder(ids, gathered, apart, wanted)
         before = together.pool.clone()
-        assert torch.equal(decoder(ids, cos, sin, together, torch.arange(total)), expected)
+        assert torch.equal(decoder(ids, angles, together, wanted), expected)
         assert expected.isfinite().all()
         assert torch.equal(together.pool, apart.pool)
         assert not torch.equal(together.pool, before)
@@ -93,4 +96,14 @@ def test_a_cache_of_another_shape_is_refused() -> None:
     context.pool = context.pool[..., : WIDTH // 2].contiguous()
     angles = torch.zeros(1, WIDTH // 2)
     with pytest.raises(ValueError, match=f"the cache must have {KV_HEADS} heads of {WIDTH}"):
-        decoder(torch.tensor([0]), angles, angles, context, torch.tensor([0]))
+        decoder(torch.tensor([0]), Angles(angles, angles), context, torch.tensor([0]))
+
+
+@pytest.mark.parametrize("wrong", [-1, VOCAB])
+@torch.inference_mode()
+def test_an_id_that_is_no_token_is_refused(wrong: int) -> None:
+    decoder, context = random_decoder(torch.float32, SWITCHES["plain"]), batch(torch.float32, (2,), 3, None)
+    angles, before = Angles(torch.ones(2, WIDTH // 2), torch.zeros(2, WIDTH // 2)), context.pool.clone()
+    with pytest.raises(IndexError, match=f"not below {VOCAB}"):
+        decoder(torch.tensor([0, wrong]), angles, context, torch.tensor([1]))
+    assert torch.equal(context.pool, before)
