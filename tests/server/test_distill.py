@@ -64,6 +64,7 @@ def test_a_draft_and_its_report(tmp_path: Path, target: Path, prompts: Path) -> 
     assert set(report["costs"]["draft"]) == {"1", "4", "16", "64"} and report["costs"]["target"]["320"] > 0
     text = (out / "report.md").read_text()
     assert "| sums |" in text and "| 64 |" in text
+    assert (out / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [0, 2]
     again = run(target, out, "--data", str(prompts), "--no-share-embedding")
