@@ -16,7 +16,7 @@ from quire.core.config import embedded_model
 
 from .conftest import MODEL_NAME, RunningServer, start_server
 
-BODY = {"model": MODEL_NAME, "prompt": "def area(width", "temperature": 0.8, "seed": 3, "max_tokens": 300}
+BODY = {"model": MODEL_NAME, "prompt": "def area(width", "temperature": 0.8, "seed": 3, "max_tokens": 150}
 KEY = {"Authorization": "Bearer secret"}
 
 
