@@ -34,6 +34,10 @@ class AuthenticationError(QuireError):
     """The API key is missing or wrong."""
 
 
+class ConflictError(QuireError):
+    """What is asked for cannot be done beside what is under way."""
+
+
 class RequestTooLargeError(QuireError):
     """The request body is larger than the server accepts."""
 
@@ -70,6 +74,7 @@ _KINDS: dict[str, type[QuireError]] = {
         ContextLengthError,
         ModelNotFoundError,
         AuthenticationError,
+        ConflictError,
         RequestTooLargeError,
         OverloadedError,
         EngineUnavailableError,

@@ -1,7 +1,8 @@
 """What crosses the border between server and engine process, as msgpack: no pickle, no tensors, no text but errors.
 
-Server -> engine: `Submit`, `Abort`, `Shutdown`. Engine -> server: `Progress`, `Ready`, `StartFailed` while it starts,
-then a `StepReport` per step (and one a second while idle: the heartbeat).
+Server -> engine: `Submit`, `Abort`, `ReplaceDraft`, `Shutdown`. Engine -> server: `Progress`, `Ready`, `StartFailed`
+while it starts, then a `StepReport` per step (and one a second while idle: the heartbeat), and what came of
+`ReplaceDraft`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -230,7 +231,19 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     error: ErrorInfo
 
 
-EngineMessage = StepReport | Progress | Ready | StartFailed
+class DraftReplaced(msgspec.Struct, frozen=True, tag=True):
+    """Another draft model is in use; answers `ReplaceDraft`."""
+
+    draft: DraftInfo
+
+
+class DraftRefused(msgspec.Struct, frozen=True, tag=True):
+    """The old draft model stays in use; answers `ReplaceDraft`."""
+
+    error: ErrorInfo
+
+
+EngineMessage = StepReport | Progress | Ready | StartFailed | DraftReplaced | DraftRefused
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -245,8 +258,14 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request_id: RequestId
 
 
+class ReplaceDraft(msgspec.Struct, frozen=True, tag=True):
+    """Let another draft model take the present one's place, while requests are served. One at a time."""
+
+    folder: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Stop at once and exit 0."""
 
 
-ClientMessage = Submit | Abort | Shutdown
+ClientMessage = Submit | Abort | ReplaceDraft | Shutdown

@@ -27,10 +27,11 @@ from ..core.errors import ConfigError
 from ..models.checkpoint import open_checkpoint
 from ..models.spec import max_context
 from .draft_export import copy_generation_config, export_draft
-from .draft_init import load_model, make_draft, place
+from .draft_init import Init, load_model, make_draft, place
 from .draft_report import Costs, write_report
 from .draft_trainer import DraftTrainer
 from .held_out import ALL, HeldText, Measured, choose, make_held_texts, measure
+from .presets import from_preset
 from .prompts import Example, hold_out, load_tokenizer, read_examples, self_examples
 from .rounds import Engines, RowMaker
 from .run_settings import Settings, claim_folder
@@ -115,7 +116,7 @@ class Distillation:
         self._check_logged(train)
         self.texts = self._held_texts(held)
         torch.manual_seed(settings.seed)
-        self.draft = make_draft(init, self.target, self._calibration())
+        self.draft = make_draft(self._sized(init), self.target, self._calibration())
         self.trainer = DraftTrainer(
             self.draft,
             settings.schedule,
@@ -124,6 +125,13 @@ class Distillation:
             temperature=settings.temperature,
             seed=settings.seed,
         )
+
+    def _sized(self, init: Init) -> Init:
+        """With a preset worked out, and told."""
+        sized = from_preset(init, self.target)
+        if sized != init:
+            self.say(f"{init.source} is {sized.source}" + (f", feed-forward {sized.mlp}" if sized.mlp else ""))
+        return sized
 
     @property
     def vocab_size(self) -> int:

@@ -6,7 +6,7 @@ that below about 1,000), and for a small model it is most of the bytes.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..core.errors import ConfigError, ModelLoadError
 from ..models.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from ..models.native import SHARES_EMBEDDING, native_obstacle
-from .importance import decoder_layers, gated_mlp, layer_importance, neuron_importance
+from .importance import decoder_layers, gated_mlp, head_projections, input_importance, layer_importance
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,14 @@ class Init:
     """What a draft is to begin as."""
 
     source: str
-    """`layers:N` (the N most important ones), `layers:I,J,...` (these), `random:N` (as many new ones), or a folder."""
+    """`layers:N` (the N most important ones), `layers:I,J,...` (these), `random:N` (as many new ones), `preset:NAME`
+    (see `presets`), or a folder."""
     mlp: int | None = None
     """Width of the feed-forward; None: the target's."""
     shares_embedding: bool | None = None
     """None: as the folder has it; where there is none, if the target is of an architecture whose drafts can."""
+    kv_heads: int | None = None
+    """Key/value heads, each with its query heads; None: the target's."""
 
     def settled(self, checkpoint: Checkpoint) -> "Init":
         """With sharing decided for the target's checkpoint; raises `ConfigError` where it is asked for in vain."""
@@ -44,7 +47,7 @@ class Init:
     @property
     def is_cut(self) -> bool:
         """Whether `source` is a kind of beginning, not a folder."""
-        return re.fullmatch(r"(layers|random):\d+(,\d+)*", self.source) is not None
+        return re.fullmatch(r"(layers|random):\d+(,\d+)*|preset:\w+", self.source) is not None
 
 
 def load_model(folder: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -84,7 +87,7 @@ def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> P
         raise ConfigError(f"{init.source}: the target has layers 0 to {count - 1}", param="init")
     if kind == "layers" and len(numbers) == 1 and numbers[0] > count:
         raise ConfigError(f"{init.source}: the target has {count} layers", param="init")
-    draft = _empty_draft(target, layers, init.mlp)
+    draft = _empty_draft(target, layers, init)
     if kind == "layers":
         _copy_weights(target, draft, layers, rows)
     elif init.shares_embedding:
@@ -139,18 +142,28 @@ def shared_names(draft: PreTrainedModel) -> set[str]:
     return {name for name, tensor in draft.named_parameters(remove_duplicate=False) if id(tensor) in tables}
 
 
-def _empty_draft(target: PreTrainedModel, layers: Sequence[int], mlp: int | None) -> PreTrainedModel:
+def _empty_draft(target: PreTrainedModel, layers: Sequence[int], init: Init) -> PreTrainedModel:
     """A model of the target's kind with fresh weights."""
     config: Any = type(target.config).from_dict(target.config.to_dict())
     text = config.get_text_config(decoder=True)
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[index] for index in layers]
-    if mlp is not None:
-        width = getattr(text, "intermediate_size", None)
-        if width is None or not 0 < mlp <= width:
-            raise ConfigError(f"the draft's feed-forward cannot be {mlp} wide, the target's is {width}", param="mlp")
-        text.intermediate_size = mlp
+    if init.mlp is not None:
+        width = mlp_width(target)
+        if width is None or not 0 < init.mlp <= width:
+            raise ConfigError(
+                f"the draft's feed-forward cannot be {init.mlp} wide, the target's is {width}", param="mlp"
+            )
+        text.intermediate_size = init.mlp
+    if init.kv_heads is not None:
+        heads = _heads(target)
+        if not 0 < init.kv_heads <= heads.kv:
+            raise ConfigError(
+                f"the draft cannot have {init.kv_heads} key/value heads, the target has {heads.kv}", param="kv_heads"
+            )
+        text.num_key_value_heads, text.num_attention_heads = init.kv_heads, init.kv_heads * heads.group
+        text.head_dim = heads.width  # else it would be made out of the hidden size
     draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     place(draft, target.device)
     return draft.eval()
@@ -160,34 +173,90 @@ def _empty_draft(target: PreTrainedModel, layers: Sequence[int], mlp: int | None
 def _copy_weights(
     target: PreTrainedModel, draft: PreTrainedModel, layers: Sequence[int], rows: Sequence[Tensor]
 ) -> None:
-    """Give the draft the target's layers, the strongest of their neurons, and all that stands beside the layers."""
+    """Give the draft the target's layers, the strongest of their neurons and heads, and all that stands beside them."""
     theirs, ours = decoder_layers(target), decoder_layers(draft)
-    width = _mlp_width(draft)
-    narrower = width if width != _mlp_width(target) else None
-    scores = neuron_importance(target, rows, layers) if narrower else []
-    for number, index in enumerate(layers):
-        state = dict(theirs[index].state_dict())
-        if narrower:
-            _narrow(state, gated_mlp(theirs[index])[0], scores[number].topk(narrower).indices.sort().values)
-        ours[number].load_state_dict(state)
+    states = [dict(theirs[index].state_dict()) for index in layers]
+    originals = [theirs[index] for index in layers]
+    if (width := mlp_width(draft)) is not None and width != mlp_width(target):
+        _keep_neurons(states, originals, width, target, rows)
+    if (heads := _heads(draft)) != _heads(target):
+        _keep_heads(states, originals, heads, target, rows)
+    for number, state in enumerate(states):
+        try:
+            ours[number].load_state_dict(state)
+        except RuntimeError as error:  # weights of the attention that go by heads, but are none of its projections
+            raise ModelLoadError(f"{type(target).__name__} cannot be cut so: {str(error).splitlines()[-1]}") from error
     inner = {id(p) for p in theirs.parameters()}
     beside = {n: p for n, p in target.named_parameters() if id(p) not in inner}
     for name, parameter in beside.items():
         draft.get_parameter(name).copy_(parameter)
 
 
-def _narrow(state: dict[str, Tensor], prefix: str, keep: Tensor) -> None:
-    """Keep the neurons [F'] of a gated feed-forward in a layer's state, in place."""
+State = dict[str, Tensor]
+"""Of a decoder layer."""
+
+
+def _keep_neurons(
+    states: Sequence[State], layers: Sequence[nn.Module], width: int, model: PreTrainedModel, rows: Sequence[Tensor]
+) -> None:
+    """Leave the `width` strongest neurons of each layer's gated feed-forward in its state."""
+    found = [gated_mlp(layer) for layer in layers]
+    scores = input_importance(model, rows, [down for _, down in found])
+    for state, (name, _), score in zip(states, found, scores, strict=True):
+        keep = score.topk(width).indices.sort().values
+        _select(state, {f"{name}.gate_proj": keep, f"{name}.up_proj": keep}, f"{name}.down_proj", keep)
+
+
+def _keep_heads(
+    states: Sequence[State],
+    layers: Sequence[nn.Module],
+    heads: "_Heads",
+    model: PreTrainedModel,
+    rows: Sequence[Tensor],
+) -> None:
+    """Leave the strongest key/value heads of each layer in its state, each with its query heads."""
+    found = [head_projections(layer) for layer in layers]
+    scores = input_importance(model, rows, [out for _, out in found])
+    for state, (name, _), score in zip(states, found, scores, strict=True):
+        queries = torch.arange(len(score), device=score.device).view(-1, heads.group * heads.width)
+        keep = score.view(queries.shape).sum(1).topk(heads.kv).indices.sort().values
+        pairs = torch.arange(len(queries) * heads.width, device=score.device).view(-1, heads.width)[keep].flatten()
+        inputs = queries[keep].flatten()
+        outputs = {f"{name}.q_proj": inputs, f"{name}.k_proj": pairs, f"{name}.v_proj": pairs}
+        _select(state, outputs, f"{name}.o_proj", inputs)
+
+
+def _select(state: State, outputs: Mapping[str, Tensor], last: str, inputs: Tensor) -> None:
+    """Keep these `outputs` of some linear maps in a layer's state, and these `inputs` of the one that they lead to."""
     for name, tensor in state.items():
-        if name.startswith((f"{prefix}.gate_proj.", f"{prefix}.up_proj.")):
-            state[name] = tensor[keep]
-        elif name == f"{prefix}.down_proj.weight":
-            state[name] = tensor[:, keep]
+        module, _, kind = name.rpartition(".")
+        if module in outputs:
+            state[name] = tensor[outputs[module]]
+        elif module == last and kind == "weight":
+            state[name] = tensor[:, inputs]
 
 
-def _mlp_width(model: PreTrainedModel) -> int | None:
+def mlp_width(model: PreTrainedModel) -> int | None:
+    """Of the feed-forward, as the configuration has it."""
     width: int | None = getattr(model.config.get_text_config(decoder=True), "intermediate_size", None)
     return width
+
+
+@dataclass(frozen=True, slots=True)
+class _Heads:
+    """Of a model's attention."""
+
+    kv: int
+    group: int
+    """Query heads of each."""
+    width: int
+
+
+def _heads(model: PreTrainedModel) -> _Heads:
+    text: Any = model.config.get_text_config(decoder=True)
+    queries = text.num_attention_heads
+    kv = getattr(text, "num_key_value_heads", None) or queries
+    return _Heads(kv, queries // kv, getattr(text, "head_dim", None) or text.hidden_size // queries)
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:

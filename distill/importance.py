@@ -1,8 +1,9 @@
 """Which parts of a decoder matter, by what they do to the hidden states of a few calibration texts.
 
 Layers: block influence BI = 1 - mean cosine of a layer's input and output (ShortGPT, Men et al. 2024, section 3.2).
-Neurons of a gated feed-forward: mean square of what each adds to the residual stream, its activation times the norm of
-its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by activations alone).
+Neurons of a gated feed-forward and attention heads: mean square of what each adds to the residual stream, its
+activation times the norm of its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by
+activations alone).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,12 +45,8 @@ def layer_importance(model: nn.Module, rows: Sequence[Tensor]) -> list[float]:
 
 
 @torch.inference_mode()
-def neuron_importance(model: nn.Module, rows: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-    """Mean square contribution [F] of each feed-forward neuron of the named layers, over rows of ids [1, T].
-
-    Raises `ModelLoadError` for layers without gate_proj, up_proj and down_proj.
-    """
-    downs = [gated_mlp(decoder_layers(model)[index])[1] for index in layers]
+def input_importance(model: nn.Module, rows: Sequence[Tensor], downs: Sequence[nn.Linear]) -> list[Tensor]:
+    """Mean square contribution [F] of each input of the model's linear maps `downs`, over rows of ids [1, T]."""
     sums = [torch.zeros(down.in_features, device=down.weight.device) for down in downs]
 
     def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -73,6 +70,18 @@ def gated_mlp(layer: nn.Module) -> tuple[str, nn.Linear]:
         if isinstance(down, nn.Linear) and hasattr(module, "gate_proj") and hasattr(module, "up_proj"):
             return name, down
     raise ModelLoadError("only a gated feed-forward (gate_proj, up_proj, down_proj) can be made narrower")
+
+
+def head_projections(layer: nn.Module) -> tuple[str, nn.Linear]:
+    """The name within a decoder layer of its attention, and the projection out of its heads.
+
+    Raises `ModelLoadError` if there is none with a projection for each of queries, keys and values.
+    """
+    for name, module in layer.named_modules():
+        out = getattr(module, "o_proj", None)
+        if isinstance(out, nn.Linear) and all(hasattr(module, part) for part in ("q_proj", "k_proj", "v_proj")):
+            return name, out
+    raise ModelLoadError("only attention with q_proj, k_proj, v_proj and o_proj can have fewer heads")
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from ..models.placement import Placement
 from ..models.runner import ModelRunner, ProgressCallback
 from ..speculation.drafter import Drafter
 from ..speculation.loading import cache_share, load_draft, make_drafter
-from . import snapshot
+from . import draft_swap, snapshot
 from .allocation import allocate, allocate_host
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs, graph_sizes
@@ -168,6 +168,16 @@ class Engine:
             fixed=config.draft_tokens is not None,
             num_bytes=drafter.num_bytes,
         )
+        self.info = msgspec.structs.replace(self.info, draft=draft)
+
+    def fetch_draft(self, folder: str) -> None:
+        """See `draft_swap.fetch`: on any thread, before `replace_draft`."""
+        draft_swap.fetch(folder)
+
+    def replace_draft(self, folder: str, config: EngineConfig) -> None:
+        """Draft with the model in a folder from now on, see `draft_swap.replace_draft`; between steps."""
+        drafter = None if self._speculation is None else self._speculation.drafter
+        draft = draft_swap.replace_draft(folder, drafter, self.info, config, self._runner, self._place)
         self.info = msgspec.structs.replace(self.info, draft=draft)
 
     @property

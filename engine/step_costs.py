@@ -80,9 +80,10 @@ class CostProbe:
         return _measure((count for count in _COUNTS if count <= self._max_rows), seconds, _ROW_SECONDS)
 
     def drafts(
-        self, step: Callable[[BatchPlan], StepOutput], propose: Callable[[BatchPlan], Proposed]
+        self, step: Callable[[BatchPlan], object], propose: Callable[[BatchPlan], Proposed]
     ) -> list[tuple[int, float]]:
-        """(sequences, seconds per token of depth) of proposals, ascending."""
+        """(sequences, seconds per token of depth) of proposals, ascending. `step` need only take in assignments for
+        who drafts with a cache of its own."""
         depth = min(_DEPTH, self._most)
         if self.num_pages == 0 or depth == 0:
             return []

@@ -11,11 +11,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Literal, Protocol
 
+import msgspec
+
 from ..core.config import EngineConfig
-from ..core.errors import EngineUnavailableError, QuireError, describe, revive
+from ..core.errors import ConflictError, EngineUnavailableError, QuireError, describe, revive
 from ..core.ids import RequestId
 from ..core.messages import (
     Abort,
+    DraftRefused,
+    DraftReplaced,
     EngineInfo,
     EngineMessage,
     EngineStats,
@@ -24,6 +28,7 @@ from ..core.messages import (
     Finished,
     Progress,
     Ready,
+    ReplaceDraft,
     Shutdown,
     StartFailed,
     StepReport,
@@ -31,6 +36,7 @@ from ..core.messages import (
     single_events,
 )
 from ..core.request import Request
+from ..core.speculation import DraftInfo
 from .engine_process import EngineProcess
 from .loop import EngineLoop
 from .process import load_loop
@@ -90,6 +96,14 @@ class EngineClient(Protocol):
         """
         ...
 
+    async def replace_draft(self, folder: str) -> DraftInfo:
+        """Draft with the model in a folder on the server from now on; what there is to know of it.
+
+        Raises `QuireError` where it cannot be used, then the old one goes on: `ConflictError` while another is on its
+        way.
+        """
+        ...
+
 
 class ProcessClient:
     """Runs the engine in a process of its own."""
@@ -106,6 +120,8 @@ class ProcessClient:
         self._on_progress = on_progress
         self._listeners: list[Callable[[EngineStats], None]] = []
         self._streams: dict[RequestId, asyncio.Queue[Event]] = {}
+        self._swap: asyncio.Future[DraftInfo | QuireError] | None = None
+        """What will come of the draft that is on its way; None: none is."""
         self._last_sign = self._ready_since = time.monotonic()
         self._engine = EngineProcess(config)
         self._supervisor = asyncio.create_task(self._supervise())
@@ -141,12 +157,26 @@ class ProcessClient:
             if open_choices and self.status == "ready":
                 self._engine.send(Abort(request.id))
 
+    async def replace_draft(self, folder: str) -> DraftInfo:
+        """See `EngineClient.replace_draft`. An engine that is started again begins with that draft."""
+        if self.status != "ready":
+            raise EngineUnavailableError(f"the engine is {self.status}", retry_after=2.0)
+        if self._swap is not None:
+            raise ConflictError("another draft is on its way", param="draft")
+        self._swap = asyncio.get_running_loop().create_future()
+        self._engine.send(ReplaceDraft(folder))
+        # Who asks may go away meanwhile; the draft comes all the same.
+        result = await asyncio.shield(self._swap)
+        if isinstance(result, QuireError):
+            raise result
+        return result
+
     async def shutdown(self, grace_seconds: float = 5.0) -> None:
         """Stop the engine; open requests fail."""
         self.status = "stopped"
         self._supervisor.cancel()
         await asyncio.gather(self._supervisor, return_exceptions=True)
-        self._fail_streams(EngineUnavailableError("the server is shutting down"))
+        self._fail_all(EngineUnavailableError("the server is shutting down"))
         if self._engine.exit_code is None:
             self._engine.send(Shutdown())
             await self._engine.wait(SNAPSHOT_SECONDS if self._config.cache_file else grace_seconds)
@@ -166,12 +196,12 @@ class ProcessClient:
                 self.status = "stopped"
                 if deaths > 1:
                     reason = EngineUnavailableError(f"{reason.message}, {deaths} times in a row: not started again")
-                self._fail_streams(reason)
+                self._fail_all(reason)
                 self.failed.set_result(reason)
                 return
             self.status = "restarting"
             log.error("%s; restarting it", reason.message)
-            self._fail_streams(EngineUnavailableError(f"{reason.message}; it is being restarted", retry_after=5.0))
+            self._fail_all(EngineUnavailableError(f"{reason.message}; it is being restarted", retry_after=5.0))
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (deaths - 1)))
             self.restarts += 1
             self._last_sign = time.monotonic()
@@ -220,6 +250,13 @@ class ProcessClient:
             self._ready_since = time.monotonic()
             self.status = "ready"
             self.ready.set()
+        elif isinstance(message, DraftReplaced):
+            assert self.info is not None
+            self.info = msgspec.structs.replace(self.info, draft=message.draft)
+            self._config = msgspec.structs.replace(self._config, draft=message.draft.name)
+            self._end_swap(message.draft)
+        elif isinstance(message, DraftRefused):
+            self._end_swap(revive(message.error))
         elif isinstance(message, Progress) and self._on_progress:
             self._on_progress(message)
 
@@ -228,7 +265,13 @@ class ProcessClient:
         for listener in self._listeners:
             listener(stats)
 
-    def _fail_streams(self, error: QuireError) -> None:
+    def _end_swap(self, result: DraftInfo | QuireError) -> None:
+        if self._swap is not None:
+            self._swap.set_result(result)
+            self._swap = None
+
+    def _fail_all(self, error: QuireError) -> None:
+        self._end_swap(error)
         for request_id, stream in self._streams.items():
             stream.put_nowait(Failed(request_id, describe(error)))
 

@@ -28,11 +28,13 @@ from ..core.messages import (
     EngineMessage,
     Progress,
     Ready,
+    ReplaceDraft,
     Shutdown,
     StartFailed,
     Submit,
 )
 from .admission import check_default_pruning
+from .draft_swap import FetchedDraft, fetch_draft, replace_draft
 from .loop import EngineLoop, scheduler_config
 from .snapshot import load_cache, save_cache
 
@@ -77,7 +79,7 @@ class Wire:
     """The two socket threads and their queues."""
 
     def __init__(self, address: str) -> None:
-        self.inbox: queue.SimpleQueue[ClientMessage] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ClientMessage | FetchedDraft] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[EngineMessage | None] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._address = address
@@ -115,7 +117,7 @@ class Wire:
                     os._exit(EXIT_PARENT_GONE)
 
 
-def run(loop: EngineLoop, wire: Wire) -> None:
+def run(loop: EngineLoop, wire: Wire, config: EngineConfig) -> None:
     """Serve until `Shutdown` comes. Sends a report after each step and a heartbeat each second while idle."""
     while True:
         try:
@@ -125,16 +127,22 @@ def run(loop: EngineLoop, wire: Wire) -> None:
         while message is not None:
             if isinstance(message, Shutdown):
                 return
-            _handle(loop, message)
+            _handle(loop, wire, config, message)
             message = None if wire.inbox.empty() else wire.inbox.get()
         wire.send(loop.step())
 
 
-def _handle(loop: EngineLoop, message: Submit | Abort) -> None:
+def _handle(
+    loop: EngineLoop, wire: Wire, config: EngineConfig, message: Submit | Abort | ReplaceDraft | FetchedDraft
+) -> None:
     if isinstance(message, Submit):
         loop.submit(message.request)
-    else:
+    elif isinstance(message, Abort):
         loop.abort(message.request_id)
+    elif isinstance(message, ReplaceDraft):
+        fetch_draft(loop, message.folder, wire.inbox.put)
+    else:
+        wire.send(replace_draft(loop, config, message))
 
 
 def main() -> int:
@@ -151,7 +159,7 @@ def main() -> int:
         return 1
     wire.send(Ready(loop.engine.info))
     try:
-        run(loop, wire)
+        run(loop, wire, config)
     except Exception:
         # The state of scheduler and cache is unknown after a failed step: dying (and being restarted) is the honest
         # answer. Open requests fail with a clear error, which the server gives them.

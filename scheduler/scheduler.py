@@ -69,7 +69,7 @@ class Scheduler:
         """Those of them that decode steadily."""
         lists = self._running, self._decodes
         self._growth = Growth(config, self._cache, self._pruning, self._policy, *lists, self._preempt)
-        self._speculation = Speculation(config, self._decodes, self._growth, clock) if config.draft else None
+        self.speculation = Speculation(config, self._decodes, self._growth, clock) if config.draft else None
         self._entrance = Entrance(config, self._cache, self._waiting, self._running, self._free_slots)
         self._in_flight: deque[tuple[BatchPlan, BatchDraft]] = deque()
         """At most two."""
@@ -140,8 +140,8 @@ class Scheduler:
         # After a preemption the victim does not fit: its pages went to who needed them.
         self._entrance.admit(draft, self._start)
         self._oversight.watchdog.planned(self._running, draft.size, draft.budget, draft.waiting)
-        if self._speculation is not None:
-            self._speculation.plan(draft)
+        if self.speculation is not None:
+            self.speculation.plan(draft)
         if draft.is_empty:
             stuck = self._running[0] if self._running else self._waiting.first()
             if stuck is not None and not self.reclaim_leaks():
@@ -163,13 +163,13 @@ class Scheduler:
             return None
         draft = BatchDraft(self.config.max_batch_tokens, steps=2)
         decodes, members, lacking = self._decodes.ahead(plan.decodes)
-        if not members or (self._speculation is not None and self._speculation.wants(decodes)):
+        if not members or (self.speculation is not None and self.speculation.wants(decodes)):
             return None
         if lacking and not self._growth.together(lacking, draft):
             return None
         draft.decode(decodes, members)
-        if self._speculation is not None:
-            self._speculation.skip(decodes)
+        if self.speculation is not None:
+            self.speculation.skip(decodes)
         return self._take_off(draft)
 
     def commit(self, plan: BatchPlan, output: StepOutput) -> list[StepEvent]:
@@ -190,8 +190,8 @@ class Scheduler:
         self._pruning.commit(list(draft.prunes), output.kept, output.prune_seconds)
         for sequence in draft.prunes:
             self._decodes.leave(sequence)
-        if self._speculation is not None:
-            self._speculation.commit(plan, output, goes_on=self.has_work)
+        if self.speculation is not None:
+            self.speculation.commit(plan, output, goes_on=self.has_work)
         return events
 
     def stats(self) -> EngineStats:
@@ -210,7 +210,7 @@ class Scheduler:
             waiting_priorities=dict(self._waiting.priorities),
             timeouts_total=dict(self._oversight.timeouts),
             watchdog_total=dict(self._oversight.stuck),
-            speculation=SpeculationCounts() if self._speculation is None else self._speculation.counts(),
+            speculation=SpeculationCounts() if self.speculation is None else self.speculation.counts(),
         )
         return self._cache.report(stats)
 

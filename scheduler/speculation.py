@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.plan import BatchPlan, Decodes, SequenceOutput, SequencePlan, StepOutput
-from ..core.speculation import SpeculationCounts
+from ..core.speculation import DraftInfo, SpeculationCounts
 from .batch import BatchDraft
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
@@ -33,12 +33,22 @@ class Speculation:
         """When the step in flight began; None: none is."""
         self._decodes = decodes
         self._growth = growth
+        self._num_slots = config.max_num_seqs
         self.lengths = DraftLengths(info, config.max_num_seqs)
         self._asked = [0] * (1 + info.most)
         """How often each length was planned."""
         self._accepted_per_position = [0] * info.most
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
+
+    def renew(self, info: DraftInfo) -> None:
+        """Another model drafts from now on, of the same method: what was learnt of drafts is void. What rows of the
+        target cost still holds."""
+        rows = self.lengths.costs.rows
+        self.lengths = DraftLengths(info, self._num_slots)
+        self.lengths.costs.rows = rows
+        if self._since is not None:
+            self._since = self._clock()  # the exchange is no part of a step
 
     def counts(self) -> SpeculationCounts:
         """Totals so far."""

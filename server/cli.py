@@ -174,8 +174,10 @@ def eval_pruning(
 def distill(
     out: dis.Out,
     target: dis.Target = None,
-    init: dis.Init = "layers:2",
+    preset: dis.Preset = None,
+    init: dis.Init = None,
     mlp: dis.Mlp = None,
+    kv_heads: dis.KvHeads = None,
     share_embedding: dis.ShareEmbedding = None,
     data: dis.Data = None,
     from_traffic: dis.FromTraffic = None,

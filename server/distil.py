@@ -15,6 +15,8 @@ FEW_STEPS, MORE_STEPS = 4, 20
 """A step's time is what the longer of two runs takes more, per step."""
 TIMED_RUNS = 2
 PROMPT_TOKENS = 64
+FIRST_CUT = "layers:2"
+"""How a draft begins where nothing is said."""
 _SCHEDULE = ("steps", "batch_rows", "micro_rows", "round_rows", "passes", "rate")
 
 
@@ -85,9 +87,10 @@ def distil(options: dict[str, Any]) -> None:
     shares = items(rest.pop("mix"), float, "--mix")
     if len(shares) != 3:
         raise ConfigError(f"--mix must be three shares, got {len(shares)}", param="mix")
+    init = _beginning(rest.pop("preset"), rest.pop("init"), rest.pop("mlp"), rest.pop("kv_heads"))
     settings = Settings(
         target=target,
-        init=Init(rest.pop("init"), rest.pop("mlp"), rest.pop("share_embedding")),
+        init=Init(shares_embedding=rest.pop("share_embedding"), **init),
         schedule=Schedule(**{name: rest.pop(name) for name in _SCHEDULE}),
         mixture=Mixture(*shares),
         temperatures=tuple(items(rest.pop("temperatures"), float, "--temperatures")),
@@ -96,3 +99,12 @@ def distil(options: dict[str, Any]) -> None:
         **rest,
     )
     Distillation(settings, engines).run()
+
+
+def _beginning(preset: str | None, init: str | None, mlp: int | None, kv_heads: int | None) -> dict[str, Any]:
+    """The fields of `Init` that say how a draft begins."""
+    if preset is None:
+        return {"source": init or FIRST_CUT, "mlp": mlp, "kv_heads": kv_heads}
+    if (init, mlp, kv_heads) != (None, None, None):
+        raise ConfigError("--preset takes no --init, --mlp or --kv-heads: it sets them", param="preset")
+    return {"source": f"preset:{preset}"}

@@ -20,15 +20,27 @@ Target = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder of the run; the same command goes on where it stopped.")]
 
+Preset = Annotated[
+    Literal["tiny", "small"] | None,
+    _option(
+        "How the draft begins, by its layers' share of the target's: tiny a tenth, small a fifth. Sets --init and "
+        "--mlp.",
+        _DRAFT,
+    ),
+]
 Init = Annotated[
-    str,
+    str | None,
     _option(
         "How the draft begins: layers:N keeps the target's N most important layers, layers:I,J,... these, random:N "
-        "as many new ones; or a checkpoint folder to go on from.",
+        "as many new ones; or a checkpoint folder to go on from. layers:2 if absent.",
         _DRAFT,
     ),
 ]
 Mlp = Annotated[int | None, _option("Feed-forward width of the draft; its most active neurons stay.", _DRAFT)]
+KvHeads = Annotated[
+    int | None,
+    _option("Key/value heads of the draft, each with its query heads; the most active ones stay.", _DRAFT),
+]
 ShareEmbedding = Annotated[
     bool | None,
     _option(

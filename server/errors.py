@@ -18,6 +18,7 @@ from starlette.responses import Response
 from ..core.errors import (
     AuthenticationError,
     ConfigError,
+    ConflictError,
     ContextLengthError,
     EngineUnavailableError,
     GenerationError,
@@ -54,6 +55,7 @@ ERROR_TABLE: dict[type[QuireError], ErrorMapping] = {
     ContextLengthError: ErrorMapping(400, "invalid_request_error", "context_length_exceeded"),
     AuthenticationError: ErrorMapping(401, "authentication_error", "invalid_api_key"),
     ModelNotFoundError: ErrorMapping(404, "invalid_request_error", "model_not_found"),
+    ConflictError: ErrorMapping(409, "invalid_request_error", "conflict"),
     RequestTooLargeError: ErrorMapping(413, "invalid_request_error", "request_too_large"),
     OverloadedError: ErrorMapping(429, "rate_limit_error", "overloaded", retry_after=1.0),
     EngineUnavailableError: ErrorMapping(503, "server_error", "engine_unavailable", retry_after=5.0),

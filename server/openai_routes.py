@@ -103,14 +103,20 @@ def _model_card(service: Service, name: str) -> dict[str, Any]:
         "root": info.model.name if info else None,
         "parent": None,
         "max_model_len": service.max_model_len,
-        "draft": _draft_card(info.draft) if info and info.draft else None,
+        "draft": draft_card(info.draft) if info and info.draft else None,
         "prune_policies": [name for name, policy in info.policies.items() if not policy.obstacle] if info else [],
     }
 
 
-def _draft_card(draft: DraftInfo) -> dict[str, Any]:
+def draft_card(draft: DraftInfo) -> dict[str, Any]:
     """Who drafts."""
-    return {"method": draft.method, "name": draft.name, "max_tokens": draft.most, "fixed": draft.fixed}
+    return {
+        "method": draft.method,
+        "name": draft.name,
+        "max_tokens": draft.most,
+        "fixed": draft.fixed,
+        "bytes": draft.num_bytes,
+    }
 
 
 def _heading(service: Service, body: GenerationBody, kind: str, logprobs: bool) -> Heading:

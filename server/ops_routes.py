@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from ..core.errors import InvalidRequestError
 from .docs import body_schema
-from .openai_routes import json_response
+from .openai_routes import draft_card, json_response
 from .prompts import chat_ids
-from .schemas import DetokenizeBody, TokenizeBody, parse_body
+from .schemas import DetokenizeBody, DraftBody, TokenizeBody, parse_body
 from .settings import Service
 
 router = APIRouter()
@@ -81,3 +81,12 @@ async def detokenize(request: Request) -> Response:
         raise InvalidRequestError(f"token ids go from 0 to {limit - 1:,}, got {max(body.tokens)}", param="tokens")
     text = await service.tokenizer.run(len(body.tokens), service.tokenizer.decode, body.tokens, False)
     return json_response({"prompt": text})
+
+
+@router.post("/draft", openapi_extra=body_schema(DraftBody))
+async def draft(request: Request) -> Response:
+    """Let another draft model take the present one's place, while requests are served; answers when it is in use."""
+    service: Service = request.app.state.service
+    body = parse_body(DraftBody, await request.body())
+    service.served_name(body.model)
+    return json_response(draft_card(await service.client.replace_draft(body.draft)))

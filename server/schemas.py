@@ -310,6 +310,13 @@ class DetokenizeBody(Body):
     tokens: TokenIds
 
 
+class DraftBody(Body):
+    """`POST /draft`."""
+
+    draft: str = Field(min_length=1)
+    """Folder of a draft model, on the server."""
+
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

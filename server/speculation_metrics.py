@@ -46,6 +46,7 @@ class SpeculationMetrics:
     def add(self, draft: DraftInfo, now: SpeculationCounts, last: SpeculationCounts) -> None:
         """Take totals of the engine; `last`: those before, or zeros where the engine began anew."""
         model = self._model_name
+        self._info.clear()  # of one whose place another took nothing stays
         self._info.labels(model, draft.method, draft.name, str(draft.most), str(draft.fixed).lower()).set(1)
         self._bytes.labels(model).set(draft.num_bytes)
         for metric, more in (

@@ -26,22 +26,22 @@ class HybridDrafter:
     method: DraftMethod = "hybrid"
 
     def __init__(self, ngram: Drafter, model: Drafter) -> None:
-        self._ngram, self._model = ngram, model
+        self._ngram, self.model = ngram, model
 
     @property
     def num_bytes(self) -> int:
         """See `Drafter`."""
-        return self._ngram.num_bytes + self._model.num_bytes
+        return self._ngram.num_bytes + self.model.num_bytes
 
     def assign(self, slot: int) -> None:
         """See `Drafter`."""
         self._ngram.assign(slot)
-        self._model.assign(slot)
+        self.model.assign(slot)
 
     def clear(self) -> None:
         """See `Drafter`."""
         self._ngram.clear()
-        self._model.clear()
+        self.model.clear()
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. The model proposes no more than `Draw.limits` tokens."""
@@ -49,7 +49,7 @@ class HybridDrafter:
         wanted = np.minimum(most, draw.limits).astype(np.int32)
         others = np.flatnonzero((found.counts == 0) & (wanted > 0)).astype(np.int32)
         if len(others):
-            drawn = self._model.propose(history, slots[others], wanted[others], _DrawAmong(draw, others))
+            drawn = self.model.propose(history, slots[others], wanted[others], _DrawAmong(draw, others))
             assert found.parents is None and drawn.parents is None, "a pair proposes chains"
             found.tokens[others, : drawn.tokens.shape[1]] = drawn.tokens
             found.counts[others] = drawn.counts

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.errors import ConfigError
 from ..core.plan import IntArray
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftMethod
 from ..models.context import AttentionContext
@@ -60,12 +61,31 @@ class ModelDrafter:
         self.cache = DraftCache(layout, runner.spec, self._place)
         vocab = self._target.spec.vocab_size
         self._weights = weight_bytes(runner, self._target)
+        self._model = runner
         self._runner = runner if runner.spec.vocab_size == vocab else _FittedRunner(runner, vocab)
         self._tail_length[:] = 0
 
-    def replace(self, runner: ModelRunner) -> None:
-        """Draft with another model from now on; what the old one has stored is forgotten. Between steps only."""
-        self._install(runner)
+    def replace(self, runner: ModelRunner) -> ModelRunner:
+        """Draft with another model from now on, and return the old one; what that has stored is forgotten.
+
+        Between steps only. Raises `ConfigError` where there is no memory for the new one's cache: then the old one,
+        which makes room first, drafts on with an empty cache.
+        """
+        old = self._model
+        del self.cache
+        try:
+            self._install(runner)
+        except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            self._install(old)
+            raise ConfigError(
+                f"the draft's cache could not be allocated: {str(error).splitlines()[0]}", param="draft"
+            ) from error
+        return old
+
+    @property
+    def num_slots(self) -> int:
+        """N."""
+        return self._layout.num_slots
 
     @property
     def num_bytes(self) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from quire.core.errors import ConfigError, ModelLoadError
@@ -14,6 +15,8 @@ from quire.distill.importance import layer_importance
 from quire.models.checkpoint import open_checkpoint
 from quire.models.native import SHARES_EMBEDDING
 
+from ..models.conftest import load
+from ..models.dense_context import check_parity
 from .drafting import VOCAB, tiny_target
 
 ROWS = [torch.randint(3, VOCAB, (1, 20), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -51,6 +54,28 @@ def test_dropping_what_does_nothing_changes_nothing(target: PreTrainedModel, sou
     assert torch.allclose(logits(draft), logits(target), atol=1e-5)
     frozen = {name for name, parameter in draft.named_parameters() if not parameter.requires_grad}
     assert frozen == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_dropping_heads_that_do_nothing_changes_nothing(tmp_path: Path, kind: str) -> None:
+    """In layer 0 the middle one of three groups of two query heads says nothing, in layer 1 the first."""
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 6, "num_key_value_heads": 3}
+    options = sizes | {"num_hidden_layers": 2, "vocab_size": VOCAB, "head_dim": 8, "tie_word_embeddings": True}
+    config = getattr(transformers, kind).config_class(**options)
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float(name.endswith("norm.weight")), 0.2)
+        for layer, group in ((0, 1), (1, 0)):
+            model.model.layers[layer].self_attn.o_proj.weight[:, 16 * group : 16 * (group + 1)] = 0.0
+    draft = make_draft(Init("layers:0,1", None, False, kv_heads=2), model, ROWS)
+    assert draft.model.layers[0].self_attn.k_proj.weight.shape == (16, 24)
+    assert torch.allclose(logits(draft), logits(model), atol=1e-5)
+    export_draft(draft, tmp_path / "draft", torch.float32, complete=True)
+    runner = load(tmp_path / "draft", "native")
+    assert (runner.spec.num_heads, runner.spec.num_kv_heads, runner.spec.head_dim) == (4, 2, 8)
+    check_parity(runner, draft, VOCAB)
 
 
 def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTrainedModel) -> None:
@@ -104,6 +129,10 @@ def test_a_beginning_that_cannot_be_is_refused(target: PreTrainedModel, source: 
 def test_what_cannot_be_narrowed_or_shared_is_refused(tmp_path: Path, target: PreTrainedModel) -> None:
     with pytest.raises(ConfigError, match="25 wide"):
         make_draft(Init("layers:1", mlp=25), target, ROWS)
+    for heads in (0, 2):
+        with pytest.raises(ConfigError, match=f"cannot have {heads} key/value heads") as caught:
+            make_draft(Init("layers:1", kv_heads=heads), target, ROWS)
+        assert caught.value.param == "kv_heads"
     del target.model.layers[0].mlp.up_proj
     with pytest.raises(ModelLoadError, match="gated"):
         make_draft(Init("layers:0,1", mlp=12), target, ROWS)

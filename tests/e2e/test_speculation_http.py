@@ -82,7 +82,9 @@ def test_answers_are_the_same(drafting: RunningServer, case: str, stream: bool) 
 def test_what_the_server_says_of_it(drafting: RunningServer) -> None:
     complete(drafting, temperature=0, max_tokens=40)
     (card,) = httpx.get(f"{drafting.url}/v1/models").json()["data"]
+    held = card["draft"].pop("bytes")
     assert card["draft"] == {"method": "ngram", "name": "ngram", "max_tokens": 4, "fixed": True}
+    assert held == drafting.metric("quire:drafter_bytes") > 0
     assert "ngram" in drafting.ready_line
     counts = {
         name: drafting.metric(f"vllm:spec_decode_num_{name}_total")

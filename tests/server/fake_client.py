@@ -3,10 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
+import msgspec
+
 from quire.core.errors import QuireError
 from quire.core.messages import EngineInfo, EngineStats, Event, Finished, FinishReason, Logprob, Tokens
 from quire.core.model_spec import ModelSpec
 from quire.core.request import Request
+from quire.core.speculation import DraftInfo
 from quire.scheduler.client import Status
 
 Step = Event | QuireError | Exception | asyncio.Event
@@ -82,10 +85,21 @@ class FakeClient:
         self.requests: list[Request] = []
         self.closed_early: list[str] = []
         self.listeners: list[Callable[[EngineStats], None]] = []
+        self.drafts: dict[str, DraftInfo | QuireError] = {}
+        """What comes of replacing the draft, by folder."""
 
     def add_stats_listener(self, callback: Callable[[EngineStats], None]) -> None:
         """See `EngineClient`."""
         self.listeners.append(callback)
+
+    async def replace_draft(self, folder: str) -> DraftInfo:
+        """See `EngineClient`."""
+        result = self.drafts[folder]
+        if isinstance(result, QuireError):
+            raise result
+        assert self.info is not None
+        self.info = msgspec.structs.replace(self.info, draft=result)
+        return result
 
     async def generate(self, request: Request) -> AsyncGenerator[Event, None]:
         """Play the script."""

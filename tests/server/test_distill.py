@@ -16,7 +16,7 @@ from quire.core.top_rows import pack_rows
 from quire.server import cli, distil
 
 FAST = [
-    "--device", "cpu", "--init", "layers:1", "--length", "24", "--steps", "4", "--round-rows", "8", "--passes", "1",
+    "--device", "cpu", "--length", "24", "--steps", "4", "--round-rows", "8", "--passes", "1",
     "--batch-rows", "4",
 ]  # fmt: skip
 
@@ -28,7 +28,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=8192, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -44,7 +44,8 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def run(target: Path, out: Path, *options: str) -> str:
-    command = ["distill", "--target", str(target), "--out", str(out), *FAST, *options]
+    init = [] if "--preset" in options else ["--init", "layers:1"]
+    command = ["distill", "--target", str(target), "--out", str(out), *FAST, *init, *options]
     result = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
@@ -64,6 +65,7 @@ def test_a_draft_and_its_report(tmp_path: Path, target: Path, prompts: Path) -> 
     assert set(report["costs"]["draft"]) == {"1", "4", "16", "64"} and report["costs"]["target"]["320"] > 0
     text = (out / "report.md").read_text()
     assert "| sums |" in text and "| 64 |" in text
+    assert (out / "acceptance.png").read_bytes().startswith(b"\x89PNG")
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == [0, 2]
     again = run(target, out, "--data", str(prompts), "--no-share-embedding")
@@ -86,10 +88,24 @@ def test_without_prompts_the_target_begins_itself(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)  # seconds of the other test's time
-    run(target, tmp_path / "run", "--self", "--mix", "0,1,1")
+    run(target, tmp_path / "run", "--self", "--mix", "0,1,1", "--kv-heads", "1", "--mlp", "16")
     config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
-    assert config["quire_shares_embedding"] is True
+    assert config["quire_shares_embedding"] is True and config["intermediate_size"] == 16
+    assert [config[name] for name in ("num_key_value_heads", "num_attention_heads", "head_dim")] == [1, 1, 16]
     assert set(json.loads((tmp_path / "run" / "report.json").read_text())["after"]["acceptance"]) == {"all", "self"}
+
+
+def test_a_preset_says_how_the_draft_begins(
+    tmp_path: Path, target: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "_step_seconds", lambda llm, size: 1e-3)
+    options = ["--data", str(prompts), "--steps", "2", "--mix", "1,0,0", "--preset", "small"]
+    assert "preset:small is layers:2, feed-forward 6\n" in run(target, tmp_path / "run", *options)
+    config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 6)
+    for more in (["--init", "layers:1"], ["--mlp", "6"], ["--kv-heads", "1"]):
+        with pytest.raises(ConfigError, match="--preset takes no --init"):
+            run(target, tmp_path / "other", *options, *more)
 
 
 def traffic_log(path: Path, target: Path, sharper: float = 1.0) -> Path:

@@ -24,6 +24,7 @@ ROUTES = [
     ("POST", "/v1/chat/completions"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
+    ("POST", "/draft"),
     ("GET", "/version"),
     ("GET", "/metrics"),
     ("GET", "/docs"),

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from quire.core.errors import ConfigError
+from quire.core.errors import ConfigError, ConflictError, InvalidRequestError, QuireError
 from quire.core.messages import EngineStats
 from quire.core.speculation import DraftInfo, SpeculationCounts
 from quire.server.cli import app
@@ -95,8 +95,44 @@ async def test_without_a_drafter_there_is_nothing_to_see(http: httpx.AsyncClient
 async def test_the_drafter_is_named(http: httpx.AsyncClient, client: FakeClient) -> None:
     client.info = msgspec.structs.replace(engine_info(), draft=DRAFT)
     card = (await http.get("/v1/models/tiny")).json()["draft"]
-    assert card == {"method": "model", "name": "drafts/mini", "max_tokens": 3, "fixed": False}
+    assert card == {"method": "model", "name": "drafts/mini", "max_tokens": 3, "fixed": False, "bytes": 2**20}
     assert ready_line("http://h:1", "tiny", client.info).endswith("| drafts by drafts/mini, up to 3 tokens")
+
+
+async def test_another_draft_takes_the_place_of_the_first(http: httpx.AsyncClient, client: FakeClient) -> None:
+    client.info = msgspec.structs.replace(engine_info(), draft=DRAFT)
+    [listener] = client.listeners
+    listener(EngineStats())
+    client.drafts["/drafts/new"] = msgspec.structs.replace(DRAFT, name="/drafts/new", num_bytes=7)
+    answer = await http.post("/draft", json={"draft": "/drafts/new"})
+    card = {"method": "model", "name": "/drafts/new", "max_tokens": 3, "fixed": False, "bytes": 7}
+    assert (answer.status_code, answer.json()) == (200, card)
+    assert (await http.get("/v1/models/tiny")).json()["draft"] == card
+    listener(EngineStats())
+    found = await samples(http)
+    (labels,) = [dict(labels) for name, labels in found if name == "quire:drafter_info"]
+    assert labels["name"] == "/drafts/new" and found["quire:drafter_bytes", ()] == 7
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(InvalidRequestError("no", param="draft"), 400), (ConflictError("wait", param="draft"), 409)],
+)
+async def test_a_draft_that_is_refused(
+    http: httpx.AsyncClient, client: FakeClient, error: QuireError, status: int
+) -> None:
+    client.info = msgspec.structs.replace(engine_info(), draft=DRAFT)
+    client.drafts["/d"] = error
+    answer = await http.post("/draft", json={"draft": "/d"})
+    told = answer.json()["error"]
+    assert (answer.status_code, told["type"], told["param"]) == (status, "invalid_request_error", "draft")
+    assert (await http.get("/v1/models/tiny")).json()["draft"]["name"] == DRAFT.name
+
+
+@pytest.mark.parametrize("body", [{}, {"draft": ""}, {"draft": 3}, {"draft": None}])
+async def test_a_draft_must_be_named(http: httpx.AsyncClient, client: FakeClient, body: dict[str, Any]) -> None:
+    answer = await http.post("/draft", json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "draft")
 
 
 def test_what_can_draft(tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""Another draft model for an engine that is serving: loaded, tried and timed before it is believed."""
+
+import logging
+from pathlib import Path
+
+import msgspec
+import torch
+
+from ..core.config import EngineConfig
+from ..core.errors import ConfigError, InvalidRequestError, ModelLoadError
+from ..core.messages import EngineInfo
+from ..core.plan import BatchPlan
+from ..core.speculation import DraftChoice, DraftInfo, StepCosts
+from ..models.checkpoint import open_checkpoint
+from ..models.placement import Placement
+from ..models.runner import ModelRunner
+from ..speculation.drafter import Drafter
+from ..speculation.hybrid import HybridDrafter
+from ..speculation.loading import load_draft
+from ..speculation.model import ModelDrafter
+from .sampler import Sampler
+from .speculation import Speculation
+from .step_costs import CostProbe
+
+_CHUNK = 2**24
+"""Bytes read at a time."""
+log = logging.getLogger("quire")
+
+
+def fetch(folder: str) -> None:
+    """Read a draft's files from wherever they lie, on any thread: loading them, for which steps wait, then finds them
+    in the system's cache. Raises `InvalidRequestError` where the folder holds no whole checkpoint.
+    """
+    if not Path(folder).is_dir():
+        raise InvalidRequestError(f"{folder} is not a folder on the server", param="draft")
+    try:
+        for path in sorted({entry.file for entry in open_checkpoint(folder).tensors.values()}):
+            with path.open("rb", buffering=0) as file:
+                while file.read(_CHUNK):
+                    pass
+    except (ModelLoadError, OSError) as error:
+        raise InvalidRequestError(f"the draft cannot be used: {error}", param="draft") from error
+
+
+def replace_draft(
+    folder: str, drafter: Drafter | None, info: EngineInfo, config: EngineConfig, target: ModelRunner, place: Placement
+) -> DraftInfo:
+    """Let the draft model in `folder` take the place of the drafter's; what there is to know of it.
+
+    Between steps only, which wait meanwhile. Sequences go on: the new model computes what its cache lacks of them when
+    it drafts. Raises `InvalidRequestError` where the drafter has no model or the new one cannot be used; then the old
+    one goes on.
+    """
+    model = drafter.model if isinstance(drafter, HybridDrafter) else drafter
+    if drafter is None or info.draft is None or not isinstance(model, ModelDrafter):
+        now = "nobody drafts" if info.draft is None else f"{info.draft.method} drafts"
+        raise InvalidRequestError(f"no draft model can be replaced: {now} on this server", param="draft")
+    name = DraftChoice(info.draft.method, model=str(Path(folder).resolve())).name
+    try:
+        runner = load_draft(msgspec.structs.replace(config, draft=name), target, place, lambda phase, done, total: None)
+        assert runner is not None, "the name is a model's"
+        old = model.replace(runner)
+    except ConfigError as error:
+        raise InvalidRequestError(error.message, param="draft") from error
+    except (RuntimeError, MemoryError, OSError) as error:  # no memory, or a file that changes as it is read
+        raise InvalidRequestError(f"the draft cannot be loaded: {_first_line(error)}", param="draft") from error
+    try:
+        costs = StepCosts(rows=info.draft.costs.rows, drafts=_costs(model, info, target, place))
+    # Whatever a model's code raises: what cannot run must not be met by the next step.
+    except Exception as error:
+        log.exception("the draft %s failed its trial", folder)
+        model.replace(old)
+        raise InvalidRequestError(f"the draft cannot be run: {_first_line(error)}", param="draft") from error
+    log.info("drafts by %s from now on", name)
+    return msgspec.structs.replace(info.draft, name=name, num_bytes=drafter.num_bytes, costs=costs)
+
+
+@torch.inference_mode()
+def _costs(model: ModelDrafter, info: EngineInfo, target: ModelRunner, place: Placement) -> list[tuple[int, float]]:
+    """What proposals take, as at start, but with slots and tokens of the trial's own and in the draft's cache alone,
+    which is empty before and after."""
+    assert info.draft is not None
+    slots = model.num_slots
+    sampler = Sampler(slots, target.spec.vocab_size, place.device, place.backend)
+    trial = Speculation(model, sampler, info.max_model_len)
+
+    def enter(plan: BatchPlan) -> None:
+        for assignment in plan.assignments:
+            sampler.table.assign(assignment)
+            trial.assign(assignment)
+
+    costs = CostProbe(info, info.draft.most, slots, slots).drafts(enter, trial.propose)
+    trial.clear()
+    return costs
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
