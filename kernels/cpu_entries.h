@@ -180,6 +180,19 @@ class TileUse {
   bool used_;
 };
 
+// Numbers too small for a full mantissa count as zero for as long as this lives: what far entries get of a sharp softmax
+// is such a number, and each would cost the processor a hundred cycles.
+class FlushTiny {
+ public:
+#if defined(__x86_64__)
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
+};
+
 // out[i] = the sum of the lanes of sums[i].
 inline void sum_rows(const float* sums, long count, float* out) {
   Vec rows[kLanes];

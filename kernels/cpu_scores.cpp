@@ -101,6 +101,7 @@ void attend_part(const Attention& a, long head, long part) {
   memset(out, 0, a.entries * sizeof(float));
   Columns<T> columns(room + kGroup * a.width, a.width);
   const TileUse<T> use(a.width);
+  const FlushTiny flush;
   const long from = blocks * part / a.parts;
   for (long block = from; block < blocks * (part + 1) / a.parts; block++) {
     const T* rows[kLanes];
