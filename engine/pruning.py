@@ -65,6 +65,9 @@ class Pruner:
         self._runner = runner
         self._backend = backend
         self._layers = [layer for layer, window in enumerate(runner.spec.windows) if window is None]
+        every = len(self._layers) == runner.spec.num_layers
+        self._tables = slice(None) if every else torch.tensor(self._layers, device=cache.device)
+        """What picks these layers' page tables."""
         self._rotary = None if runner.rope is None else RotaryEmbedding(runner.rope, cache.device)
         self._policies: dict[SlotId, tuple[PruneParams, Policy]] = {}
         self._seen: dict[SlotId, Observations] = {}
@@ -210,7 +213,7 @@ class Pruner:
         num_tokens = int(cache.computed[slot])
         host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)[self._layers].astype(np.int64)
         longest, lengths = int(host.max()), upload(host, cache.device)
-        tables = cache.page_table[slot, self._layers]
+        tables = cache.page_table[slot][self._tables]
         positions = PagedRows(cache.entry_positions, tables, longest).read()
         keys, values = cache.pool.unbind(1)
         parts = zip(host.max(1).tolist(), tables.unbind(), positions.unbind(), lengths.unbind(), strict=True)

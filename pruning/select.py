@@ -35,26 +35,28 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
-    scored = [(view, policy.scores(view, limits).float()) for view in views]
-    if not scored:
+    scores, positions, lengths = [], [], []
+    for view in views:  # nothing else of it is held: what a policy observed may be large
+        scores.append(policy.scores(view, limits).float())
+        positions.append(view.positions)
+        lengths.append(view.lengths)
+        num_tokens, backend = view.num_tokens, view.backend
+    if not scores:
         raise ValueError("select needs at least one layer")
-    candidates = _candidates(scored, limits)
-    backend = scored[0][0].backend
+    heads = torch.stack(lengths)
+    ranked, stays = rank_entries(
+        _side_by_side(scores),
+        _side_by_side(positions),
+        heads,
+        sinks=params.sinks,
+        newest=num_tokens - params.window,
+        backend=backend,
+    )
+    candidates = Candidates(ranked, heads, stays, num_tokens, backend)
     shares = BUDGETS[params.budget](candidates, params, target)
-    counts = shares.clamp(min=candidates.protected).minimum(candidates.lengths)
-    keep = best_entries(candidates.scores.flatten(0, 1), counts.flatten(), backend)
+    counts = shares.clamp(min=stays).minimum(heads)
+    keep = best_entries(ranked.flatten(0, 1), counts.flatten(), backend)
     return Selection(keep.unflatten(0, counts.shape), counts.int())
-
-
-def _candidates(scored: Sequence[tuple[LayerView, Tensor]], limits: Limits) -> Candidates:
-    """All layers' entries in their ranks: protected ones first, then the finite ones, what lies past the end last."""
-    view = scored[0][0]
-    scores = _side_by_side([scores for _, scores in scored])
-    positions = _side_by_side([view.positions for view, _ in scored])
-    lengths = torch.stack([view.lengths for view, _ in scored])
-    newest = view.num_tokens - limits.window
-    ranked, kept = rank_entries(scores, positions, lengths, sinks=limits.sinks, newest=newest, backend=view.backend)
-    return Candidates(ranked, lengths, kept, view.num_tokens, view.backend)
 
 
 def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
