@@ -66,7 +66,7 @@ class Pruner:
         self._backend = backend
         self._layers = [layer for layer, window in enumerate(runner.spec.windows) if window is None]
         every = len(self._layers) == runner.spec.num_layers
-        self._tables = slice(None) if every else torch.tensor(self._layers, device=cache.device)
+        self._tables: slice | Tensor = slice(None) if every else torch.tensor(self._layers, device=cache.device)
         """What picks these layers' page tables."""
         self._rotary = None if runner.rope is None else RotaryEmbedding(runner.rope, cache.device)
         self._policies: dict[SlotId, tuple[PruneParams, Policy]] = {}

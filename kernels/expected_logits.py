@@ -61,8 +61,8 @@ def _expected_logits_cpu(
     keys: PagedRows, lengths: Tensor, mean: Tensor, covariance: Tensor, turn: Turn | None, scale: float
 ) -> Tensor:
     (heads, width), half = mean.shape, 0 if turn is None else turn[0].shape[1]
-    angles = (None, None) if turn is None else tuple(part.contiguous() for part in turn)
-    tensors = lengths.contiguous(), mean.contiguous(), covariance.contiguous(), *angles
+    angles: tuple[Tensor | None, ...] = (None, None) if turn is None else tuple(part.contiguous() for part in turn)
+    tensors: tuple[Tensor | None, ...] = lengths.contiguous(), mean.contiguous(), covariance.contiguous(), *angles
     output = torch.empty(heads, keys.entries)
     loaded_library().expected_logits(
         keys.arguments(),

@@ -35,7 +35,9 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
-    scores, positions, lengths = [], [], []
+    scores: list[Tensor] = []
+    positions: list[Tensor] = []
+    lengths: list[Tensor] = []
     for view in views:  # nothing else of it is held: what a policy observed may be large
         scores.append(policy.scores(view, limits).float())
         positions.append(view.positions)
