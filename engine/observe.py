@@ -363,7 +363,7 @@ def _add_columns(
     new = attention_columns(
         query,
         PagedRows(context.pool[:, 0], table, entries),
-        PagedRows(context.entry_positions, table, entries).read(),
+        PagedRows(context.entry_positions, table, entries),
         context.kept[watched.index, layer] + len(query),
         context.positions[watched.rows],
         reduce="max" if watched.scratch else "sum",

@@ -84,6 +84,12 @@ class PagesArgs(ctypes.Structure):
 _PAGES = ctypes.POINTER(PagesArgs)
 
 
+class ScoredLayerArgs(ctypes.Structure):
+    """`quire::ScoredLayer` of cpu_ranking.cpp."""
+
+    _fields_ = (("scores", _POINTER), ("lengths", _POINTER), ("positions", PagesArgs), ("entries", _LONG))
+
+
 class CpuLibrary:
     """The functions of the library; arguments as in the C++ sources."""
 
@@ -112,7 +118,14 @@ class CpuLibrary:
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
         self.attention_columns = library.quire_attention_columns
-        self.attention_columns.argtypes = [_POINTER, _PAGES, *[_POINTER] * 5, *[_LONG] * 8, *[_FLOAT] * 2, *[_INT] * 3]
+        self.attention_columns.argtypes = [
+            _POINTER,
+            *[_PAGES] * 2,
+            *[_POINTER] * 4,
+            *[_LONG] * 7,
+            *[_FLOAT] * 2,
+            *[_INT] * 3,
+        ]
         self.expected_logits = library.quire_expected_logits
         self.expected_logits.argtypes = [_PAGES, *[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT]
         self.add_moments = library.quire_add_moments
@@ -126,7 +139,7 @@ class CpuLibrary:
         self.mean_by_token = library.quire_mean_by_token
         self.mean_by_token.argtypes = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
         self.rank_entries = library.quire_rank_entries
-        self.rank_entries.argtypes = [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3
+        self.rank_entries.argtypes = [ctypes.POINTER(ScoredLayerArgs), *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 3]
         self.best_entries = library.quire_best_entries
         self.best_entries.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.share_best = library.quire_share_best

@@ -11,12 +11,12 @@ constexpr long kEntryBlock = 256;      // entries whose sums stay in L1 while bl
 
 struct Attention {
   const void* query;
-  Pages keys;
-  const int32_t *positions, *query_positions;
+  Pages keys, positions;
+  const int32_t* query_positions;
   const int64_t* lengths;
   const float* sinks;
   float* output;
-  long query_stride, position_stride, rows, heads, kv_heads, entries, width, parts;
+  long query_stride, rows, heads, kv_heads, entries, width, parts;
   float scale, softcap;
   int greatest;  // instead of the sum
 };
@@ -28,7 +28,7 @@ template <class T>
 void add_block(const Attention& a, long head, long first, const Columns<T>& block, T* room, bool near,
                float* tops, float* weights, float* out) {
   const long group = a.heads / a.kv_heads, count = a.rows * group, length = a.lengths[head];
-  const int32_t* positions = a.positions + head * a.position_stride;
+  const Positions positions(a.positions, head, length);
   int32_t seen[kLanes];
   float sinks[kLanes];
   int32_t least = INT32_MAX;
@@ -39,6 +39,7 @@ void add_block(const Attention& a, long head, long first, const Columns<T>& bloc
     least = seen[c] < least ? seen[c] : least;
   }
   const IntVec visible = read<IntVec>(seen);
+  const long hidden = least < INT32_MAX ? positions.from(least + 1) : length;  // from here on to some columns
   const Vec none = broadcast(-INFINITY), sink = load(sinks);
   Vec top = sink, sum = sink == none ? Vec{} : broadcast(1.0f);
   const Entries<T> keys(a.keys, head, length, a.width);
@@ -52,7 +53,7 @@ void add_block(const Attention& a, long head, long first, const Columns<T>& bloc
     for (long i = 0; i < some; i++) {
       Vec x = load(at + i * kLanes) * a.scale;
       if (a.softcap > 0) x = tanh(x / a.softcap) * a.softcap;
-      if (positions[e + i] > least) x = broadcast_int(positions[e + i]) > visible ? none : x;
+      if (e + i >= hidden) x = broadcast_int(positions[e + i]) > visible ? none : x;
       store(at + i * kLanes, x);
       top = max(top, x);
     }
@@ -257,14 +258,13 @@ void expect_head(const Moments& m, long head) {
 using quire::bf16;
 
 // output [K, parts, E]: probability that the columns (rows x group) of a part give each entry, added up or the greatest.
-extern "C" void quire_attention_columns(const void* query, const quire::Pages* keys, const int32_t* positions,
+extern "C" void quire_attention_columns(const void* query, const quire::Pages* keys, const quire::Pages* positions,
                                         const int32_t* query_positions, const int64_t* lengths, const float* sinks,
-                                        float* output, long query_stride, long position_stride, long rows, long heads,
-                                        long kv_heads, long entries, long width, long parts, float scale,
-                                        float softcap, int greatest, int is_bf16, int threads) {
-  const quire::Attention a{query,  *keys,        positions,       query_positions, lengths, sinks,
-                           output, query_stride, position_stride, rows,            heads,   kv_heads,
-                           entries, width,       parts,           scale,           softcap, greatest};
+                                        float* output, long query_stride, long rows, long heads, long kv_heads,
+                                        long entries, long width, long parts, float scale, float softcap,
+                                        int greatest, int is_bf16, int threads) {
+  const quire::Attention a{query, *keys, *positions, query_positions, lengths, sinks, output,  query_stride, rows,
+                           heads, kv_heads, entries, width,           parts,   scale, softcap, greatest};
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
   for (long head = 0; head < kv_heads; head++)
     for (long part = 0; part < parts; part++)

@@ -3,15 +3,14 @@
 Letters: L' layers given, K kv heads, E entries of a layer's longest head, E' entries that the longest head keeps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.pruning import PruneParams
-from ..kernels.ranking import best_entries, rank_entries
+from ..kernels.ranking import ScoredLayer, best_entries, rank_entries
 from .budgets import BUDGETS, Candidates
 from .policy import LayerView, Limits, Policy
 
@@ -35,36 +34,16 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
-    scores: list[Tensor] = []
-    positions: list[Tensor] = []
-    lengths: list[Tensor] = []
+    layers: list[ScoredLayer] = []
     for view in views:  # nothing else of it is held: what a policy observed may be large
-        scores.append(policy.scores(view, limits).float())
-        positions.append(view.positions)
-        lengths.append(view.lengths)
+        layers.append(ScoredLayer(policy.scores(view, limits), view.stored_positions, view.lengths))
         num_tokens, backend = view.num_tokens, view.backend
-    if not scores:
+    if not layers:
         raise ValueError("select needs at least one layer")
-    heads = torch.stack(lengths)
-    ranked, stays = rank_entries(
-        _side_by_side(scores),
-        _side_by_side(positions),
-        heads,
-        sinks=params.sinks,
-        newest=num_tokens - params.window,
-        backend=backend,
+    ranked, lengths, stays = rank_entries(
+        layers, sinks=params.sinks, newest=num_tokens - params.window, backend=backend
     )
-    candidates = Candidates(ranked, heads, stays, num_tokens, backend)
+    candidates = Candidates(ranked, lengths, stays, num_tokens, backend)
     shares = BUDGETS[params.budget](candidates, params, target)
-    counts = shares.clamp(min=stays).minimum(heads)
-    keep = best_entries(ranked.flatten(0, 1), counts.flatten(), backend)
-    return Selection(keep.unflatten(0, counts.shape), counts.int())
-
-
-def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
-    """[L', K, E] of tensors [K, E], the longest's E; what is added is arbitrary."""
-    widths = [layer.shape[1] for layer in layers]
-    longest = max(widths)
-    if min(widths) < longest:
-        layers = [pad(layer, (0, longest - width)) for layer, width in zip(layers, widths, strict=True)]
-    return torch.stack(tuple(layers))
+    counts = torch.minimum(torch.maximum(shares, stays), lengths)
+    return Selection(best_entries(ranked, counts, backend), counts.int())

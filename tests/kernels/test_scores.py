@@ -29,12 +29,13 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def in_pages(states: Tensor, size: int, lengths: list[int]) -> PagedRows:
-    """States [K, E, D] in pages that lie anywhere in half of a pool, NaN wherever no entry is."""
-    heads, entries, width = states.shape
+    """States [K, E, ...] in pages that lie anywhere in half of a pool, NaN wherever no entry is."""
+    heads, entries, *width = states.shape
     columns = -(-entries // size)
     table = torch.randperm(heads * columns + 3, generator=torch.Generator().manual_seed(entries))
     table = table[: heads * columns].view(heads, columns).int()
-    pool = torch.full((heads * columns + 3, 2, size, width), float("nan"), dtype=states.dtype)
+    nothing = float("nan") if states.is_floating_point() else -1
+    pool = torch.full((heads * columns + 3, 2, size, *width), nothing, dtype=states.dtype)
     for head, length in enumerate(lengths):
         for entry in range(length):
             pool[table[head, entry // size], 1, entry % size] = states[head, entry]
@@ -80,12 +81,14 @@ def test_attention_columns(
     query, keys = noise(rows, heads, width, dtype=dtype), noise(kv_heads, entries, width, dtype=dtype)
     # Gaps, as a pruned head has them; some entries are newer than some rows.
     positions = (torch.arange(entries, dtype=torch.int32) * 3).repeat(kv_heads, 1)
-    rest = positions, torch.tensor(lengths), torch.arange(rows) + 3 * max(lengths) - rows // 2
+    rest = torch.tensor(lengths), torch.arange(rows) + 3 * max(lengths) - rows // 2
     limits = {"scale": 0.3, "softcap": softcap, "sinks": noise(heads) if sinks else None}
-    expected = attention_columns_reference(query, PagedRows.of(keys), *rest, reduce=reduce, **limits)  # type: ignore[arg-type]
+    expected = attention_columns_reference(
+        query, PagedRows.of(keys), PagedRows.of(positions), *rest, reduce=reduce, **limits
+    )  # type: ignore[arg-type]
     for size in SIZES:
-        paged = in_pages(keys, size, lengths)
-        found = attention_columns(query, paged, *rest, reduce=reduce, **limits, backend="cpu")  # type: ignore[arg-type]
+        paged = in_pages(keys, size, lengths), in_pages(positions, size, lengths)
+        found = attention_columns(query, *paged, *rest, reduce=reduce, **limits, backend="cpu")  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +98,7 @@ def test_no_rows_give_nothing() -> None:
     arguments = (
         torch.randn(0, 4, 16),
         PagedRows.of(torch.randn(2, 9, 16)),
-        places,
+        PagedRows.of(places),
         torch.tensor([9, 9]),
         torch.arange(0),
     )
@@ -104,7 +107,7 @@ def test_no_rows_give_nothing() -> None:
 
 
 def test_row_that_sees_nothing_gives_nothing() -> None:
-    keys, positions = PagedRows.of(noise(1, 5, 32)), torch.arange(10, 15, dtype=torch.int32)[None]
+    keys, positions = PagedRows.of(noise(1, 5, 32)), PagedRows.of(torch.arange(10, 15, dtype=torch.int32)[None])
     arguments = noise(2, 1, 32), keys, positions, torch.tensor([5]), torch.tensor([3, 20])
     found = attention_columns(*arguments, reduce="sum", scale=1.0, backend="cpu")
     assert float(found.sum()) == pytest.approx(1.0)
