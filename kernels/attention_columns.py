@@ -41,10 +41,7 @@ def attention_columns(
     2 * n * H * E * D FLOPs at most.
     """
     if backend == "cpu" and len(query) and keys.pages.dtype == query.dtype and query.dtype in DTYPES:
-        parts = _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
-        if parts.shape[1] == 1:
-            return parts[:, 0]
-        return parts.sum(1) if reduce == "sum" else parts.amax(1)
+        return _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
     return attention_columns_reference(
         query, keys, entry_positions, lengths, positions, reduce=reduce, scale=scale, softcap=softcap, sinks=sinks
     )
@@ -95,13 +92,13 @@ def _columns_cpu(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[K, parts, E] by cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
+    """By cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
     (rows, heads, width), (kv_heads, entries) = query.shape, (len(keys.table), keys.entries)
     query = query if query[0].is_contiguous() else query.contiguous()
     positions, lengths = positions.int().contiguous(), lengths.long().contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     parts = min(_PARTS, -(-rows * heads // (kv_heads * _COLUMNS)))
-    output = torch.empty(kv_heads, parts, entries)
+    output = torch.empty(kv_heads, entries)
     loaded_library().attention_columns(
         query.data_ptr(),
         keys.arguments(),

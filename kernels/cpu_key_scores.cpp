@@ -234,6 +234,25 @@ extern "C" void quire_lag_ranks(const quire::Pages* keys, const quire::Pages* va
     }
 }
 
+// output [K, E]: the mean of each entry's score and its neighbours', `size` in all; what lies at positions from `newest`
+// on, or past the ends, counts as 0.
+extern "C" void quire_mean_by_neighbours(const float* scores, const quire::Pages* positions, const int64_t* lengths,
+                                         float* output, long heads, long entries, int newest, int size) {
+  static thread_local quire::KeptMemory memory;
+  const long reach = size / 2, room = entries + 2 * reach;
+  float* known = (float*)memory.get(room * sizeof(float));
+  for (long head = 0; head < heads; head++) {
+    const long last = quire::Positions(*positions, head, lengths[head]).from(newest);
+    memset(known, 0, room * sizeof(float));
+    memcpy(known + reach, scores + head * entries, last * sizeof(float));
+    float* to = output + head * entries;
+    for (long e = 0; e < entries; e++) to[e] = known[e];
+    for (long shift = 1; shift < size; shift++)
+      for (long e = 0; e < entries; e++) to[e] += known[e + shift];
+    for (long e = 0; e < entries; e++) to[e] /= size;
+  }
+}
+
 // scores [K, E] become means over all heads' entries at positions with the same p / size; n tokens.
 extern "C" void quire_mean_by_token(float* scores, const int32_t* positions, const int64_t* lengths, long heads,
                                     long entries, long position_stride, long tokens, int size) {

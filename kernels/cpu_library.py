@@ -130,6 +130,10 @@ class CpuLibrary:
         self.expected_logits.argtypes = [_PAGES, *[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT]
         self.add_moments = library.quire_add_moments
         self.add_moments.argtypes = [_POINTER] * 5 + [_LONG] * 5 + [_INT]
+        self.moments_of = library.quire_moments_of
+        self.moments_of.argtypes = [_POINTER] * 4 + [_LONG] * 3 + [_INT]
+        self.mean_probabilities = library.quire_mean_probabilities
+        self.mean_probabilities.argtypes = [_POINTER, _PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
         self.entry_norms = library.quire_entry_norms
         self.entry_norms.argtypes = [_PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
         self.mean_cosines = library.quire_mean_cosines
@@ -138,6 +142,8 @@ class CpuLibrary:
         self.lag_ranks.argtypes = [*[_PAGES] * 2, *[_POINTER] * 2, *[_LONG] * 5, _FLOAT, *[_INT] * 2]
         self.mean_by_token = library.quire_mean_by_token
         self.mean_by_token.argtypes = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
+        self.mean_by_neighbours = library.quire_mean_by_neighbours
+        self.mean_by_neighbours.argtypes = [_POINTER, _PAGES, *[_POINTER] * 2, *[_LONG] * 2, *[_INT] * 2]
         self.rank_entries = library.quire_rank_entries
         self.rank_entries.argtypes = [ctypes.POINTER(ScoredLayerArgs), *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 3]
         self.best_entries = library.quire_best_entries
@@ -147,8 +153,15 @@ class CpuLibrary:
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.decoder, self.draft_chain)
         choices = (self.row_maxima, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
-        ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
-        for function in (*layers, *choices, self.compact, *scores, *ranking):
+        means = (
+            self.add_moments,
+            self.moments_of,
+            self.mean_by_token,
+            self.mean_by_neighbours,
+            self.mean_probabilities,
+        )
+        ranking = (self.rank_entries, self.best_entries, self.share_best)
+        for function in (*layers, *choices, self.compact, *scores, *means, *ranking):
             function.restype = None
 
 

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from quire.kernels.attention_columns import attention_columns, attention_columns_reference
 from quire.kernels.cpu_library import cpu_library
-from quire.kernels.expected_logits import expected_logits, expected_logits_reference
+from quire.kernels.expected_logits import expected_logits, expected_logits_reference, mean_probabilities
 from quire.kernels.key_scores import entry_norms, mean_cosines, mean_cosines_reference
 from quire.kernels.lag_ranks import lag_ranks, lag_ranks_reference
 from quire.kernels.paged_rows import PagedRows
-from quire.kernels.query_moments import add_moments
-from quire.kernels.token_means import mean_by_token
+from quire.kernels.query_moments import add_moments, moments_of
+from quire.kernels.token_means import mean_by_neighbours, mean_by_token
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
 
@@ -191,3 +191,25 @@ def test_moments(rows: int, heads: int, width: int, half: int) -> None:
     # Each factor is rounded to 8 bits; errors of many rows partly cancel.
     torch.testing.assert_close(sums[0][1], sums[1][1], atol=0.01 * rows**0.5 + 0.01, rtol=0.01)
     assert torch.equal(sums[0][1], sums[0][1].mT)
+    for found, expected in zip(moments_of(*sums[1], rows, "cpu"), moments_of(*sums[1], rows), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "newest"), [(5, 80), (1, 0), (3, 10**6)])
+def test_means_by_neighbours(size: int, newest: int) -> None:
+    lengths, positions = [30, 33, 1], torch.stack([torch.arange(s, s + 3 * 33, 3) for s in range(3)]).int()
+    scores = noise(3, 33)
+    scores[0, 30:] = scores[2, 1:] = 0
+    paged, numbers = in_pages(positions, 4, lengths), torch.tensor(lengths)
+    found = mean_by_neighbours(scores, paged, numbers, newest, size, "cpu")
+    assert_same(found, mean_by_neighbours(scores, PagedRows.of(positions), numbers, newest, size), lengths)
+
+
+@pytest.mark.parametrize("sinks", [0, 7, 70])
+def test_mean_probabilities(sinks: int) -> None:
+    lengths, positions = [61, 30], torch.stack([torch.arange(61), 2 * torch.arange(61)]).int()
+    logits = 30 * noise(6, 61)
+    expected = mean_probabilities(logits.clone(), PagedRows.of(positions), torch.tensor(lengths), sinks)
+    found = mean_probabilities(logits, in_pages(positions, 16, lengths), torch.tensor(lengths), sinks, "cpu")
+    assert_same(found, expected, lengths)
+    assert float(found[1, :30].sum()) == pytest.approx(1 if sinks < 60 else 0, abs=1e-5)
