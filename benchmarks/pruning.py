@@ -6,9 +6,9 @@ Five figures: requests that run at once in the same KV memory while others wait 
 is what they wait for, not prompts being computed: `--prompt 2048 --output 400`); tokens per second of a batch that only
 decodes long contexts; most pages held while one long prompt is computed chunk by chunk; the share of a prompt's time
 that each policy spends choosing, where it prunes after each chunk and where it does once, at the prompt's end; and the
-time to the first token of the second question about a document to that of the first, pruned or not. Times are medians of
-rounds that alternate between the contenders; what a policy observes, and the moving of what stays, are in the prompt's
-time, not in the share.
+time to the first token of the second question about a document to that of the first, pruned or not. Times are medians
+of rounds that alternate between the contenders; what a policy observes, and the moving of what stays, are in the
+prompt's time, not in the share.
 """
 
 import argparse
