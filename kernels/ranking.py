@@ -45,7 +45,7 @@ def rank_entries(layers: Sequence[ScoredLayer], *, sinks: int, newest: int, back
     tensors = [(layer.scores.float().contiguous(), layer.lengths.contiguous()) for layer in layers]
     arguments = (ScoredLayerArgs * len(layers))(
         *(
-            (scores.data_ptr(), lengths.data_ptr(), layer.positions.values(), scores.shape[1])
+            ScoredLayerArgs(scores.data_ptr(), lengths.data_ptr(), layer.positions.values(), scores.shape[1])
             for (scores, lengths), layer in zip(tensors, layers, strict=True)
         )
     )
