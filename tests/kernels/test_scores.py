@@ -83,9 +83,8 @@ def test_attention_columns(
     positions = (torch.arange(entries, dtype=torch.int32) * 3).repeat(kv_heads, 1)
     rest = torch.tensor(lengths), torch.arange(rows) + 3 * max(lengths) - rows // 2
     limits = {"scale": 0.3, "softcap": softcap, "sinks": noise(heads) if sinks else None}
-    expected = attention_columns_reference(
-        query, PagedRows.of(keys), PagedRows.of(positions), *rest, reduce=reduce, **limits
-    )  # type: ignore[arg-type]
+    whole = query, PagedRows.of(keys), PagedRows.of(positions), *rest
+    expected = attention_columns_reference(*whole, reduce=reduce, **limits)  # type: ignore[arg-type]
     for size in SIZES:
         paged = in_pages(keys, size, lengths), in_pages(positions, size, lengths)
         found = attention_columns(query, *paged, *rest, reduce=reduce, **limits, backend="cpu")  # type: ignore[arg-type]
