@@ -4,9 +4,11 @@
 
 Five figures: requests that run at once in the same KV memory while others wait (answers must be long enough that memory
 is what they wait for, not prompts being computed: `--prompt 2048 --output 400`); tokens per second of a batch that only
-decodes long contexts; most pages held while one long prompt is computed chunk by chunk; the share of a prompt's
-time that each policy spends choosing; and the time to the first token of the second question about a document to that
-of the first, pruned or not. Times are medians of rounds that alternate between the contenders.
+decodes long contexts; most pages held while one long prompt is computed chunk by chunk; the share of a prompt's time
+that each policy spends choosing, where it prunes after each chunk and where it does once, at the prompt's end; and the
+time to the first token of the second question about a document to that of the first, pruned or not. Times are medians
+of rounds that alternate between the contenders; what a policy observes, and the moving of what stays, are in the
+prompt's time, not in the share.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from quire.scheduler.loop import EngineLoop
 MARGIN = 100  # tokens of context left free for outputs
 QUESTION = 16  # tokens
 Figures = dict[str, tuple[float, float]]  # name -> (unpruned, pruned)
+Costs = dict[str, dict[str, tuple[float, float]]]  # policy -> when -> (share spent choosing, time / unpruned time)
+WAYS = {"each chunk": True, "once": False}
 
 
 def sequence_bytes(info: EngineInfo, tokens: int) -> int:
@@ -90,24 +94,24 @@ def peak_pages(loop: EngineLoop, prompts: Prompts, prune: PruneParams, length: i
     return peaks[0], peaks[1]
 
 
-def choosing(
-    loop: EngineLoop, prompts: Prompts, keep: float, length: int, rounds: int
-) -> dict[str, tuple[float, float]]:
-    """By policy: share of the prompt's time spent choosing, and the prompt's time over that of an unpruned one."""
-    found: dict[str, tuple[float, float]] = {}
+def choosing(loop: EngineLoop, prompts: Prompts, keep: float, length: int, rounds: int) -> Costs:
+    """What each policy costs while a prompt is computed, pruned after each chunk and once."""
+    found: Costs = {}
     for policy, facts in loop.engine.info.policies.items():
         if facts.obstacle or facts.selects:
             continue
-        prune = PruneParams(policy=policy, keep=keep)
-        shares, ratios = [], []
+        measured: dict[str, list[tuple[float, float]]] = {when: [] for when in WAYS}
         for _ in range(rounds):
             prompt = prompts.take(length)
             plain = prompt_seconds(loop, prompts, prompt, None)
-            before = chosen_seconds(loop, policy)
-            pruned = prompt_seconds(loop, prompts, prompt, prune)
-            shares.append((chosen_seconds(loop, policy) - before) / pruned)
-            ratios.append(pruned / plain)
-        found[policy] = statistics.median(shares), statistics.median(ratios)
+            for when, chunked in WAYS.items():
+                before = chosen_seconds(loop, policy)
+                pruned = prompt_seconds(loop, prompts, prompt, PruneParams(policy=policy, keep=keep, chunked=chunked))
+                measured[when].append(((chosen_seconds(loop, policy) - before) / pruned, pruned / plain))
+        found[policy] = {
+            when: (statistics.median(share for share, _ in pairs), statistics.median(ratio for _, ratio in pairs))
+            for when, pairs in measured.items()
+        }
     return found
 
 
@@ -182,18 +186,18 @@ def main() -> None:
         args.json.write_text(json.dumps(content, default=str))
 
 
-def show(
-    figures: Figures, policies: dict[str, tuple[float, float]], second: dict[str, tuple[float, float]], title: str
-) -> None:
+def show(figures: Figures, policies: Costs, second: Figures, title: str) -> None:
     """Three tables."""
     console = Console(width=120)
     table = Table("figure", "unpruned", "pruned", "ratio", title=title)
     for name, (plain, pruned) in figures.items():
         table.add_row(name, f"{plain:,.1f}", f"{pruned:,.1f}", f"{pruned / plain:.2f}x")
     console.print(table)
-    costs = Table("policy", "choosing, share of the prompt's time", "prompt's time, pruned / unpruned")
-    for policy, (share, ratio) in policies.items():
-        costs.add_row(policy, f"{share:.1%}", f"{ratio:.2f}x")
+    columns = (f"{text}, {when}" for when in WAYS for text in ("share spent choosing", "time, pruned / unpruned"))
+    costs = Table("policy", *columns, title="a long prompt")
+    for policy, by_way in policies.items():
+        cells = (text for share, ratio in by_way.values() for text in (f"{share:.1%}", f"{ratio:.2f}x"))
+        costs.add_row(policy, *cells)
     console.print(costs)
     reuse = Table("document", "first question, s to first token", "second question", "ratio")
     for policy, (first, later) in second.items():

@@ -76,7 +76,7 @@ def random_view(shape: Shape, entries: int, dtype: torch.dtype, device: torch.de
         layer=0,
         stored_keys=PagedRows(pool[:, 0], pages, entries),
         stored_values=PagedRows(pool[:, 1], pages, entries),
-        positions=torch.arange(entries, dtype=torch.int32, device=device).repeat(kv_heads, 1),
+        stored_positions=PagedRows.of(torch.arange(entries, dtype=torch.int32, device=device).repeat(kv_heads, 1)),
         lengths=torch.full((kv_heads,), entries, device=device),
         num_tokens=entries,
         scale=dim**-0.5,

@@ -16,7 +16,7 @@ from ..core.plan import BatchPlan
 from ..kernels.attention_columns import attention_columns
 from ..kernels.backend import Backend
 from ..kernels.paged_rows import PagedRows
-from ..kernels.query_moments import add_moments
+from ..kernels.query_moments import add_moments, moments_of
 from ..models.context import AttentionContext, Scoring
 from ..pruning.policy import Needs, Rotation
 from .masses import MassRows
@@ -95,8 +95,7 @@ class Observations:
         count, sums = num_tokens - max(self.first, self.sinks), self.sums[layer] if self.sums else None
         if sums is None or count < 1:
             return None
-        mean = sums[0] / count
-        return mean, torch.baddbmm(sums[1], mean[:, :, None], mean[:, None, :], beta=1 / count, alpha=-1)
+        return moments_of(*sums, count, self.backend)
 
     def sum_ring(self, end: int, device: torch.device) -> None:
         """Count the queries that wait in the ring, up to position `end`."""
@@ -363,7 +362,7 @@ def _add_columns(
     new = attention_columns(
         query,
         PagedRows(context.pool[:, 0], table, entries),
-        PagedRows(context.entry_positions, table, entries).read(),
+        PagedRows(context.entry_positions, table, entries),
         context.kept[watched.index, layer] + len(query),
         context.positions[watched.rows],
         reduce="max" if watched.scratch else "sum",

@@ -65,6 +65,9 @@ class Pruner:
         self._runner = runner
         self._backend = backend
         self._layers = [layer for layer, window in enumerate(runner.spec.windows) if window is None]
+        every = len(self._layers) == runner.spec.num_layers
+        self._rows: slice | list[int] = slice(None) if every else self._layers
+        """The same, as what picks them."""
         self._rotary = None if runner.rope is None else RotaryEmbedding(runner.rope, cache.device)
         self._policies: dict[SlotId, tuple[PruneParams, Policy]] = {}
         self._seen: dict[SlotId, Observations] = {}
@@ -171,8 +174,8 @@ class Pruner:
             params, policy = self._policies[order.slot]
             selection = select(policy, self._views(order.slot), params, order.target)
             self._chosen[order.slot] = selection
-            counts = self._cache.counts(order.slot).reshape(self._runner.spec.num_layers, -1)
-            counts[self._layers] = selection.counts.cpu().numpy()
+            counts = self._counts(order.slot)
+            counts[self._rows] = selection.counts.numpy(force=True)
             kept.append(counts.ravel())
             seconds.append(time.perf_counter() - started)
         return tuple(kept), tuple(seconds)
@@ -208,35 +211,36 @@ class Pruner:
         """The layers without a window; keys and values stay in their pages until a policy reads them."""
         cache, seen, needs = self._cache, self._seen.get(slot), self._policies[slot][1].needs
         num_tokens = int(cache.computed[slot])
-        host = cache.counts(slot).reshape(self._runner.spec.num_layers, -1)[self._layers].astype(np.int64)
-        longest, lengths = int(host.max()), upload(host, cache.device)
-        tables = cache.page_table[slot, self._layers]
-        positions = PagedRows(cache.entry_positions, tables, longest).read()
+        host = self._counts(slot)
+        lengths, tables = upload(host.astype(np.int64), cache.device).unbind(), cache.page_table[slot].unbind()
         keys, values = cache.pool.unbind(1)
-        parts = zip(host.max(1).tolist(), tables.unbind(), positions.unbind(), lengths.unbind(), strict=True)
         if seen is not None:
             seen.prepare(num_tokens, cache.device)
-        for index, (layer, part) in enumerate(zip(self._layers, parts, strict=True)):
-            entries, table, of_layer, of_heads = part
-            of_layer, scoring = of_layer[:, :entries], self._scorings[layer]
+        for index, layer in enumerate(self._layers):
+            entries, table, scoring = max(host[layer].tolist()), tables[layer], self._scorings[layer]
+            positions = PagedRows(cache.entry_positions, table, entries)
             yield LayerView(
                 layer=layer,
                 stored_keys=PagedRows(keys, table, entries),
                 stored_values=PagedRows(values, table, entries),
-                positions=of_layer,
-                lengths=of_heads,
+                stored_positions=positions,
+                lengths=lengths[layer],
                 num_tokens=num_tokens,
                 scale=scoring.scale,
                 softcap=scoring.softcap,
                 sink_logits=scoring.sinks,
                 backend=self._backend,
                 output_weight=output_weight(self._runner, layer) if needs.output_weight else None,
-                **({} if seen is None else _observed(seen, layer, index, of_layer, num_tokens)),
+                **({} if seen is None else _observed(seen, layer, index, positions, num_tokens)),
             )
 
+    def _counts(self, slot: SlotId) -> IntArray:
+        """Entries of each head of the slot, [L, K]; a copy."""
+        return self._cache.counts(slot).reshape(self._runner.spec.num_layers, -1)
 
-def _observed(seen: Observations, layer: int, index: int, positions: Tensor, num_tokens: int) -> dict[str, Any]:
-    """The fields of a layer's view that were observed; positions [K, E] of its entries.
+
+def _observed(seen: Observations, layer: int, index: int, stored: PagedRows, num_tokens: int) -> dict[str, Any]:
+    """The fields of a layer's view that were observed; `stored` [K, E]: positions of its entries.
 
     `index`: which of the layers without a window it is.
     """
@@ -246,12 +250,12 @@ def _observed(seen: Observations, layer: int, index: int, positions: Tensor, num
         fields |= {"queries": newest[0][index], "query_positions": newest[1]}
     if moments is not None:
         fields |= {"query_mean": moments[0], "query_covariance": moments[1]}
-    entries = positions.shape[1]
+    entries = stored.entries
     if layer in seen.mass:
-        fields |= {"mass": seen.mass[layer][:, :entries], "seen": (num_tokens - positions).float()}
+        fields |= {"mass": seen.mass[layer][:, :entries], "seen": (num_tokens - stored.read()).float()}
     if layer in seen.repeated:
         repeated = seen.repeated[layer][:, :entries]
         padded = torch.nn.functional.pad(repeated, (0, entries - repeated.shape[1]))
         # Of what came after the repetition nothing is known, so nothing of it falls before what is.
-        fields["repeated"] = padded.masked_fill(positions >= seen.unread, 1.0)
+        fields["repeated"] = padded.masked_fill(stored.read() >= seen.unread, 1.0)
     return fields

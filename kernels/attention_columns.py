@@ -23,7 +23,7 @@ heads of a group that make a share worth while: what it multiplies at once."""
 def attention_columns(
     query: Tensor,
     keys: PagedRows,
-    entry_positions: Tensor,
+    entry_positions: PagedRows,
     lengths: Tensor,
     positions: Tensor,
     *,
@@ -36,15 +36,12 @@ def attention_columns(
     """[K, E] float32: the probability that the rows give each entry, summed (or the greatest) over rows and group.
 
     query [n, H, D] at positions [n], n = 0 if nothing was seen yet; keys [K, E, D], their rows' own included;
-    entry_positions [K, E]; lengths [K]: what lies past them counts for nothing, whatever it holds; sinks [H]: logits
-    without an entry. Softmax in float32.
+    entry_positions [K, E] int32, ascending; lengths [K]: what lies past them counts for nothing, whatever it holds;
+    sinks [H]: logits without an entry. Softmax in float32.
     2 * n * H * E * D FLOPs at most.
     """
     if backend == "cpu" and len(query) and keys.pages.dtype == query.dtype and query.dtype in DTYPES:
-        parts = _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
-        if parts.shape[1] == 1:
-            return parts[:, 0]
-        return parts.sum(1) if reduce == "sum" else parts.amax(1)
+        return _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
     return attention_columns_reference(
         query, keys, entry_positions, lengths, positions, reduce=reduce, scale=scale, softcap=softcap, sinks=sinks
     )
@@ -53,7 +50,7 @@ def attention_columns(
 def attention_columns_reference(
     query: Tensor,
     keys: PagedRows,
-    entry_positions: Tensor,
+    entry_positions: PagedRows,
     lengths: Tensor,
     positions: Tensor,
     *,
@@ -63,6 +60,7 @@ def attention_columns_reference(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `attention_columns`; on any device."""
+    held = entry_positions.read()
     rows, heads, width = query.shape
     kv_heads, longest = len(keys.table), keys.entries
     group = heads // kv_heads
@@ -73,7 +71,7 @@ def attention_columns_reference(
     step = max(1, MAX_WEIGHTS // (heads * longest))
     for first in range(0, rows, step):
         part = folded[:, first : first + step]
-        hidden = missing[:, None] | (entry_positions[:, None] > positions[first : first + step, None])
+        hidden = missing[:, None] | (held[:, None] > positions[first : first + step, None])
         logits = torch.bmm(part.flatten(1, 2).float(), transposed).mul_(scale).unflatten(1, part.shape[1:3])
         weights = _weights(logits, hidden, softcap, sinks)
         if reduce == "sum":
@@ -86,7 +84,7 @@ def attention_columns_reference(
 def _columns_cpu(
     query: Tensor,
     keys: PagedRows,
-    entry_positions: Tensor,
+    entry_positions: PagedRows,
     lengths: Tensor,
     positions: Tensor,
     reduce: Literal["sum", "max"],
@@ -94,21 +92,21 @@ def _columns_cpu(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """[K, parts, E] by cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
+    """By cpu_scores.cpp; products of bfloat16 numbers are exact, sums float32."""
     (rows, heads, width), (kv_heads, entries) = query.shape, (len(keys.table), keys.entries)
     query = query if query[0].is_contiguous() else query.contiguous()
-    entry_positions = entry_positions if entry_positions.stride(1) == 1 else entry_positions.contiguous()
     positions, lengths = positions.int().contiguous(), lengths.long().contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     parts = min(_PARTS, -(-rows * heads // (kv_heads * _COLUMNS)))
-    output = torch.empty(kv_heads, parts, entries)
+    output = torch.empty(kv_heads, entries)
     loaded_library().attention_columns(
         query.data_ptr(),
         keys.arguments(),
-        *(tensor.data_ptr() for tensor in (entry_positions, positions, lengths)),
+        entry_positions.arguments(),
+        *(tensor.data_ptr() for tensor in (positions, lengths)),
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
-        *(query.stride(0), entry_positions.stride(0), rows, heads, kv_heads, entries, width, parts),
+        *(query.stride(0), rows, heads, kv_heads, entries, width, parts),
         *(scale, softcap or 0.0, reduce == "max", query.dtype == torch.bfloat16, torch.get_num_threads()),
     )
     return output

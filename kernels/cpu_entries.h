@@ -12,11 +12,72 @@ constexpr long kInputs = 32;  // numbers that the tile registers multiply at onc
 
 inline long whole(long count, long size) { return (count + size - 1) / size * size; }
 
+inline Vec sqrt(Vec v) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; i++) v[i] = sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// The lesser and the greater; b if either is NaN.
+inline Vec least(Vec a, Vec b) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+inline Vec greatest(Vec a, Vec b) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2 * kLanes numbers in two vectors: in an order of its own, the same each time, that of fewest instructions.
+struct Pair {
+  Vec first, second;
+};
+inline Pair load_pair(const float* p) { return {load(p), load(p + kLanes)}; }
+inline Pair load_pair(const bf16* p) {
+  const BitVec bits = read<BitVec>(p);
+  return {(Vec)(bits << 16), (Vec)(bits & 0xffff0000u)};
+}
+
 // kernels/paged_rows.py: entry e of a head is row e % size of page table[head][e / size].
 struct Pages {
   const void* base;
   const int32_t* table;
   long stride, table_stride, size;  // numbers from page to page, from head to head; entries of a page
+};
+
+// Logical positions of one head's entries, which ascend.
+class Positions {
+ public:
+  Positions(const Pages& pages, long head, long length)
+      : base_((const int32_t*)pages.base), table_(pages.table + head * pages.table_stride), stride_(pages.stride),
+        size_(pages.size), length_(length) {}
+
+  int32_t operator[](long entry) const { return base_[table_[entry / size_] * stride_ + entry % size_]; }
+
+  // The first entry at `position` or behind it.
+  long from(int32_t position) const {
+    long low = 0, high = length_;
+    while (low < high) {
+      const long middle = (low + high) / 2;
+      (*this)[middle] < position ? low = middle + 1 : high = middle;
+    }
+    return low;
+  }
+
+ private:
+  const int32_t *base_, *table_;
+  long stride_, size_, length_;
 };
 
 // The entries of one head, each `width` numbers.
@@ -178,6 +239,19 @@ class TileUse {
 
  private:
   bool used_;
+};
+
+// Numbers too small for a full mantissa count as zero for as long as this lives: what far entries get of a sharp softmax
+// is such a number, and each would cost the processor a hundred cycles.
+class FlushTiny {
+ public:
+#if defined(__x86_64__)
+  FlushTiny() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushTiny() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#endif
 };
 
 // out[i] = the sum of the lanes of sums[i].

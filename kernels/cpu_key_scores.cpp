@@ -29,29 +29,42 @@ void square_run(const T* rows, long width, float* out) {
   for (long r = 0; r < kRun; r += kLanes) store(out + r, transpose_sum(sums + r));
 }
 
-// Norms of some of a head's entries; adds each entry over its norm to `direction` [width] if there is one.
+// For each part of a row of `width` numbers f(load, at), where load(row) gives the part's numbers and `at` is where they
+// belong in a row of floats: two vectors at a time, in the order of load_pair, then what is left.
+template <class T, class F>
+inline void each_part(long width, F f) {
+  long c = 0;
+  for (; c + 2 * kLanes <= width; c += 2 * kLanes) f([c](const T* row) { return load_pair(row + c); }, c);
+  for (; c + kLanes <= width; c += kLanes) f([c](const T* row) { return Pair{load(row + c), Vec{}}; }, c);
+  if (c < width) f([c, width](const T* row) { return Pair{load_some(row + c, width - c), Vec{}}; }, c);
+}
+
+// Norms of some of a head's entries; adds each entry over its norm to `direction`, as each_part orders it, if there is
+// one.
 template <class T>
 void norm_entries(const Entries<T>& entries, long first, long last, long width, T* room, float* out,
                   float* direction) {
   for (long e = first; e < last; e += kRun) {
     const T* run = entries.run(e, room);
-    float norms[kRun];
+    float norms[kRun], shares[kRun];
     square_run(run, width, norms);
     for (long i = 0; i < kRun; i += kLanes) {
-      Vec v = load(norms + i);
-      for (int l = 0; l < kLanes; l++) v[l] = sqrtf(v[l]);
-      store(norms + i, v);
+      const Vec norm = sqrt(load(norms + i));
+      store(norms + i, norm);
+      store(shares + i, 1.0f / max(norm, broadcast(1e-12f)));
     }
     const long count = last - e < kRun ? last - e : kRun;
     memcpy(out + e, norms, count * sizeof(float));
     if (!direction) continue;
-    for (long i = 0; i < count; i++) {
-      const float share = 1.0f / fmaxf(norms[i], 1e-12f);
-      const T* row = run + i * width;
-      long c = 0;
-      for (; c + kLanes <= width; c += kLanes) store(direction + c, load(direction + c) + load(row + c) * share);
-      if (c < width) store_some(direction + c, load(direction + c) + load_some(row + c, width - c) * share, width - c);
-    }
+    each_part<T>(width, [&](auto part, long at) {
+      Vec first = load(direction + at), second = load(direction + at + kLanes);
+      for (long i = 0; i < count; i++) {
+        const Pair x = part(run + i * width);
+        first += x.first * shares[i], second += x.second * shares[i];
+      }
+      store(direction + at, first);
+      store(direction + at + kLanes, second);
+    });
   }
 }
 
@@ -59,7 +72,7 @@ void norm_entries(const Entries<T>& entries, long first, long last, long width, 
 template <class T>
 void cosines(const Pages& pages, long head, long length, long width, float* out) {
   static thread_local KeptMemory memory;
-  const long padded = (width + kLanes - 1) / kLanes * kLanes;
+  const long padded = whole(width, kLanes) + kLanes;
   float* direction = (float*)memory.get(padded * sizeof(float) + kRun * width * sizeof(T));
   T* room = (T*)(direction + padded);
   memset(direction, 0, padded * sizeof(float));
@@ -70,17 +83,19 @@ void cosines(const Pages& pages, long head, long length, long width, float* out)
   const float norm = fmaxf(sqrtf(sum_lanes(squares)), 1e-12f);
   for (long e = 0; e < length; e += kRun) {
     const T* run = entries.run(e, room);
-    Vec sums[kRun];
-    for (long i = 0; i < kRun; i++) {
-      Vec sum = {};
-      long c = 0;
-      for (; c + kLanes <= width; c += kLanes) sum += load(run + i * width + c) * load(direction + c);
-      if (c < width) sum += load_some(run + i * width + c, width - c) * load(direction + c);
-      sums[i] = sum;
+    Vec sums[kRun] = {};
+    each_part<T>(width, [&](auto part, long at) {
+      const Vec first = load(direction + at), second = load(direction + at + kLanes);
+      for (long i = 0; i < kRun; i++) {
+        const Pair x = part(run + i * width);
+        sums[i] += x.first * first + x.second * second;
+      }
+    });
+    for (long i = 0; i < kRun && e + i < length; i += kLanes) {
+      const long some = length - e - i < kLanes ? length - e - i : kLanes;
+      const Vec own = max(load_some(out + e + i, some), broadcast(1e-12f));
+      store_some(out + e + i, transpose_sum(sums + i) / (own * norm), some);
     }
-    float products[kRun];
-    for (long i = 0; i < kRun; i += kLanes) store(products + i, transpose_sum(sums + i));
-    for (long i = 0; i < kRun && e + i < length; i++) out[e + i] = products[i] / norm / fmaxf(out[e + i], 1e-12f);
   }
 }
 
@@ -90,58 +105,62 @@ void cosines(const Pages& pages, long head, long length, long width, float* out)
 template <class T>
 void add_spread(const T* const* rows, long known, long size, long width, float least_range, float* ranges, float* spread,
                 float* sum) {
-  float *middle = ranges, *slope = ranges + width;
-  for (long c = 0; c < width; c += kLanes) {
-    Vec least = load(rows[size] + c), greatest = least;
+  float *middle = ranges, *slope = ranges + whole(width, 2 * kLanes);
+  each_part<T>(width, [&](auto part, long at) {
+    Pair low = part(rows[size]), high = low;
     for (long e = 1; e < size; e++) {
-      const Vec x = load(rows[size + e] + c);
-      least = x < least ? x : least, greatest = x > greatest ? x : greatest;
+      const Pair x = part(rows[size + e]);
+      low = {least(x.first, low.first), least(x.second, low.second)};
+      high = {greatest(x.first, high.first), greatest(x.second, high.second)};
     }
-    store(middle + c, (least + greatest) * 0.5f);
-    store(slope + c, 1.0f / max(greatest - least, broadcast(least_range)));
-  }
-  float top = -INFINITY, total = 0;
+    store(middle + at, (low.first + high.first) * 0.5f);
+    store(middle + at + kLanes, (low.second + high.second) * 0.5f);
+    store(slope + at, 1.0f / max(high.first - low.first, broadcast(least_range)));
+    store(slope + at + kLanes, 1.0f / max(high.second - low.second, broadcast(least_range)));
+  });
+  Vec top = broadcast(-INFINITY);
   for (long e = 0; e < size; e += kLanes) {
-    Vec sums[kLanes], squares[kLanes];
-    for (long i = 0; i < kLanes; i++) {
-      const T* row = rows[e + i];
-      if (2 * size + e + i < known) prefetch(rows[2 * size + e + i], width * sizeof(T));
-      Vec mean = {}, square = {};
-      for (long c = 0; c < width; c += kLanes) {
-        const Vec x = (load(row + c) - load(middle + c)) * load(slope + c);
-        mean += x, square += x * x;
+    Vec sums[kLanes] = {}, squares[kLanes] = {};
+    for (long i = e; i < e + kLanes; i++)
+      if (2 * size + i < known) prefetch(rows[2 * size + i], width * sizeof(T));
+    each_part<T>(width, [&](auto part, long at) {
+      const Pair centre = {load(middle + at), load(middle + at + kLanes)};
+      const Pair by = {load(slope + at), load(slope + at + kLanes)};
+      for (long i = 0; i < kLanes; i++) {
+        const Pair x = part(rows[e + i]);
+        const Vec first = (x.first - centre.first) * by.first, second = (x.second - centre.second) * by.second;
+        sums[i] += first, squares[i] += first * first;
+        sums[i] += second, squares[i] += second * second;
       }
-      sums[i] = mean, squares[i] = square;
-    }
+    });
     const Vec mean = transpose_sum(sums);
     const Vec variance = (transpose_sum(squares) - mean * mean / (float)width) / (float)(width - 1);
-    store(spread + e, variance);
-    for (long i = e; i < e + kLanes; i++) {
-      spread[i] = spread[i] > 0 ? sqrtf(spread[i]) : spread[i] * 0;
-      top = spread[i] > top ? spread[i] : top;
-    }
+    const Vec deviation = sqrt(greatest(variance, variance * 0.0f));  // 0 where rounding made it negative
+    store(spread + e, deviation);
+    top = greatest(deviation, top);
   }
+  const float most = max_lanes(top);
+  float total = 0;
   for (long e = 0; e < size; e += kLanes) {
-    const Vec p = exp(load(spread + e) - top);
+    const Vec p = exp(load(spread + e) - most);
     store(spread + e, p);
     total += sum_lanes(p);
   }
-  for (long e = 0; e < size; e++) sum[e] += spread[e] / total;
+  for (long e = 0; e < size; e += kLanes) store(sum + e, load(sum + e) + load(spread + e) / total);
 }
 
 // How many of the others are less, or as large and older, as a share of the size.
 inline void rank(const float* scores, long size, float* out) {
-  for (long e = 0; e < size; e++) {
-    const Vec own = broadcast(scores[e]);
-    const long mixed = e / kLanes * kLanes;  // the vector with older and newer ones
+  for (long e = 0; e < size; e += kLanes) {
+    const Vec own = load(scores + e);
     IntVec below = {};
-    for (long i = 0; i < mixed; i += kLanes) below += load(scores + i) <= own;
-    for (long i = mixed; i < size; i += kLanes) below += load(scores + i) < own;
-    int32_t lanes[kLanes], count = 0;
-    memcpy(lanes, &below, sizeof lanes);
-    for (int i = 0; i < kLanes; i++) count -= lanes[i];
-    for (long i = mixed; i < e; i++) count += scores[i] == scores[e];
-    out[e] = (float)count / size;
+    for (long i = 0; i < e; i++) below += broadcast(scores[i]) <= own;
+    for (int i = 0; i < kLanes; i++) {
+      const Vec other = broadcast(scores[e + i]);
+      below += (other < own) | ((other == own) & lane_bits(-2u << i));
+    }
+    for (long i = e + kLanes; i < size; i++) below += broadcast(scores[i]) < own;
+    store(out + e, __builtin_convertvector(-below, Vec) / (float)size);
   }
 }
 
@@ -157,9 +176,9 @@ struct Lag {
 template <class T>
 void rank_part(const Lag& lag, long head, long part) {
   static thread_local KeptMemory memory;
-  const long size = lag.size, width = lag.width, at = lag.first + part * size;
-  const T** rows = (const T**)memory.get(3 * size * sizeof(T*) + (2 * width + 2 * size) * sizeof(float));
-  float *ranges = (float*)(rows + 3 * size), *spread = ranges + 2 * width, *sum = spread + size;
+  const long size = lag.size, width = lag.width, at = lag.first + part * size, padded = whole(width, 2 * kLanes);
+  const T** rows = (const T**)memory.get(3 * size * sizeof(T*) + (2 * padded + 2 * size) * sizeof(float));
+  float *ranges = (float*)(rows + 3 * size), *spread = ranges + 2 * padded, *sum = spread + size;
   memset(sum, 0, size * sizeof(float));
   for (const Pages& pages : lag.states) {
     const long known = at + 3 * size <= lag.lengths[head] ? 3 * size : 2 * size;
@@ -213,6 +232,25 @@ extern "C" void quire_lag_ranks(const quire::Pages* keys, const quire::Pages* va
       if (first + (part + 2) * size > lengths[head]) continue;
       (is_bf16 ? quire::rank_part<bf16> : quire::rank_part<float>)(lag, head, part);
     }
+}
+
+// output [K, E]: the mean of each entry's score and its neighbours', `size` in all; what lies at positions from `newest`
+// on, or past the ends, counts as 0.
+extern "C" void quire_mean_by_neighbours(const float* scores, const quire::Pages* positions, const int64_t* lengths,
+                                         float* output, long heads, long entries, int newest, int size) {
+  static thread_local quire::KeptMemory memory;
+  const long reach = size / 2, room = entries + 2 * reach;
+  float* known = (float*)memory.get(room * sizeof(float));
+  for (long head = 0; head < heads; head++) {
+    const long last = quire::Positions(*positions, head, lengths[head]).from(newest);
+    memset(known, 0, room * sizeof(float));
+    memcpy(known + reach, scores + head * entries, last * sizeof(float));
+    float* to = output + head * entries;
+    for (long e = 0; e < entries; e++) to[e] = known[e];
+    for (long shift = 1; shift < size; shift++)
+      for (long e = 0; e < entries; e++) to[e] += known[e + shift];
+    for (long e = 0; e < entries; e++) to[e] /= size;
+  }
 }
 
 // scores [K, E] become means over all heads' entries at positions with the same p / size; n tokens.

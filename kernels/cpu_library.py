@@ -93,6 +93,12 @@ class PagesArgs(ctypes.Structure):
 _PAGES = ctypes.POINTER(PagesArgs)
 
 
+class ScoredLayerArgs(ctypes.Structure):
+    """`quire::ScoredLayer` of cpu_ranking.cpp."""
+
+    _fields_ = (("scores", _POINTER), ("lengths", _POINTER), ("positions", PagesArgs), ("entries", _LONG))
+
+
 class CpuLibrary:
     """The functions of the library; arguments as in the C++ sources."""
 
@@ -121,11 +127,22 @@ class CpuLibrary:
         self.compact = library.quire_compact
         self.compact.argtypes = [_POINTER] * 6 + [_LONG] * 6 + [_INT]
         self.attention_columns = library.quire_attention_columns
-        self.attention_columns.argtypes = [_POINTER, _PAGES, *[_POINTER] * 5, *[_LONG] * 8, *[_FLOAT] * 2, *[_INT] * 3]
+        self.attention_columns.argtypes = [
+            _POINTER,
+            *[_PAGES] * 2,
+            *[_POINTER] * 4,
+            *[_LONG] * 7,
+            *[_FLOAT] * 2,
+            *[_INT] * 3,
+        ]
         self.expected_logits = library.quire_expected_logits
         self.expected_logits.argtypes = [_PAGES, *[_POINTER] * 6, *[_LONG] * 5, _FLOAT, _INT]
         self.add_moments = library.quire_add_moments
         self.add_moments.argtypes = [_POINTER] * 5 + [_LONG] * 5 + [_INT]
+        self.moments_of = library.quire_moments_of
+        self.moments_of.argtypes = [_POINTER] * 4 + [_LONG] * 3 + [_INT]
+        self.mean_probabilities = library.quire_mean_probabilities
+        self.mean_probabilities.argtypes = [_POINTER, _PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
         self.entry_norms = library.quire_entry_norms
         self.entry_norms.argtypes = [_PAGES, *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 2]
         self.mean_cosines = library.quire_mean_cosines
@@ -134,8 +151,10 @@ class CpuLibrary:
         self.lag_ranks.argtypes = [*[_PAGES] * 2, *[_POINTER] * 2, *[_LONG] * 5, _FLOAT, *[_INT] * 2]
         self.mean_by_token = library.quire_mean_by_token
         self.mean_by_token.argtypes = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
+        self.mean_by_neighbours = library.quire_mean_by_neighbours
+        self.mean_by_neighbours.argtypes = [_POINTER, _PAGES, *[_POINTER] * 2, *[_LONG] * 2, *[_INT] * 2]
         self.rank_entries = library.quire_rank_entries
-        self.rank_entries.argtypes = [_POINTER] * 5 + [_LONG] * 2 + [_INT] * 3
+        self.rank_entries.argtypes = [ctypes.POINTER(ScoredLayerArgs), *[_POINTER] * 2, *[_LONG] * 3, *[_INT] * 3]
         self.best_entries = library.quire_best_entries
         self.best_entries.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.share_best = library.quire_share_best
@@ -143,8 +162,15 @@ class CpuLibrary:
         layers = (self.linear, self.rms_norm, self.rotate, self.attention, self.draft_chain)
         choices = (self.survey_rows, self.shape_rows, self.draw_rows, self.judge_rows)
         scores = (self.attention_columns, self.expected_logits, self.entry_norms, self.mean_cosines, self.lag_ranks)
-        ranking = (self.add_moments, self.mean_by_token, self.rank_entries, self.best_entries, self.share_best)
-        for function in (*layers, *choices, self.compact, *scores, *ranking):
+        means = (
+            self.add_moments,
+            self.moments_of,
+            self.mean_by_token,
+            self.mean_by_neighbours,
+            self.mean_probabilities,
+        )
+        ranking = (self.rank_entries, self.best_entries, self.share_best)
+        for function in (*layers, *choices, self.compact, *scores, *means, *ranking):
             function.restype = None
         self.forward.restype = ctypes.c_int
 

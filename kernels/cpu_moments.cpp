@@ -119,6 +119,21 @@ void add_head(const Queries& q, long head) {
 }  // namespace
 }  // namespace quire
 
+// mean [H, D] and covariance [H, D, D] of `count` rows with these sums.
+extern "C" void quire_moments_of(const float* total, const float* outer, float* mean, float* covariance, long heads,
+                                 long width, long count, int threads) {
+  const float share = 1.0f / count;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long head = 0; head < heads; head++) {
+    float* own = mean + head * width;
+    for (long i = 0; i < width; i++) own[i] = total[head * width + i] * share;
+    for (long i = 0; i < width; i++) {
+      const long row = (head * width + i) * width;
+      for (long j = 0; j < width; j++) covariance[row + j] = outer[row + j] * share - own[i] * own[j];
+    }
+  }
+}
+
 // total [H, D] and outer [H, D, D] += the rows of query [n, H, D] turned by cos, sin [n, half]. D a multiple of 32.
 extern "C" void quire_add_moments(const quire::bf16* query, const float* cos, const float* sin, float* total,
                                   float* outer, long stride, long rows, long heads, long width, long half,

@@ -1,7 +1,15 @@
 // Which entries rank best: no sort, the bar is found bit by bit. The contracts stand in kernels/ranking.py.
-#include "cpu.h"
+#include "cpu_entries.h"
 
 namespace quire {
+// What the heads of a layer hold: scores [K, entries], lengths [K], positions [K, entries].
+struct ScoredLayer {
+  const float* scores;
+  const int64_t* lengths;
+  Pages positions;
+  long entries;
+};
+
 namespace {
 
 // Larger floats have larger keys; zeros of both signs have the same.
@@ -43,26 +51,29 @@ inline long spare_at(const uint32_t* keys, long count, uint32_t bar, long wanted
 }  // namespace
 }  // namespace quire
 
-// ranked [N, E] of scores [N, E], and how many of a row's entries are protected.
-extern "C" void quire_rank_entries(const float* scores, const int32_t* positions, const int64_t* lengths, float* ranked,
-                                   int64_t* kept, long rows, long entries, int sinks, int newest, int threads) {
+// ranked [L, K, E] of the layers; counts [2, L, K]: lengths of the heads, and how many of their entries are protected.
+extern "C" void quire_rank_entries(const quire::ScoredLayer* scored, float* ranked, int64_t* counts, long layers,
+                                   long heads, long entries, int sinks, int newest, int threads) {
   const float most = __FLT_MAX__, infinity = __builtin_inff();
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long row = 0; row < rows; row++) {
-    const float* from = scores + row * entries;
-    const int32_t* position = positions + row * entries;
+  for (long row = 0; row < layers * heads; row++) {
+    const quire::ScoredLayer& layer = scored[row / heads];
+    const long head = row % heads, length = layer.lengths[head];
+    const quire::Positions positions(layer.positions, head, length);
+    const long first = positions.from(sinks), last = positions.from(newest);
+    const float* from = layer.scores + head * layer.entries;
     float* to = ranked + row * entries;
-    int count = 0;
-    for (long e = 0; e < lengths[row]; e++) {
+    for (long e = 0; e < first; e++) to[e] = infinity;
+    for (long e = first; e < last; e++) {
       float x = from[e];
       x = x < most ? x : x != x ? -most : most;
-      x = x > -most ? x : -most;
-      const bool stays = (position[e] < sinks) | (position[e] >= newest);
-      to[e] = stays ? infinity : x;
-      count += stays;
+      to[e] = x > -most ? x : -most;
     }
-    for (long e = lengths[row]; e < entries; e++) to[e] = -infinity;
-    kept[row] = count;
+    const long second = first > last ? first : last;
+    for (long e = second; e < length; e++) to[e] = infinity;
+    for (long e = length; e < entries; e++) to[e] = -infinity;
+    counts[row] = length;
+    counts[layers * heads + row] = first + length - second;
   }
 }
 

@@ -11,12 +11,12 @@ constexpr long kEntryBlock = 256;      // entries whose sums stay in L1 while bl
 
 struct Attention {
   const void* query;
-  Pages keys;
-  const int32_t *positions, *query_positions;
+  Pages keys, positions;
+  const int32_t* query_positions;
   const int64_t* lengths;
   const float* sinks;
   float* output;
-  long query_stride, position_stride, rows, heads, kv_heads, entries, width, parts;
+  long query_stride, rows, heads, kv_heads, entries, width, parts;
   float scale, softcap;
   int greatest;  // instead of the sum
 };
@@ -28,7 +28,7 @@ template <class T>
 void add_block(const Attention& a, long head, long first, const Columns<T>& block, T* room, bool near,
                float* tops, float* weights, float* out) {
   const long group = a.heads / a.kv_heads, count = a.rows * group, length = a.lengths[head];
-  const int32_t* positions = a.positions + head * a.position_stride;
+  const Positions positions(a.positions, head, length);
   int32_t seen[kLanes];
   float sinks[kLanes];
   int32_t least = INT32_MAX;
@@ -39,6 +39,7 @@ void add_block(const Attention& a, long head, long first, const Columns<T>& bloc
     least = seen[c] < least ? seen[c] : least;
   }
   const IntVec visible = read<IntVec>(seen);
+  const long hidden = least < INT32_MAX ? positions.from(least + 1) : length;  // from here on to some columns
   const Vec none = broadcast(-INFINITY), sink = load(sinks);
   Vec top = sink, sum = sink == none ? Vec{} : broadcast(1.0f);
   const Entries<T> keys(a.keys, head, length, a.width);
@@ -52,7 +53,7 @@ void add_block(const Attention& a, long head, long first, const Columns<T>& bloc
     for (long i = 0; i < some; i++) {
       Vec x = load(at + i * kLanes) * a.scale;
       if (a.softcap > 0) x = tanh(x / a.softcap) * a.softcap;
-      if (positions[e + i] > least) x = broadcast_int(positions[e + i]) > visible ? none : x;
+      if (e + i >= hidden) x = broadcast_int(positions[e + i]) > visible ? none : x;
       store(at + i * kLanes, x);
       top = max(top, x);
     }
@@ -101,6 +102,7 @@ void attend_part(const Attention& a, long head, long part) {
   memset(out, 0, a.entries * sizeof(float));
   Columns<T> columns(room + kGroup * a.width, a.width);
   const TileUse<T> use(a.width);
+  const FlushTiny flush;
   const long from = blocks * part / a.parts;
   for (long block = from; block < blocks * (part + 1) / a.parts; block++) {
     const T* rows[kLanes];
@@ -250,24 +252,78 @@ void expect_head(const Moments& m, long head) {
   }
 }
 
+// out [entries]: the parts' [parts][entries] added up, or the greatest of them.
+void join_parts(const float* parts, long count, long entries, int greatest, float* out) {
+  memcpy(out, parts, entries * sizeof(float));
+  for (long part = 1; part < count; part++) {
+    const float* more = parts + part * entries;
+    if (greatest)
+      for (long e = 0; e < entries; e++) out[e] = out[e] > more[e] || out[e] != out[e] ? out[e] : more[e];
+    else
+      for (long e = 0; e < entries; e++) out[e] += more[e];
+  }
+}
+
+// out [first, length): the mean of the softmaxes over these entries of a group's logits [group][entries], which are
+// overwritten; 0 before it.
+void mean_softmax(float* logits, long group, long first, long length, long entries, float* out) {
+  memset(out, 0, length * sizeof(float));
+  for (long g = 0; g < group; g++) {
+    float* row = logits + g * entries;
+    Vec top = broadcast(-INFINITY), sum = {};
+    for (long e = first; e < length; e += kLanes) {
+      const long some = length - e < kLanes ? length - e : kLanes;
+      if (some == kLanes) top = greatest(load(row + e), top);
+      for (long i = 0; some < kLanes && i < some; i++) top[0] = row[e + i] > top[0] ? row[e + i] : top[0];
+    }
+    const float most = max_lanes(top);
+    for (long e = first; e < length; e += kLanes) {
+      const long some = length - e < kLanes ? length - e : kLanes;
+      Vec p = exp(load_some(row + e, some) - most);
+      store_some(row + e, p, some);
+      for (long i = some; i < kLanes; i++) p[i] = 0.0f;
+      sum += p;
+    }
+    const float share = 1.0f / (sum_lanes(sum) * group);
+    for (long e = first; e < length; e++) out[e] += row[e] * share;
+  }
+}
+
 }  // namespace
 }  // namespace quire
 
 using quire::bf16;
 
-// output [K, parts, E]: probability that the columns (rows x group) of a part give each entry, added up or the greatest.
-extern "C" void quire_attention_columns(const void* query, const quire::Pages* keys, const int32_t* positions,
+// output [K, E]: probability that the columns (rows x group) give each entry, added up or the greatest; `parts` shares of
+// the columns are computed on their own.
+extern "C" void quire_attention_columns(const void* query, const quire::Pages* keys, const quire::Pages* positions,
                                         const int32_t* query_positions, const int64_t* lengths, const float* sinks,
-                                        float* output, long query_stride, long position_stride, long rows, long heads,
-                                        long kv_heads, long entries, long width, long parts, float scale,
-                                        float softcap, int greatest, int is_bf16, int threads) {
-  const quire::Attention a{query,  *keys,        positions,       query_positions, lengths, sinks,
-                           output, query_stride, position_stride, rows,            heads,   kv_heads,
-                           entries, width,       parts,           scale,           softcap, greatest};
+                                        float* output, long query_stride, long rows, long heads, long kv_heads,
+                                        long entries, long width, long parts, float scale, float softcap,
+                                        int greatest, int is_bf16, int threads) {
+  static thread_local quire::KeptMemory memory;
+  float* shares = parts > 1 ? (float*)memory.get(kv_heads * parts * entries * sizeof(float)) : output;
+  const quire::Attention a{query, *keys, *positions, query_positions, lengths, sinks, shares,  query_stride, rows,
+                           heads, kv_heads, entries, width,           parts,   scale, softcap, greatest};
 #pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic, 1)
   for (long head = 0; head < kv_heads; head++)
     for (long part = 0; part < parts; part++)
       is_bf16 ? quire::attend_part<bf16>(a, head, part) : quire::attend_part<float>(a, head, part);
+  for (long head = 0; parts > 1 && head < kv_heads; head++)
+    quire::join_parts(shares + head * parts * entries, parts, entries, greatest, output + head * entries);
+}
+
+// output [K, E]: the softmax of logits [H, E], which are overwritten, over entries at positions from `sinks` on, mean
+// over a group's heads.
+extern "C" void quire_mean_probabilities(float* logits, const quire::Pages* positions, const int64_t* lengths,
+                                         float* output, long heads, long kv_heads, long entries, int sinks,
+                                         int threads) {
+  const long group = heads / kv_heads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (long head = 0; head < kv_heads; head++) {
+    const long first = quire::Positions(*positions, head, lengths[head]).from(sinks);
+    quire::mean_softmax(logits + head * group * entries, group, first, lengths[head], entries, output + head * entries);
+  }
 }
 
 // output [H, E] = s Rm.k + s^2 / 2 k.(R C R^T) k for keys in bfloat16, D a multiple of 32; R turns by cos, sin [half].

@@ -1,4 +1,4 @@
-"""What queries to come are expected to find in each entry, before the softmax: the heavy part of expected attention.
+"""What queries to come are expected to find in each entry, and the attention that comes of it: expected attention.
 
 Letters: H query heads, K kv heads, E entries, D head dim, R dims that are rotated.
 """
@@ -57,12 +57,37 @@ def expected_logits_reference(
     return result.flatten(0, 1)
 
 
+def mean_probabilities(
+    logits: Tensor, positions: PagedRows, lengths: Tensor, sinks: int, backend: Backend = "reference"
+) -> Tensor:
+    """[K, E] float32: the softmax of logits [H, E] float32 over a head's entries, mean over the heads of a group.
+
+    Entries at positions [K, E] below `sinks` are left out: 0. Arbitrary past lengths [K] int64. Overwrites the logits.
+    """
+    if backend != "cpu":
+        return mean_probabilities_reference(logits, positions, lengths, sinks)
+    logits, lengths, output = logits.contiguous(), lengths.contiguous(), torch.empty(len(lengths), logits.shape[1])
+    loaded_library().mean_probabilities(
+        *(logits.data_ptr(), positions.arguments(), lengths.data_ptr(), output.data_ptr()),
+        *(len(logits), *output.shape, sinks, torch.get_num_threads()),
+    )
+    return output
+
+
+def mean_probabilities_reference(logits: Tensor, positions: PagedRows, lengths: Tensor, sinks: int) -> Tensor:
+    """See `mean_probabilities`."""
+    missing = torch.arange(logits.shape[1], device=lengths.device) >= lengths[:, None]
+    ignored = missing | (positions.read() < sinks)
+    grouped = logits.unflatten(0, (len(lengths), -1)).masked_fill_(ignored[:, None], float("-inf"))
+    return grouped.softmax(2).mean(1).masked_fill_(ignored, 0)
+
+
 def _expected_logits_cpu(
     keys: PagedRows, lengths: Tensor, mean: Tensor, covariance: Tensor, turn: Turn | None, scale: float
 ) -> Tensor:
     (heads, width), half = mean.shape, 0 if turn is None else turn[0].shape[1]
-    angles = (None, None) if turn is None else tuple(part.contiguous() for part in turn)
-    tensors = lengths.contiguous(), mean.contiguous(), covariance.contiguous(), *angles
+    angles: tuple[Tensor | None, ...] = (None, None) if turn is None else tuple(part.contiguous() for part in turn)
+    tensors: tuple[Tensor | None, ...] = lengths.contiguous(), mean.contiguous(), covariance.contiguous(), *angles
     output = torch.empty(heads, keys.entries)
     loaded_library().expected_logits(
         keys.arguments(),

@@ -43,12 +43,16 @@ class PagedRows:
         whole = read.view(*table.shape[:-1], columns * pages.shape[1], *pages.shape[2:])
         return whole.narrow(table.dim() - 1, 0, self.entries)
 
-    def arguments(self) -> "ctypes._Pointer[PagesArgs]":
+    def values(self) -> PagesArgs:
         """For the C++ kernels; tables must be [N, M]. Valid as long as the tensors are."""
         pages, table = self.pages, self.table
         if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
             raise ValueError(
                 f"table must be [N, M] int32 with rows in one piece, got {list(table.shape)} {table.dtype}"
             )
-        sizes = pages.stride(0), table.stride(0), pages.shape[1]
-        return ctypes.pointer(PagesArgs(pages.data_ptr(), table.data_ptr(), *sizes))
+        stride, _, *_ = pages.stride()
+        return PagesArgs(pages.data_ptr(), table.data_ptr(), stride, table.stride(0), pages.shape[1])
+
+    def arguments(self) -> "ctypes._CArgObject":
+        """`values` as what the kernels are called with."""
+        return ctypes.byref(self.values())

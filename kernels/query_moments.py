@@ -35,6 +35,17 @@ def add_moments(
         add_moments_reference(query, cos, sin, total, outer)
 
 
+def moments_of(total: Tensor, outer: Tensor, count: int, backend: Backend = "reference") -> tuple[Tensor, Tensor]:
+    """Mean [H, D] and covariance [H, D, D] of the `count` rows that `add_moments` added to total and outer."""
+    if backend != "cpu":
+        mean = total / count
+        return mean, torch.baddbmm(outer, mean[:, :, None], mean[:, None, :], beta=1 / count, alpha=-1)
+    mean, covariance = torch.empty_like(total), torch.empty_like(outer)
+    pointers = (tensor.data_ptr() for tensor in (total, outer, mean, covariance))
+    loaded_library().moments_of(*pointers, *total.shape, count, torch.get_num_threads())
+    return mean, covariance
+
+
 def add_moments_reference(query: Tensor, cos: Tensor, sin: Tensor, total: Tensor, outer: Tensor) -> None:
     """See `add_moments`."""
     turned = rotate_reference(query.float(), cos, sin).transpose(0, 1)

@@ -1,13 +1,15 @@
-"""Scores that a layer's heads share: means over what they hold of the same token, or of neighbouring tokens.
+"""Means of scores: over what a layer's heads hold of the same or of neighbouring tokens; over a head's neighbours.
 
 Letters: K kv heads, E entries, n tokens.
 """
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from .backend import Backend
 from .cpu_library import loaded_library
+from .paged_rows import PagedRows
 
 
 def mean_by_token(
@@ -37,3 +39,21 @@ def mean_by_token_reference(scores: Tensor, positions: Tensor, lengths: Tensor, 
     totals = scores.new_zeros(last + 1).index_add(0, place.flatten(), scores.flatten())
     counts = scores.new_zeros(last + 1).index_add(0, place.flatten(), torch.ones_like(scores).flatten())
     return (totals / counts.clamp(min=1))[place]
+
+
+def mean_by_neighbours(
+    scores: Tensor, positions: PagedRows, lengths: Tensor, newest: int, size: int, backend: Backend = "reference"
+) -> Tensor:
+    """[K, E] float32: means of scores [K, E] float32 over `size` (odd) neighbouring entries of a head.
+
+    What lies at positions [K, E] from `newest` on counts as 0, and so does what lies past a head's ends; lengths [K]
+    int64, past which scores must be 0.
+    """
+    if backend != "cpu":
+        earlier = scores.masked_fill(positions.read() >= newest, 0)
+        return avg_pool1d(earlier[:, None], size, stride=1, padding=size // 2).squeeze(1)
+    scores, lengths, means = scores.contiguous(), lengths.contiguous(), torch.empty(scores.shape)
+    loaded_library().mean_by_neighbours(
+        *(scores.data_ptr(), positions.arguments(), lengths.data_ptr(), means.data_ptr()), *(*means.shape, newest, size)
+    )
+    return means

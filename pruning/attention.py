@@ -18,7 +18,7 @@ def mean_attention(view: LayerView, rows: int) -> Tensor:
     received = attention_columns(
         queries,
         view.stored_keys,
-        view.positions,
+        view.stored_positions,
         view.lengths,
         positions,
         reduce="sum",

@@ -8,7 +8,7 @@ makes it a probability.
 import torch
 from torch import Tensor
 
-from ..kernels.expected_logits import expected_logits
+from ..kernels.expected_logits import expected_logits, mean_probabilities
 from ..kernels.key_scores import entry_norms
 from .policy import LayerView, Limits, Needs
 
@@ -31,9 +31,8 @@ class ExpectedAttentionPolicy:
             raise ValueError("the view has no moments of queries: the policy must name them in its needs")
         moments, turn = (view.query_mean, view.query_covariance), self._average_turn(view)
         logits = expected_logits(view.stored_keys, view.lengths, *moments, turn, view.scale, view.backend)
-        ignored = ~view.valid | (view.positions < limits.sinks)
-        grouped = logits.unflatten(0, (len(view.lengths), -1)).masked_fill_(ignored[:, None], float("-inf"))
-        return grouped.softmax(2).mean(1) * entry_norms(view.stored_values, view.lengths, view.backend)
+        shares = mean_probabilities(logits, view.stored_positions, view.lengths, limits.sinks, view.backend)
+        return shares.mul_(entry_norms(view.stored_values, view.lengths, view.backend))
 
     def _average_turn(self, view: LayerView) -> tuple[Tensor, Tensor] | None:
         if view.rotation is None:

@@ -24,7 +24,7 @@ class LagKVPolicy:
 
     def scores(self, view: LayerView, limits: Limits) -> Tensor:
         """See `Policy.scores`."""
-        entries = view.positions.shape[1]
+        entries = view.entries
         newest = 1 + torch.arange(entries, device=view.lengths.device) / entries
         scores = newest.repeat(len(view.lengths), 1)
         states = view.stored_keys, view.stored_values, view.lengths

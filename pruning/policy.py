@@ -43,8 +43,8 @@ class LayerView:
     """[K, E, D] in the cache's type, rotated at the entries' own positions, where they lie: for kernels."""
     stored_values: PagedRows
     """[K, E, D], as well."""
-    positions: Tensor
-    """[K, E] int32: logical positions, ascending within a head."""
+    stored_positions: PagedRows
+    """[K, E] int32: logical positions, ascending within a head, as well."""
     lengths: Tensor
     """[K] int64: entries of each head."""
     num_tokens: int
@@ -86,9 +86,19 @@ class LayerView:
         return self.stored_values.read()
 
     @property
+    def positions(self) -> Tensor:
+        """[K, E]: a copy of `stored_positions`, made each time."""
+        return self.stored_positions.read()
+
+    @property
+    def entries(self) -> int:
+        """E."""
+        return self.stored_keys.entries
+
+    @property
     def valid(self) -> Tensor:
         """[K, E] bool: index below the head's length."""
-        return torch.arange(self.positions.shape[1], device=self.lengths.device) < self.lengths[:, None]
+        return torch.arange(self.entries, device=self.lengths.device) < self.lengths[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +115,9 @@ class Limits:
 
 def protected(view: LayerView, limits: Limits) -> Tensor:
     """[K, E] bool: the entries that stay whatever they score."""
-    newest = view.positions >= view.num_tokens - limits.window
-    return ((view.positions < limits.sinks) | newest) & view.valid
+    positions = view.positions
+    newest = positions >= view.num_tokens - limits.window
+    return ((positions < limits.sinks) | newest) & view.valid
 
 
 class Policy(Protocol):

@@ -3,15 +3,14 @@
 Letters: L' layers given, K kv heads, E entries of a layer's longest head, E' entries that the longest head keeps.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.pruning import PruneParams
-from ..kernels.ranking import best_entries, rank_entries
+from ..kernels.ranking import ScoredLayer, best_entries, rank_entries
 from .budgets import BUDGETS, Candidates
 from .policy import LayerView, Limits, Policy
 
@@ -35,32 +34,16 @@ def select(policy: Policy, views: Iterable[LayerView], params: PruneParams, targ
     they may be made one by one; all that follows the scores is done for all layers at once. Waits for the device.
     """
     limits = Limits(params.sinks, params.window, target)
-    scored = [(view, policy.scores(view, limits).float()) for view in views]
-    if not scored:
+    layers: list[ScoredLayer] = []
+    for view in views:  # nothing else of it is held: what a policy observed may be large
+        layers.append(ScoredLayer(policy.scores(view, limits), view.stored_positions, view.lengths))
+        num_tokens, backend = view.num_tokens, view.backend
+    if not layers:
         raise ValueError("select needs at least one layer")
-    candidates = _candidates(scored, limits)
-    backend = scored[0][0].backend
+    ranked, lengths, stays = rank_entries(
+        layers, sinks=params.sinks, newest=num_tokens - params.window, backend=backend
+    )
+    candidates = Candidates(ranked, lengths, stays, num_tokens, backend)
     shares = BUDGETS[params.budget](candidates, params, target)
-    counts = shares.clamp(min=candidates.protected).minimum(candidates.lengths)
-    keep = best_entries(candidates.scores.flatten(0, 1), counts.flatten(), backend)
-    return Selection(keep.unflatten(0, counts.shape), counts.int())
-
-
-def _candidates(scored: Sequence[tuple[LayerView, Tensor]], limits: Limits) -> Candidates:
-    """All layers' entries in their ranks: protected ones first, then the finite ones, what lies past the end last."""
-    view = scored[0][0]
-    scores = _side_by_side([scores for _, scores in scored])
-    positions = _side_by_side([view.positions for view, _ in scored])
-    lengths = torch.stack([view.lengths for view, _ in scored])
-    newest = view.num_tokens - limits.window
-    ranked, kept = rank_entries(scores, positions, lengths, sinks=limits.sinks, newest=newest, backend=view.backend)
-    return Candidates(ranked, lengths, kept, view.num_tokens, view.backend)
-
-
-def _side_by_side(layers: Sequence[Tensor]) -> Tensor:
-    """[L', K, E] of tensors [K, E], the longest's E; what is added is arbitrary."""
-    widths = [layer.shape[1] for layer in layers]
-    longest = max(widths)
-    if min(widths) < longest:
-        layers = [pad(layer, (0, longest - width)) for layer, width in zip(layers, widths, strict=True)]
-    return torch.stack(tuple(layers))
+    counts = torch.minimum(torch.maximum(shares, stays), lengths)
+    return Selection(best_entries(ranked, counts, backend), counts.int())

@@ -4,8 +4,8 @@ The prompt should end with the question; for prompts that several questions shar
 """
 
 from torch import Tensor
-from torch.nn.functional import avg_pool1d
 
+from ..kernels.token_means import mean_by_neighbours
 from .attention import mean_attention
 from .policy import LayerView, Limits, Needs
 
@@ -22,5 +22,5 @@ class SnapKVPolicy:
         """See `Policy.scores`."""
         attention = mean_attention(view, limits.window)
         # The window itself would leak into its neighbours; it stays anyway.
-        earlier = attention.masked_fill(view.positions >= view.num_tokens - limits.window, 0)
-        return avg_pool1d(earlier[:, None], KERNEL, stride=1, padding=KERNEL // 2).squeeze(1)
+        newest = view.num_tokens - limits.window
+        return mean_by_neighbours(attention, view.stored_positions, view.lengths, newest, KERNEL, view.backend)

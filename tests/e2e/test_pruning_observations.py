@@ -38,8 +38,10 @@ class Shown(Serving):
 
         def show(slot: int) -> list[LayerView]:
             # What the pages hold now: later they hold something else.
-            shown = (replace(view, stored_keys=PagedRows.of(view.keys)) for view in views_of(slot))
-            self.views.append(list(shown))
+            self.views.append([])
+            for view in views_of(slot):
+                keys, positions = PagedRows.of(view.keys), PagedRows.of(view.positions)
+                self.views[-1].append(replace(view, stored_keys=keys, stored_positions=positions))
             return self.views[-1]
 
         pruner._views = show

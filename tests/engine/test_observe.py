@@ -4,6 +4,7 @@ import torch
 
 from quire.engine.observe import Observations
 from quire.engine.pruning import _observed
+from quire.kernels.paged_rows import PagedRows
 from quire.pruning.policy import Needs
 
 
@@ -15,6 +16,6 @@ def test_what_no_repetition_could_look_at_counts_as_read() -> None:
     )
     # One head kept four of six entries, the other two; three came since.
     positions = torch.tensor([[0, 1, 3, 5, 6, 7, 8], [0, 4, 6, 7, 8, 0, 0]])
-    shown = _observed(seen, 0, 0, positions, num_tokens=9)["repeated"]
+    shown = _observed(seen, 0, 0, PagedRows.of(positions.int()), num_tokens=9)["repeated"]
     assert shown[0].tolist() == torch.tensor([0.1, 0.2, 0.3, 0.4, 1, 1, 1]).tolist()
     assert shown[1, :5].tolist() == torch.tensor([0.5, 0.6, 1, 1, 1]).tolist()

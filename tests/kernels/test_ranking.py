@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quire.kernels.backend import Backend
 from quire.kernels.cpu_library import cpu_library
-from quire.kernels.ranking import best_entries, rank_entries, share_best
+from quire.kernels.paged_rows import PagedRows
+from quire.kernels.ranking import ScoredLayer, best_entries, rank_entries, share_best
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
 
@@ -59,15 +60,23 @@ def test_shares_of_the_best(scores: Tensor, wanted: int) -> None:
 @settings(max_examples=100, deadline=None)
 @given(scores=SCORES, sinks=st.integers(0, 5), newest=st.integers(0, 200), data=st.data())
 def test_ranks(scores: Tensor, sinks: int, newest: int, data: st.DataObject) -> None:
-    layers, heads, entries = scores.shape
+    _, heads, entries = scores.shape
     scores[..., ::7] = float("nan")
-    lengths = torch.tensor(
-        data.draw(st.lists(st.integers(0, entries), min_size=layers * heads, max_size=layers * heads))
-    )
-    positions = (torch.arange(entries, dtype=torch.int32) * 3).expand(scores.shape)
-    arguments = scores, positions, lengths.view(layers, heads)
-    found, kept = rank_entries(*arguments, sinks=sinks, newest=newest, backend="cpu")
-    expected, known = rank_entries(*arguments, sinks=sinks, newest=newest)
-    assert torch.equal(found, expected) and torch.equal(kept, known)
-    assert torch.equal((found == float("inf")).sum(-1), kept)
-    assert torch.equal((found == float("-inf")).sum(-1), entries - lengths.view(layers, heads))
+    given_layers, longest = [], 0
+    for layer in scores:
+        width = data.draw(st.integers(1, entries))
+        lengths = torch.tensor(data.draw(st.lists(st.integers(0, width), min_size=heads, max_size=heads)))
+        positions = PagedRows(
+            torch.arange(entries, dtype=torch.int32).view(-1, 1) * 3,
+            torch.arange(entries)[None].int().expand(heads, -1),
+            width,
+        )
+        given_layers.append(ScoredLayer(layer[:, :width], positions, lengths))
+        longest = max(longest, width)
+    found = rank_entries(given_layers, sinks=sinks, newest=newest, backend="cpu")
+    expected = rank_entries(given_layers, sinks=sinks, newest=newest)
+    assert all(torch.equal(part, known) for part, known in zip(found, expected, strict=True))
+    ranked, lengths, kept = found
+    assert torch.equal(lengths, torch.stack([layer.lengths for layer in given_layers]))
+    assert torch.equal((ranked == float("inf")).sum(-1), kept)
+    assert torch.equal((ranked == float("-inf")).sum(-1), longest - lengths)

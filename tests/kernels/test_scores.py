@@ -8,12 +8,12 @@ from torch import Tensor
 
 from quire.kernels.attention_columns import attention_columns, attention_columns_reference
 from quire.kernels.cpu_library import cpu_library
-from quire.kernels.expected_logits import expected_logits, expected_logits_reference
+from quire.kernels.expected_logits import expected_logits, expected_logits_reference, mean_probabilities
 from quire.kernels.key_scores import entry_norms, mean_cosines, mean_cosines_reference
 from quire.kernels.lag_ranks import lag_ranks, lag_ranks_reference
 from quire.kernels.paged_rows import PagedRows
-from quire.kernels.query_moments import add_moments
-from quire.kernels.token_means import mean_by_token
+from quire.kernels.query_moments import add_moments, moments_of
+from quire.kernels.token_means import mean_by_neighbours, mean_by_token
 
 pytestmark = pytest.mark.skipif(cpu_library() is None, reason="no compiler")
 
@@ -29,12 +29,13 @@ def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def in_pages(states: Tensor, size: int, lengths: list[int]) -> PagedRows:
-    """States [K, E, D] in pages that lie anywhere in half of a pool, NaN wherever no entry is."""
-    heads, entries, width = states.shape
+    """States [K, E, ...] in pages that lie anywhere in half of a pool, NaN wherever no entry is."""
+    heads, entries, *width = states.shape
     columns = -(-entries // size)
     table = torch.randperm(heads * columns + 3, generator=torch.Generator().manual_seed(entries))
     table = table[: heads * columns].view(heads, columns).int()
-    pool = torch.full((heads * columns + 3, 2, size, width), float("nan"), dtype=states.dtype)
+    nothing = float("nan") if states.is_floating_point() else -1
+    pool = torch.full((heads * columns + 3, 2, size, *width), nothing, dtype=states.dtype)
     for head, length in enumerate(lengths):
         for entry in range(length):
             pool[table[head, entry // size], 1, entry % size] = states[head, entry]
@@ -80,12 +81,13 @@ def test_attention_columns(
     query, keys = noise(rows, heads, width, dtype=dtype), noise(kv_heads, entries, width, dtype=dtype)
     # Gaps, as a pruned head has them; some entries are newer than some rows.
     positions = (torch.arange(entries, dtype=torch.int32) * 3).repeat(kv_heads, 1)
-    rest = positions, torch.tensor(lengths), torch.arange(rows) + 3 * max(lengths) - rows // 2
+    rest = torch.tensor(lengths), torch.arange(rows) + 3 * max(lengths) - rows // 2
     limits = {"scale": 0.3, "softcap": softcap, "sinks": noise(heads) if sinks else None}
-    expected = attention_columns_reference(query, PagedRows.of(keys), *rest, reduce=reduce, **limits)  # type: ignore[arg-type]
+    whole = query, PagedRows.of(keys), PagedRows.of(positions), *rest
+    expected = attention_columns_reference(*whole, reduce=reduce, **limits)  # type: ignore[arg-type]
     for size in SIZES:
-        paged = in_pages(keys, size, lengths)
-        found = attention_columns(query, paged, *rest, reduce=reduce, **limits, backend="cpu")  # type: ignore[arg-type]
+        paged = in_pages(keys, size, lengths), in_pages(positions, size, lengths)
+        found = attention_columns(query, *paged, *rest, reduce=reduce, **limits, backend="cpu")  # type: ignore[arg-type]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -95,7 +97,7 @@ def test_no_rows_give_nothing() -> None:
     arguments = (
         torch.randn(0, 4, 16),
         PagedRows.of(torch.randn(2, 9, 16)),
-        places,
+        PagedRows.of(places),
         torch.tensor([9, 9]),
         torch.arange(0),
     )
@@ -104,7 +106,7 @@ def test_no_rows_give_nothing() -> None:
 
 
 def test_row_that_sees_nothing_gives_nothing() -> None:
-    keys, positions = PagedRows.of(noise(1, 5, 32)), torch.arange(10, 15, dtype=torch.int32)[None]
+    keys, positions = PagedRows.of(noise(1, 5, 32)), PagedRows.of(torch.arange(10, 15, dtype=torch.int32)[None])
     arguments = noise(2, 1, 32), keys, positions, torch.tensor([5]), torch.tensor([3, 20])
     found = attention_columns(*arguments, reduce="sum", scale=1.0, backend="cpu")
     assert float(found.sum()) == pytest.approx(1.0)
@@ -188,3 +190,25 @@ def test_moments(rows: int, heads: int, width: int, half: int) -> None:
     # Each factor is rounded to 8 bits; errors of many rows partly cancel.
     torch.testing.assert_close(sums[0][1], sums[1][1], atol=0.01 * rows**0.5 + 0.01, rtol=0.01)
     assert torch.equal(sums[0][1], sums[0][1].mT)
+    for found, expected in zip(moments_of(*sums[1], rows, "cpu"), moments_of(*sums[1], rows), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "newest"), [(5, 80), (1, 0), (3, 10**6)])
+def test_means_by_neighbours(size: int, newest: int) -> None:
+    lengths, positions = [30, 33, 1], torch.stack([torch.arange(s, s + 3 * 33, 3) for s in range(3)]).int()
+    scores = noise(3, 33)
+    scores[0, 30:] = scores[2, 1:] = 0
+    paged, numbers = in_pages(positions, 4, lengths), torch.tensor(lengths)
+    found = mean_by_neighbours(scores, paged, numbers, newest, size, "cpu")
+    assert_same(found, mean_by_neighbours(scores, PagedRows.of(positions), numbers, newest, size), lengths)
+
+
+@pytest.mark.parametrize("sinks", [0, 7, 70])
+def test_mean_probabilities(sinks: int) -> None:
+    lengths, positions = [61, 30], torch.stack([torch.arange(61), 2 * torch.arange(61)]).int()
+    logits = 30 * noise(6, 61)
+    expected = mean_probabilities(logits.clone(), PagedRows.of(positions), torch.tensor(lengths), sinks)
+    found = mean_probabilities(logits, in_pages(positions, 16, lengths), torch.tensor(lengths), sinks, "cpu")
+    assert_same(found, expected, lengths)
+    assert float(found[1, :30].sum()) == pytest.approx(1 if sinks < 60 else 0, abs=1e-5)

@@ -89,7 +89,7 @@ def observe(count: int, window: int) -> list[LayerView]:
                 layer=index,
                 stored_keys=PagedRows.of(keys),
                 stored_values=PagedRows.of(values),
-                positions=torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1),
+                stored_positions=PagedRows.of(torch.arange(count, dtype=torch.int32).repeat(KV_HEADS, 1)),
                 lengths=torch.full((KV_HEADS,), count),
                 backend=resolve_backend(keys.device, keys.dtype),
                 num_tokens=count,

@@ -24,14 +24,17 @@ def make_view(
     valid = torch.arange(entries) < torch.tensor(lengths)[:, None]
     keys[~valid], values[~valid] = float("nan"), float("nan")
     view: dict[str, Any] = {
-        "layer": 0, "stored_keys": PagedRows.of(keys), "stored_values": PagedRows.of(values), "positions": positions,
-        "lengths": torch.tensor(lengths), "num_tokens": num_tokens, "scale": dim**-0.5,
+        "layer": 0, "stored_keys": PagedRows.of(keys), "stored_values": PagedRows.of(values),
+        "stored_positions": PagedRows.of(positions), "lengths": torch.tensor(lengths), "num_tokens": num_tokens,
+        "scale": dim**-0.5,
     }  # fmt: skip
     return LayerView(**view | fields)
 
 
 def with_states(view: LayerView, keys: Tensor, values: Tensor, **fields: Any) -> LayerView:
-    """The view with other keys and values [K, E, D]."""
+    """The view with other keys and values [K, E, D], and other positions [K, E] if there are such."""
+    if "positions" in fields:
+        fields["stored_positions"] = PagedRows.of(fields.pop("positions"))
     return replace(view, stored_keys=PagedRows.of(keys), stored_values=PagedRows.of(values), **fields)
 
 
