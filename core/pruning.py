@@ -78,6 +78,11 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         """Whether anything can ever be pruned."""
         return self.keep < 1 or self.budget == "threshold"
 
+    @property
+    def least_share(self) -> float:
+        """Share of all entries that surely stays, however often it is pruned: each time `keep` counts all that came."""
+        return 0.0 if self.budget == "threshold" else self.keep
+
     def target(self, entries: int) -> int:
         """Entries per head, on average, that stay of `entries`: the one definition of the count kept.
 
