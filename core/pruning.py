@@ -106,6 +106,11 @@ class PolicyInfo(msgspec.Struct, frozen=True, kw_only=True):
     obstacle: str | None = None
     """Why the served model cannot be pruned this way; None: it can."""
 
+    @property
+    def relieves(self) -> bool:
+        """Whether it can prune at any time, so that pages come free where they are short."""
+        return not (self.selects or self.repeats)
+
 
 class PruneCounts(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What one policy did since the engine started."""

@@ -331,6 +331,9 @@ def test_what_the_model_or_the_engine_does_not_know_is_refused(models: dict[str,
     assert error.kind == "InvalidRequestError" and "nonsense" in error.message and "snapkv" in error.message
     with pytest.raises(ConfigError, match="nonsense"):
         Serving(models["gqa"], prune=params("nonsense"))
+    for policy in ("kvzip", "quest"):
+        with pytest.raises(ConfigError, match=f"'{policy}' cannot prune under pressure"):
+            Serving(models["gqa"], pressure="prune", prune=params(policy, when="pressure"))
 
 
 @pytest.mark.parametrize("runner", ["native", "transformers"])

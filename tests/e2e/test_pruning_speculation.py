@@ -136,7 +136,7 @@ def test_in_a_pool_too_small_for_all(
     small: dict[str, Any] = {"num_pages": 31 * stack.rows, "num_host_pages": host, "prunes_under_pressure": True}
     served = serving(stack, model, drafts[name], max_batch_tokens=24, **small)
     for number, policy in enumerate((*QUICK, "h2o", "kvzip", "quest", "window")):
-        ask = params(policy, keep=0.6, when="always" if policy == "quest" else when)
+        ask = params(policy, keep=0.6, when=when if policy_infos()[policy].relieves else "always")
         logprobs = 0 if number % 2 else None
         served.submit(f"r{number}", prompt(40, number % 5), ask, max_tokens=30, logprobs=logprobs, n=1 + number % 2)
     served.submit("plain", prompt(41, 9), None, max_tokens=40)

@@ -171,5 +171,5 @@ def test_a_default_below_the_least_share_is_no_start(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("quire.server.serving.serve", lambda _: pytest.fail("it starts"))
     options = ["serve", "--prune-policy", "knorm", "--prune-min-keep", "0.6"]
     for keep in ((), ("--prune-keep", "0.5")):
-        with pytest.raises(ConfigError, match="keep 0.5 .* prune_min_keep is 0.6"):
+        with pytest.raises(ConfigError, match=r"keep 0.5 .* prune_min_keep is 0.6"):
             CliRunner().invoke(app, [*options, *keep], catch_exceptions=False)
