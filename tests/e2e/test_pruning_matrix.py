@@ -170,7 +170,8 @@ def test_what_is_said_is_what_the_kept_entries_say(models: dict[str, Path], poli
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_bytes_of_what_is_forgotten_come_back(models: dict[str, Path], policy: str) -> None:
     serving = Serving(models["gqa"], prefix_cache=False)
-    cache, info, held = serving.loop.engine.cache, serving.loop.engine.info, {}
+    cache, info = serving.recorder._engine.cache, serving.loop.engine.info
+    held: dict[str, int] = {}
     assert cache.pool[0].nbytes + cache.entry_positions[0].nbytes == PAGE_BYTES
     assert info.kv_bytes == PAGE_BYTES * info.num_pages
     for name, prune in (("whole", None), ("pruned", params(policy))):
@@ -384,7 +385,7 @@ def test_a_selector_reads_a_part_and_forgets_nothing(
     # Of layers with windows the prompt's pages are gone: nobody can begin with the others.
     assert serving.ended["again", 0].cached_tokens == (0 if kind == "sliding" else 60)
     passed = {name: serving.recorder.lives[name, 0][0].passed_over for name in ("few", "all", "dense", "again")}
-    windows = serving.loop.engine.spec.windows
+    windows = serving.recorder._engine.spec.windows
     reading = {layer for layer in range(SELECTORS[policy]().dense_layers, 3) if windows[layer] is None}
     assert {layer for layer, _, _ in passed["few"]} == reading and not passed["dense"]
     left_out = {name: sum(map(len, choice.values())) for name, choice in passed.items()}

@@ -205,7 +205,7 @@ def test_under_pressure_whom_it_harms_least_forgets():
     for name, keep in (("little", 0.8), ("much", 0.25)):
         world.scheduler.add(pruned(name, range(1, 17), max_tokens=12, when="pressure", keep=keep))
     world.scheduler.add(make_request("plain", range(1, 9), seed=3, max_tokens=24))
-    slots = {}
+    slots: dict[str, Any] = {}
     while world.scheduler.has_work:
         plan = step(world)
         slots |= {sequence.request.id: sequence.slot for sequence in world.scheduler._running}
