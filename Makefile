@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 # The one torch that the tests run on; the package itself accepts a range.
 TORCH ?= torch==2.13.0
 
-.PHONY: run test test-kvpress lint check clean
+.PHONY: run test test-slow test-kvpress lint check clean
 
 run: $(VENV)/.run
 	$(BIN)/quire serve
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# The long sweeps that `make test` leaves out.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m slow --ignore=tests/pruning/test_kvpress.py
 
 # Do our pruning policies keep what NVIDIA's kvpress keeps? It asks for an older transformers than we do: an environment
 # of its own, where we are installed without what we ask for.

@@ -78,6 +78,11 @@ class PruneParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         """Whether anything can ever be pruned."""
         return self.keep < 1 or self.budget == "threshold"
 
+    @property
+    def least_share(self) -> float:
+        """Share of all entries that surely stays, however often it is pruned: each time `keep` counts all that came."""
+        return 0.0 if self.budget == "threshold" else self.keep
+
     def target(self, entries: int) -> int:
         """Entries per head, on average, that stay of `entries`: the one definition of the count kept.
 
@@ -100,6 +105,11 @@ class PolicyInfo(msgspec.Struct, frozen=True, kw_only=True):
     """All heads keep the same entries, which the engine can rotate to places without gaps (`PruneParams.positions`)."""
     obstacle: str | None = None
     """Why the served model cannot be pruned this way; None: it can."""
+
+    @property
+    def relieves(self) -> bool:
+        """Whether it can prune at any time, so that pages come free where they are short."""
+        return not (self.selects or self.repeats)
 
 
 class PruneCounts(msgspec.Struct, kw_only=True, omit_defaults=True):

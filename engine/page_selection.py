@@ -1,7 +1,4 @@
-"""Sequences that forget nothing, but read only the pages that could matter to them (Quest, Tang et al. 2024).
-
-Each full page of theirs has bounds of its keys; a decode step picks pages by what the bounds allow. Prompts read all.
-"""
+"""Sequences that forget nothing, but whose new rows read only pages that a selector picks (`pruning.selector`)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,23 +12,23 @@ from ..core.ids import SlotId
 from ..core.model_spec import ModelSpec
 from ..core.plan import BatchPlan, SlotAssignment
 from ..core.pruning import PruneParams
-from ..kernels.backend import Backend
+from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.page_bounds_reference import page_key_bounds
 from ..models.context import AttentionContext, SelectedPages
-from ..pruning.quest import DENSE_LAYERS, select_pages
-from ..pruning.table import policy_infos
+from ..pruning.selector import PageView, Selector, select_pages
+from ..pruning.table import make_selector
 from .cache import KVCache
 from .staging import upload
 
 
 class PageSelection:
-    """The slots that select, and the bounds of their pages."""
+    """The slots that select, and the bounds of their pages where a selector wants them."""
 
     def __init__(self, cache: KVCache, spec: ModelSpec, backend: Backend) -> None:
         self._cache = cache
         self._backend = backend
-        self._layers = [layer for layer, window in enumerate(spec.windows) if window is None and layer >= DENSE_LAYERS]
-        self._params: dict[SlotId, PruneParams] = {}
+        self._layers = [layer for layer, window in enumerate(spec.windows) if window is None]
+        self._choosers: dict[SlotId, tuple[PruneParams, Selector]] = {}
         self._known: dict[SlotId, int] = {}
         """Tokens that the sequence entered with: their rows read all."""
         self._bounded: dict[SlotId, int] = {}
@@ -41,10 +38,13 @@ class PageSelection:
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot."""
-        self._params.pop(assignment.slot, None)
+        self._choosers.pop(assignment.slot, None)
         prune = assignment.prune
-        if prune is not None and prune.forgets and policy_infos()[prune.policy].selects:
-            self._params[assignment.slot], self._bounded[assignment.slot] = prune, 0
+        if prune is None or not prune.forgets:
+            return
+        selector = make_selector(prune)
+        if selector is not None and any(layer >= selector.dense_layers for layer in self._layers):
+            self._choosers[assignment.slot], self._bounded[assignment.slot] = (prune, selector), 0
             self._known[assignment.slot] = len(assignment.prompt_ids) + len(assignment.output_ids)
 
     def park(self, slot: SlotId) -> object:
@@ -53,16 +53,16 @@ class PageSelection:
 
     def unpark(self, slot: SlotId, state: Any) -> None:
         """See `SlotKeeper.unpark`."""
-        if slot in self._params:
+        if slot in self._choosers:
             self._known[slot] = state
 
     def selects(self, slot: SlotId) -> bool:
         """Whether the slot's rows read pages of their own choice."""
-        return slot in self._params
+        return slot in self._choosers
 
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
-        if not self._params or not self._layers:
+        if not self._choosers:
             return None
         # What comes after what was known at first comes token by token, or as a token and proposals to follow it.
         rows: list[_Reading] = []
@@ -71,40 +71,42 @@ class PageSelection:
         row, size = 0, self._cache.layout.page_size
         for index, part in enumerate(plan.parts()):
             count = len(part.token_ids)
-            dense = count
-            if part.slot in self._params:
+            dense, chooser = count, self._choosers.get(part.slot)
+            if chooser is not None:
                 dense = min(count, max(0, self._known[part.slot] - part.start))
             if dense:
                 pieces.append(_Piece(index, 0, row, dense))
-            for ahead in range(dense, count):
-                rows.append(_Reading(len(pieces), row + ahead, self._params[part.slot].target(part.start + ahead + 1)))
-                pieces.append(_Piece(index, ahead, row + ahead, 1))
-            if dense < count:
-                full, filled = self._bound(part.slot), (part.start + count - 1) // size
-                if filled > full:
+            if chooser is not None and dense < count:
+                params, selector = chooser
+                for ahead in range(dense, count):
+                    budget = params.target(part.start + ahead + 1)
+                    rows.append(_Reading(selector, len(pieces), row + ahead, budget))
+                    pieces.append(_Piece(index, ahead, row + ahead, 1))
+                filled = (part.start + count - 1) // size
+                if selector.needs_bounds and filled > (full := self._bound(part.slot, selector)):
                     fresh.append((index, full, filled))
             row += count
         if not rows:
             return None
-        assert self._bounds is not None
         split = None if len(pieces) == index + 1 else _Split.of(pieces, self._cache.device)
         return StepSelector(rows, frozenset(self._layers), self._bounds, self._find, split, fresh)
 
-    def _bound(self, slot: SlotId) -> int:
+    def _bound(self, slot: SlotId, selector: Selector) -> int:
         """Find the bounds of the slot's pages that have become full; how many each head has of them."""
         cache, size = self._cache, self._cache.layout.page_size
         if self._bounds is None:
             self._bounds = cache.pool.new_zeros(len(cache.pool), 2, cache.layout.head_dim)
         full, first = int(cache.computed[slot]) // size, self._bounded[slot]
         if full > first:
-            self._find(cache.page_table[slot, self._layers, :, first:full])
+            layers = [layer for layer in self._layers if layer >= selector.dense_layers]
+            self._find(cache.page_table[slot, layers, :, first:full])
             self._bounded[slot] = full
         return full
 
     def _find(self, pages: Tensor) -> None:
         """Find the bounds of full pages, of any shape."""
         find = page_key_bounds
-        if self._backend == "triton":
+        if self._backend in TRITON_BACKENDS:
             from ..kernels.page_bounds_triton import page_key_bounds_triton as find  # triton is beside a GPU only
         assert self._bounds is not None
         pages = pages.flatten()
@@ -115,6 +117,7 @@ class PageSelection:
 class _Reading:
     """A row that reads some pages."""
 
+    selector: Selector
     piece: int
     row: int
     """Of the batch."""
@@ -163,13 +166,13 @@ class StepSelector:
         self,
         rows: Sequence[_Reading],
         layers: frozenset[int],
-        bounds: Tensor,
+        bounds: Tensor | None,
         find: Callable[[Tensor], None],
         split: _Split | None,
         fresh: Sequence[tuple[int, int, int]],
     ) -> None:
-        """bounds [P, 2, D], which `find` finds for given pages; split: None if every piece is a sequence; fresh:
-        (sequence, first page, end) of what the step's own rows fill and later ones of them read.
+        """bounds [P, 2, D], if anybody needs them, which `find` finds for given pages; split: None if every piece is a
+        sequence; fresh: (sequence, first page, end) of what the step's own rows fill and later ones of them read.
         """
         self._rows = rows
         self._layers = layers
@@ -180,7 +183,8 @@ class StepSelector:
 
     def select(self, context: AttentionContext, layer: int, query: Tensor) -> SelectedPages | None:
         """See `PageSelector`."""
-        if layer not in self._layers:
+        readings = [reading for reading in self._rows if layer >= reading.selector.dense_layers]
+        if layer not in self._layers or not readings:
             return None
         for sequence, first, end in self._fresh:
             self._find(context.page_table[sequence, layer, :, first:end])
@@ -192,12 +196,13 @@ class StepSelector:
             tables = context.page_table[split.sequences, layer]
             kept = (context.kept[split.sequences, layer] + split.ahead).int()
             start, lengths = split.query_start, split.query_lengths
-        for reading in self._rows:
+        keys = context.pool[:, 0]
+        for reading in readings:
             part = slice(reading.piece, reading.piece + 1)
-            table, count = select_pages(
-                query[reading.row : reading.row + 1], self._bounds, tables[part], kept[part], budget=reading.budget,
-                page_size=context.pool.shape[2],
-            )  # fmt: skip
+            bounds = self._bounds if reading.selector.needs_bounds else None
+            pages = PageView(layer=layer, keys=keys, bounds=bounds, page_table=tables[part], kept=kept[part])
+            row = query[reading.row : reading.row + 1]
+            table, count = select_pages(reading.selector, row, pages, reading.budget)
             tables[part, :, : table.shape[2]] = table
             kept[part] = count
         return SelectedPages(tables, kept, start, lengths)

@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention_cpu import paged_attention_cpu
 from .attention_reference import paged_attention_reference
 from .attention_xformers import expressible, paged_attention_xformers
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import DTYPES
 
 
@@ -55,16 +55,18 @@ def paged_attention(
     positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. With table_rows [S] int64, page_table
     [N, K, M] and kept [N, K] are those of N slots, and sequence s has row table_rows[s] of them: for triton no copy is
     made. visible [T] int64: the rows' masks; None: no row has one. Returns [T, H, value_dim] in query's dtype. Mutates
-    nothing but log_sums [T, H] float32, which triton alone takes: it gets the natural log of what each row's
-    exponentiated scores, sinks included, sum to. Raises `ValueError` or `TypeError`, naming the tensor, where shapes or
-    types disagree.
+    nothing but log_sums [T, H] float32, which triton alone takes (xformers leaves that to it): it gets the natural
+    log of what each row's exponentiated scores, sinks included, sum to. Raises `ValueError` or `TypeError`, naming the
+    tensor, where shapes or types disagree.
     """
-    if log_sums is not None and backend != "triton":
+    if log_sums is not None and backend not in TRITON_BACKENDS:
         raise ValueError(f"log_sums must be None with the backend {backend}: triton alone keeps them")
-    by_xformers = backend == "xformers" and expressible(
-        query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks, visible=visible
+    by_xformers = (
+        backend == "xformers"
+        and log_sums is None
+        and expressible(query, pool, value_dim=value_dim, window=window, softcap=softcap, sinks=sinks, visible=visible)
     )
-    if backend == "triton" or (backend == "xformers" and not by_xformers):
+    if backend in TRITON_BACKENDS and not by_xformers:
         from .attention_triton import paged_attention_triton  # triton is installed beside a GPU only
 
         return paged_attention_triton(

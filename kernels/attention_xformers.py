@@ -5,7 +5,8 @@ sequence of its own, whose G query heads share one key head: so heads may hold d
 operators read pages of at least 64 entries only, so pages are gathered side by side first, into a scratch of S * K * E
 entries (E: the longest head), which reads and writes what attention then reads once more: three times the bytes of
 `triton`'s, two of them for gathering. Not expressible, and left to `triton`: windows (positions of a pruned head are
-not its indices), softcap, sinks, masks of rows, values narrower than keys, other types than float16 and bfloat16.
+not its indices), softcap, sinks, masks of rows, sums of logits, values narrower than keys, other types than float16
+and bfloat16.
 
 Lengths stay on the device: the mask is built from the host's upper bound, once per batch shape, and each layer's own
 lengths take its place. Nothing is imported before the backend is asked for.

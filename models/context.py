@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.attention import check_paged, check_query, paged_attention
 from ..kernels.attention_cpu import PagedStep
-from ..kernels.backend import Backend
+from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.cache import append_kv, entry_destinations
 
 
@@ -132,7 +132,7 @@ class AttentionContext:
         if self.observer is None:
             return self._attend(layer, query, key, value, scoring, window)
         log_sums = None
-        if self.backend == "triton" and self.selector is None and self.observer.needs_log_sums:
+        if self.backend in TRITON_BACKENDS and self.selector is None and self.observer.needs_log_sums:
             log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
         mixed = self._attend(layer, query, key, value, scoring, window, log_sums)
         self.observer.observe(self, layer, query, scoring, log_sums)

@@ -4,8 +4,10 @@ A budget sees all layers' scores and says how many entries each head keeps; `sel
 always kept and cuts it to what the head has. Letters: L' layers, K kv heads, E entries of a layer's longest head.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ def uniform(entries: Candidates, params: PruneParams, target: int) -> Tensor:
 def pyramid(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     """Fewer from layer to layer, evenly (PyramidKV, Cai et al. 2024).
 
-    Uniform where the last layer would get less than what is always kept.
+    Uniform where the last layer would get less than what is always kept. What a layer lost earlier, while the shape was
+    another, others keep instead.
     """
     # Of the sequence, not of what earlier prunes left: else the first layer would lose a window at each of them.
     most, layers = entries.num_tokens - params.window, len(entries.lengths)
@@ -55,12 +58,29 @@ def pyramid(entries: Candidates, params: PruneParams, target: int) -> Tensor:
     if high > most:
         high = most
         low = 2 * target - high
-    if layers == 1 or not high >= low >= params.sinks + params.window:
-        return uniform(entries, params, target)
-    step = (high - low) / (layers - 1)
-    # Rounding all marks down from the running total makes the sum exact.
-    marks = torch.tensor([int(high * n - step * n * (n - 1) / 2 + 1e-6) for n in range(layers + 1)])
-    return marks.diff().to(entries.lengths.device)[:, None].expand_as(entries.lengths)
+    shares = [target] * layers
+    if layers > 1 and high >= low >= params.sinks + params.window:
+        step = (high - low) / (layers - 1)
+        # Rounding all marks down from the running total makes the sum exact.
+        marks = [int(high * n - step * n * (n - 1) / 2 + 1e-6) for n in range(layers + 1)]
+        shares = [end - start for start, end in pairwise(marks)]
+    held = entries.lengths.amin(1).tolist()  # under this budget the heads of a layer hold equally many
+    return torch.tensor(_within(held, shares), device=entries.lengths.device)[:, None].expand_as(entries.lengths)
+
+
+def _within(held: list[int], shares: list[int]) -> list[int]:
+    """The shares, but no more of a layer than it holds: the others keep evenly more, as far as they can."""
+    total = min(sum(held), sum(shares))
+
+    def lifted(lift: int) -> list[int]:
+        return [min(most, share + lift) for most, share in zip(held, shares, strict=True)]
+
+    lift = bisect_left(range(max(held)), total, key=lambda lift: sum(lifted(lift)))
+    kept = lifted(lift)
+    for layer in range(len(kept)):
+        if sum(kept) > total and kept[layer] == shares[layer] + lift:
+            kept[layer] -= 1
+    return kept
 
 
 def prefix(entries: Candidates, params: PruneParams, target: int) -> Tensor:

@@ -11,7 +11,9 @@ from .knorm import KNormPolicy
 from .kvzip import KVzipPolicy
 from .lagkv import LagKVPolicy
 from .policy import Policy
+from .quest import QuestSelector
 from .refine import REFINEMENTS
+from .selector import Selector
 from .snapkv import SnapKVPolicy
 from .tova import TovaPolicy
 from .window import WindowPolicy
@@ -29,12 +31,10 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 """Those that evict: each scores entries."""
 
-_INFOS = {name: PolicyInfo() for name in POLICIES} | {
-    "window": PolicyInfo(closes_up=True),
-    "kvzip": PolicyInfo(repeats=True),
-    "quest": PolicyInfo(selects=True),
-}
-"""All of them: `quest` selects pages (`pruning.quest`) and scores nothing."""
+SELECTORS: dict[str, Callable[[], Selector]] = {"quest": QuestSelector}
+"""Those that forget nothing: each scores pages, of which a step reads the best."""
+
+_SPECIAL = {"window": PolicyInfo(closes_up=True), "kvzip": PolicyInfo(repeats=True)}
 
 
 def make_policy(params: PruneParams) -> Policy:
@@ -42,8 +42,8 @@ def make_policy(params: PruneParams) -> Policy:
 
     Raises `InvalidRequestError` for an unknown name, and `ValueError` for one that selects pages.
     """
-    if params.policy not in _INFOS:
-        known = ", ".join(_INFOS)
+    if params.policy not in (infos := policy_infos()):
+        known = ", ".join(infos)
         raise InvalidRequestError(f"unknown pruning policy {params.policy!r}; known: {known}", param="prune.policy")
     if params.policy not in POLICIES:
         raise ValueError(f"{params.policy} selects pages and evicts nothing")
@@ -53,6 +53,13 @@ def make_policy(params: PruneParams) -> Policy:
     return policy
 
 
+def make_selector(params: PruneParams) -> Selector | None:
+    """A fresh selector for one sequence; None for a policy that evicts."""
+    make = SELECTORS.get(params.policy)
+    return None if make is None else make()
+
+
 def policy_infos() -> dict[str, PolicyInfo]:
     """Every policy that can be asked for."""
-    return dict(_INFOS)
+    evicting = {name: _SPECIAL.get(name, PolicyInfo()) for name in POLICIES}
+    return evicting | {name: PolicyInfo(selects=True) for name in SELECTORS}

@@ -29,39 +29,40 @@ def check_request(request: Request, config: SchedulerConfig) -> None:
 
 def check_default_pruning(prune: PruneParams, info: EngineInfo) -> None:
     """Raise `ConfigError` unless requests can be pruned so."""
-    fault = _pruning_fault(prune, info.policies, info.refinements)
-    if fault is not None:
-        raise ConfigError(fault, param="prune_policy")
+    try:
+        _check_policy(prune, info.policies, info.refinements)
+    except InvalidRequestError as error:
+        raise ConfigError(error.message, param="prune_policy") from error
 
 
 def _check_pruning(request: Request, config: SchedulerConfig) -> None:
     if request.prune is None:
         return
-    fault = _pruning_fault(request.prune, config.policies, config.refinements)
-    if fault is not None:
-        raise InvalidRequestError(fault, param="prune")
+    _check_policy(request.prune, config.policies, config.refinements)
     if config.policies[request.prune.policy].repeats:
         _check_ids("the instruction to repeat", request.repeat_ids, config.vocab_size, "prune.policy")
 
 
-def _pruning_fault(
-    prune: PruneParams, policies: Mapping[str, PolicyInfo], refinements: Collection[Refinement]
-) -> str | None:
-    """Why the model cannot be pruned so; None: it can."""
-    policy = policies.get(prune.policy)
+def _check_policy(prune: PruneParams, policies: Mapping[str, PolicyInfo], refinements: Collection[Refinement]) -> None:
+    """Raise `InvalidRequestError`, naming the field, if the model cannot be pruned so."""
+    policy, fault, field = policies.get(prune.policy), "", "policy"
     if policy is None:
         known = ", ".join(sorted(policies)) or "none"
-        return f"there is no pruning policy {prune.policy[:50]!r}; known: {known}"
-    if prune.positions == "cache" and not policy.closes_up:
+        fault = f"there is no pruning policy {prune.policy[:50]!r}; known: {known}"
+    elif prune.positions == "cache" and not policy.closes_up:
         closing = ", ".join(sorted(name for name, info in policies.items() if info.closes_up))
         which = f"goes with: {closing}" if closing else "needs Quire's own model code and no sliding windows"
-        return f"prune.positions 'cache' {which}"
-    if policy.obstacle:
-        return f"the policy {prune.policy!r} cannot prune this model: {policy.obstacle}"
-    missing = [refinement for refinement in prune.refine if refinement not in refinements]
-    if missing:
-        return f"the refinement {missing[0]!r} needs the output projection of attention, which this model hides"
-    return None
+        fault, field = f"prune.positions 'cache' {which}", "positions"
+    elif policy.obstacle:
+        fault = f"the policy {prune.policy!r} cannot prune this model: {policy.obstacle}"
+    elif prune.when == "pressure" and not policy.relieves:
+        why = "frees nothing" if policy.selects else "prunes once, when the model has repeated the prompt"
+        fault, field = f"the policy {prune.policy!r} cannot prune under pressure: it {why}", "when"
+    elif missing := [refinement for refinement in prune.refine if refinement not in refinements]:
+        fault = f"the refinement {missing[0]!r} needs the output projection of attention, which this model hides"
+        field = "refine"
+    if fault:
+        raise InvalidRequestError(fault, param=f"prune.{field}")
 
 
 def check_room(request: Request, queue: WaitingQueue, config: SchedulerConfig, now: float) -> None:

@@ -7,9 +7,8 @@ from .config import SchedulerConfig
 
 def stays_bounded(prune: PruneParams, config: SchedulerConfig) -> bool:
     """Whether pruning holds what a sequence stores within `most_entries`, from its first chunk on."""
-    info = config.policies[prune.policy]
     steady = prune.chunked and prune.when == "always" and prune.budget != "threshold"
-    return prune.forgets and steady and not (info.repeats or info.selects)
+    return prune.forgets and steady and config.policies[prune.policy].relieves
 
 
 def most_entries(prune: PruneParams, config: SchedulerConfig, length: int, context: int) -> int:

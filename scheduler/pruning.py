@@ -85,7 +85,7 @@ class Pruning:
         One that leaves context or step too little room for that is not pruned at all.
         """
         state = sequence.prune
-        if state is None or state.params.when == "pressure" or not self._config.policies[state.params.policy].repeats:
+        if state is None or not self._config.policies[state.params.policy].repeats:
             return False
         left = state.prefill_end - state.repeated
         if sequence.num_computed < state.prefill_end or not left:
@@ -207,9 +207,9 @@ class Pruning:
             if state is None or sequence.done or sequence in draft.prunes or not self._may_be_pruned(state):
                 continue
             computed = sequence.num_stored
-            repeats = self._config.policies[state.params.policy].repeats
+            relieves = self._config.policies[state.params.policy].relieves
             waits = computed < state.prefill_end and not state.params.chunked
-            if repeats or waits or not computed or (state.denied and computed == state.last):
+            if not relieves or waits or not computed or (state.denied and computed == state.last):
                 continue
             ratio = self._ratio(sequence, state)
             if ratio > 1 and self._gain(sequence, state):

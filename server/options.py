@@ -162,7 +162,12 @@ PrunePolicy = Annotated[
 ]
 PruneKeep = Annotated[float, _option("QUIRE_PRUNE_KEEP", "Share of the entries that the policy keeps.", _PRUNING)]
 PruneMinKeep = Annotated[
-    float, _option("QUIRE_PRUNE_MIN_KEEP", "Least share that a request may ask to keep.", _PRUNING)
+    float,
+    _option(
+        "QUIRE_PRUNE_MIN_KEEP",
+        "Least share that a request must keep, whatever it asks for; with one, the budget threshold is refused.",
+        _PRUNING,
+    ),
 ]
 Pressure = Annotated[
     Literal["preempt", "prune"],

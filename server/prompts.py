@@ -156,6 +156,11 @@ def _pruning(service: Service, body: GenerationBody) -> PruneParams | None:
         raise InvalidRequestError(
             f"prune.keep must be at least {least:g} here, got {params.keep:g}", param="prune.keep"
         )
+    if params.least_share < least:
+        raise InvalidRequestError(
+            f"the budget {params.budget!r} may keep less than {least:g} of the entries, which is the least here",
+            param="prune.budget",
+        )
     return params
 
 

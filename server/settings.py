@@ -34,7 +34,7 @@ class ServerSettings:
     prune: PruneParams | None = None
     """How the sequences of requests that do not say so themselves are pruned; None: not at all."""
     prune_min_keep: float = 0.0
-    """Least share of its entries that a request may ask to keep."""
+    """Least share of its entries that a request must keep."""
     distill_log: Path | None = None
     """File that collects prompts and outputs to distil a draft from; None: nothing is kept."""
     distill_log_share: float = 1.0
@@ -43,6 +43,12 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.prune_min_keep <= 1:
             raise ConfigError(f"prune_min_keep must be from 0 to 1, got {self.prune_min_keep}", param="prune_min_keep")
+        if self.prune is not None and self.prune.least_share < self.prune_min_keep:
+            raise ConfigError(
+                f"requests that do not say how they are pruned would keep {self.prune.least_share:g} of their entries, "
+                f"but prune_min_keep is {self.prune_min_keep:g}",
+                param="prune_keep",
+            )
         if not 0 <= self.distill_log_share <= 1:
             raise ConfigError(
                 f"distill_log_share must be from 0 to 1, got {self.distill_log_share}", param="distill_log_share"

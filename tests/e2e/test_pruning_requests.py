@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from quire.core.pruning import PruneParams
+from quire.pruning.table import POLICIES
 
 from .conftest import RunningServer, start_server
 from .kept_oracle import hide, load_reference
-from .test_pruning_matrix import QUICK, Serving, params, prompt, save
+from .test_pruning_matrix import Serving, params, prompt, save
 
 PROMPT = "timeout_limit = 4817\n\ndef connect(host, port):\n    pass\n\n" * 24 + "timeout_limit ="
 
@@ -22,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("model"))
 
 
-@pytest.mark.parametrize("policy", [*QUICK, "kvzip"])
+@pytest.mark.parametrize("policy", POLICIES)
 @torch.inference_mode()
 def test_a_prompt_is_scored_by_what_was_kept_then(model: Path, policy: str) -> None:
     serving, ids = Serving(model), prompt(61)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from quire.core.ids import RequestId
-from quire.pruning.table import policy_infos
+from quire.pruning.table import SELECTORS, policy_infos
 from quire.scheduler.swap import SwapCosts
 
 from .speculating import Stack, save_like
-from .test_pruning_matrix import QUICK, Serving, params, prompt, save
+from .test_pruning_matrix import Serving, params, prompt, save
 
 WHOLE = 400
 """Tokens of a step that takes all prompts at once: then nobody is cut otherwise because of how others get on."""
@@ -53,7 +53,7 @@ def serving(stack: Stack, model: Path, draft: str | None, fixed: bool = True, **
 def policies(serving: Serving, policy: str) -> None:
     """All that differs in how it may be asked for; decoding in columns, alone, drawn and beside who forgets nothing."""
     ask: dict[str, Any] = {"max_tokens": OUTPUT}
-    budget = "uniform" if policy == "quest" else "ada"
+    budget = "uniform" if policy in SELECTORS else "ada"
     serving.submit("columns", prompt(61), params(policy, every=EVERY), logprobs=None, **ask)
     serving.submit("scored", prompt(45, 1), params(policy, every=EVERY + 2, budget=budget), **ask)
     serving.submit("drawn", prompt(33, 2), params(policy, every=5), n=2, temperature=0.9, seed=3, **ask)
@@ -88,9 +88,9 @@ def test_with_drafts_it_forgets_the_same(
         assert life.forgotten == other.forgotten
         end = len(plain.requests[key[0]].prompt_ids) + OUTPUT - 1
         read = {place: left_out for place, left_out in life.passed_over.items() if place[2] < end}
-        assert read == other.passed_over and (read or policy != "quest" or key[0] in ("plain", "drawn"))
+        assert read == other.passed_over and (read or policy not in SELECTORS or key[0] in ("plain", "drawn"))
     assert drafting.recorder.compactions == plain.recorder.compactions
-    assert drafting.recorder.compactions > 0 or policy == "quest"
+    assert drafting.recorder.compactions > 0 or policy in SELECTORS
     uses = [(served.last[key].cache) for key in plain.last for served in (plain, drafting)]
     assert uses[::2] == uses[1::2]
     counts = drafting.loop.stats().speculation
@@ -100,7 +100,7 @@ def test_with_drafts_it_forgets_the_same(
 @pytest.mark.parametrize(
     "name", ["itself", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ngram", "layerskip"))]
 )
-@pytest.mark.parametrize("policy", [*QUICK, "kvzip", "quest"])
+@pytest.mark.parametrize("policy", policy_infos())
 def test_in_small_steps_and_with_reused_prefixes(
     stack: Stack, model: Path, drafts: dict[str, str], policy: str, name: str
 ) -> None:
@@ -135,13 +135,13 @@ def test_in_a_pool_too_small_for_all(
     host = stack.config.num_host_pages if swaps else 0
     small: dict[str, Any] = {"num_pages": 31 * stack.rows, "num_host_pages": host, "prunes_under_pressure": True}
     served = serving(stack, model, drafts[name], max_batch_tokens=24, **small)
-    for number, policy in enumerate((*QUICK, "h2o", "kvzip", "quest", "window")):
-        ask = params(policy, keep=0.6, when="always" if policy == "quest" else when)
+    for number, policy in enumerate(policy_infos()):
+        ask = params(policy, keep=0.6, when=when if policy_infos()[policy].relieves else "always")
         logprobs = 0 if number % 2 else None
         served.submit(f"r{number}", prompt(40, number % 5), ask, max_tokens=30, logprobs=logprobs, n=1 + number % 2)
     served.submit("plain", prompt(41, 9), None, max_tokens=40)
     served.run()
-    assert not served.failed and len(served.ended) == 11
+    assert not served.failed and len(served.ended) == sum(request.params.n for request in served.requests.values())
     served.check()
     stats = served.loop.stats()
     assert stats.preemptions_total > 0 and stats.speculation.draft_tokens > 0

@@ -49,7 +49,7 @@ def send(serving: Serving, rng: random.Random, name: str) -> None:
         when = "pressure" if rng.random() < 0.3 else "always"
         policy = rng.choice([*policy_infos()])
         changes: dict[str, Any] = {"budget": rng.choice(["uniform", "ada"])} if policy not in ("quest", "kvzip") else {}
-        changes |= {"when": when} if policy not in ("quest", "kvzip") else {}
+        changes |= {"when": when} if policy_infos()[policy].relieves else {}
         prune = params(policy, keep=rng.choice([0.3, 0.6]), every=rng.randint(0, 9), **changes)
     ids = prompt(rng.choice([12, 24]), rng.randrange(2)) + prompt(rng.randint(1, 30), rng.randrange(5))
     kind = rng.choice(PARAMS)

@@ -10,8 +10,9 @@ from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
-from quire.kernels.backend import Backend
+from quire.kernels.backend import TRITON_BACKENDS, Backend
 from quire.models.placement import Placement
+from quire.pruning.quest import QuestSelector
 from quire.speculation.drafter import Drafter
 
 from ..kernels.triton_interpreter import ON_GPU
@@ -131,9 +132,9 @@ def test_judged_proposals_give_the_references_tokens(checkpoint: Path, device: s
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
-@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize(("own", "drafts"), [("triton", 0), ("triton", 2), ("xformers", 0)])
 def test_masses_come_from_the_kernel(
-    checkpoint: Path, device: str, drafts: int, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, device: str, own: Backend, drafts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks and decodes, with drafts the rows that stay: what H2O adds up is what torch recomputes."""
 
@@ -150,5 +151,29 @@ def test_masses_come_from_the_kernel(
 
     expected = masses("reference")
     monkeypatch.setattr("quire.engine.observe.attention_columns", None)  # a GPU has no need of it
-    for result, other in zip(masses("triton"), expected, strict=True):
+    for result, other in zip(masses(own), expected, strict=True):
         torch.testing.assert_close(result, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+@pytest.mark.parametrize("own", TRITON_BACKENDS)
+def test_bounds_of_pages_come_from_the_kernel(
+    checkpoint: Path, device: str, own: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuestSelector, "dense_layers", 1)  # of the two that there are
+
+    def bounds(backend: Backend) -> torch.Tensor:
+        engine = make_engine(checkpoint, backend)
+        harness = Harness(engine)
+        prune = PruneParams(policy="quest", keep=0.2, window=2, sinks=1, floor=4)
+        sequence = harness.add(0, PROMPTS[0] * 2, seed=0, prune=prune)
+        for count in (22, 1, 1, 1, 1):
+            harness.step([(sequence, count)])
+        found = engine._selection._bounds
+        assert found is not None
+        return found[engine.cache.page_table[0, 1, :, :6].long()].cpu()
+
+    expected = bounds("reference")
+    monkeypatch.setattr("quire.engine.page_selection.page_key_bounds", None)
+    assert expected.any(-1).all()
+    torch.testing.assert_close(bounds(own), expected, rtol=1e-4, atol=1e-4)

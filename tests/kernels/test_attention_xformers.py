@@ -106,11 +106,19 @@ def test_what_it_cannot_express_goes_to_triton(library: types.SimpleNamespace) -
     naive_append(case)
     wide = widened(case)
     sinks = torch.linspace(-1, 1, 4, dtype=torch.float16)
-    for options in ({"window": 5}, {"softcap": 3.0}, {"sinks": sinks}, {"value_dim": 8}):
+    for options in (
+        {"window": 5},
+        {"softcap": 3.0},
+        {"sinks": sinks},
+        {"value_dim": 8},
+        {"log_sums": torch.zeros(3, 4)},
+    ):
         both: dict[str, Any] = {"max_kept": case.max_kept, "value_dim": 16, "scale": 0.3} | options
         result = paged_attention(**attention_arguments(case), **both, backend="xformers")
+        sums = both.pop("log_sums", None)
         expected = paged_attention_reference(**attention_arguments(wide), **both)
         torch.testing.assert_close(result.float(), expected, **tolerance(torch.float16))
+        assert sums is None or sums.all()
 
 
 def obstacle(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> str | None:

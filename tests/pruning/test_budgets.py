@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quire.core.pruning import Budget, PruneParams
-from quire.pruning.budgets import BUDGETS
+from quire.pruning.budgets import BUDGETS, Candidates
 from quire.pruning.policy import LayerView
 from quire.pruning.select import select
 from quire.pruning.table import make_policy
@@ -77,6 +77,19 @@ def test_pyramid_formula() -> None:
     assert counts_of(views, scores, 160, "pyramid") == [[c, c] for c in (312, 236, 160, 84, 8)]
     # Most is bounded by n - w = 396, so the least is 2 * 240 - 396.
     assert counts_of(views, scores, 240, "pyramid") == [[c, c] for c in (396, 318, 240, 162, 84)]
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("window", [1, 4, 16])
+def test_a_pyramid_keeps_its_total_from_prune_to_prune(keep: float, window: int) -> None:
+    """While the sequence grows the shape changes, to uniform and back: nobody can keep what an earlier one took."""
+    params = PruneParams(policy="x", keep=keep, floor=1, window=window, sinks=2, budget="pyramid")
+    held = torch.zeros(5, 2, dtype=torch.int64)
+    for n in range(13, 500, 13):
+        held, target = held + 13, params.target(n)
+        entries = Candidates(torch.zeros(5, 2, int(held.max())), held, torch.full_like(held, window + 2), n)
+        held = BUDGETS["pyramid"](entries, params, target).clamp(min=window + 2).minimum(held)
+        assert int(held.sum()) == target * held.numel()
 
 
 def test_pyramid_is_uniform_where_the_last_layer_would_lose_its_window() -> None:

@@ -6,7 +6,6 @@ from types import ModuleType
 
 import pytest
 
-from quire.core.pruning import PolicyInfo
 from quire.pruning import table
 
 from . import test_policies
@@ -23,7 +22,6 @@ def test_the_guides_policy_passes_the_guides_test_and_the_tables(monkeypatch: py
     exec(test, names)
     names["test_vatp"]()
     monkeypatch.setitem(table.POLICIES, "vatp", module.VatpPolicy)
-    monkeypatch.setitem(table._INFOS, "vatp", PolicyInfo())
     test_policies.test_padding_is_never_read("vatp")
     test_policies.test_heads_may_come_in_any_order("vatp")
     test_policies.test_bfloat16_cache("vatp")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quire.kernels.attention import paged_attention
 from quire.kernels.page_bounds_reference import page_key_bounds
-from quire.pruning.quest import LEAST_PAGES, page_scores, select_pages
+from quire.pruning.quest import QuestSelector
+from quire.pruning.selector import LEAST_PAGES, PageView, select_pages
 
 PAGE, DIM, KV_HEADS, GROUP = 4, 8, 2, 3
 
@@ -32,8 +33,12 @@ class Cache:
         page_key_bounds(self.bounds, self.pool, self.table.flatten(), fill.flatten().int())
         self.query = torch.randn(len(lengths), KV_HEADS * GROUP, DIM, generator=generator) * 2
 
-    def select(self, budget: int) -> tuple[Tensor, Tensor]:
-        return select_pages(self.query, self.bounds, self.table, self.total - 1, budget=budget, page_size=PAGE)
+    def view(self, dtype: torch.dtype = torch.float32) -> PageView:
+        bounds, keys = self.bounds.to(dtype), self.pool[:, 0].to(dtype)
+        return PageView(layer=2, keys=keys, bounds=bounds, page_table=self.table, kept=self.total - 1)
+
+    def select(self, budget: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        return select_pages(QuestSelector(), self.query.to(dtype), self.view(dtype), budget)
 
     def attend(self, table: Tensor, kept: Tensor) -> Tensor:
         count = len(self.total)
@@ -80,7 +85,7 @@ def test_the_best_pages_in_their_order_and_the_newest_last(lengths: list[list[in
 
 def test_scores_bound_every_product() -> None:
     cache = Cache([[40, 17]])
-    scores = page_scores(cache.query, cache.bounds, cache.table)
+    scores = QuestSelector().scores(cache.query, cache.view())
     for k, total in enumerate((40, 17)):
         for column in range(-(-total // PAGE)):
             keys = cache.pool[int(cache.table[0, k, column]), 0, : total - column * PAGE]
@@ -106,7 +111,5 @@ def test_a_needle_is_found() -> None:
 def test_bounds_in_the_caches_type(dtype: torch.dtype) -> None:
     cache = Cache([[40, 33]])
     table, kept = cache.select(16)
-    halved = select_pages(
-        cache.query.to(dtype), cache.bounds.to(dtype), cache.table, cache.total - 1, budget=16, page_size=PAGE
-    )
+    halved = cache.select(16, dtype)
     assert halved[0].shape == table.shape and torch.equal(halved[1], kept)

@@ -15,7 +15,12 @@ from quire.core.request import Request
 from .fake_text import expected_output
 from .world import World, make_config, make_request
 
-POLICIES = {"any": PolicyInfo(), "newest": PolicyInfo(observes="newest"), "repeating": PolicyInfo(repeats=True)}
+POLICIES = {
+    "any": PolicyInfo(),
+    "newest": PolicyInfo(observes="newest"),
+    "repeating": PolicyInfo(repeats=True),
+    "selecting": PolicyInfo(selects=True),
+}
 PROMPT = range(1, 19)
 """Four pages of 4 and two tokens."""
 
@@ -192,6 +197,31 @@ def test_under_pressure_who_holds_most_forgets_and_the_needy_waits_a_step(prunes
     assert bool(reasons) == prunes == (stats.preemptions_total == 0)
     plain = expected_output(make_request("plain", range(1, 9), seed=2, max_tokens=16), 0, world.config)[0]
     assert world.tokens["plain", 0] == plain and len(world.tokens["big", 0]) == 12
+
+
+def test_under_pressure_whom_it_harms_least_forgets():
+    """Both may: one holds hardly more than it must keep, the other four times as much, and that is enough."""
+    world = world_of(num_pages=30, prefix_cache=False, prunes_under_pressure=True)
+    for name, keep in (("little", 0.8), ("much", 0.25)):
+        world.scheduler.add(pruned(name, range(1, 17), max_tokens=12, when="pressure", keep=keep))
+    world.scheduler.add(make_request("plain", range(1, 9), seed=3, max_tokens=24))
+    slots: dict[str, Any] = {}
+    while world.scheduler.has_work:
+        plan = step(world)
+        slots |= {sequence.request.id: sequence.slot for sequence in world.scheduler._running}
+        assert all(order.slot == slots["much"] for order in plan.prunes)
+    stats = world.scheduler.stats()
+    assert stats.prunes["any"].prunes["pressure"] > 0 and not stats.preemptions_total
+
+
+@pytest.mark.parametrize(("policy", "why"), [("repeating", "repeated the prompt"), ("selecting", "frees nothing")])
+def test_who_cannot_prune_under_pressure_is_not_asked_to(policy: str, why: str):
+    world = world_of(prunes_under_pressure=True)
+    with pytest.raises(InvalidRequestError, match=why) as refused:
+        world.scheduler.add(pruned("a", policy=policy, when="pressure"))
+    assert refused.value.param == "prune.when"
+    world.scheduler.add(pruned("a", policy=policy))
+    world.run()
 
 
 def test_pruned_sequences_are_preempted_last_and_that_is_counted():

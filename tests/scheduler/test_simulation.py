@@ -80,8 +80,9 @@ def random_pruning(rng: random.Random, config: SchedulerConfig, prompt: tuple[in
     if context and rng.random() < 0.5:
         policy = rng.choice(["any", "repeating"])
         return PruneParams(policy=policy, floor=2, window=1, sinks=1, context=context, every=rng.choice([0, 4]))
+    policy = rng.choice(list(POLICIES))
     return PruneParams(
-        policy=rng.choice(list(POLICIES)),
+        policy=policy,
         keep=rng.choice([0.2, 0.5, 0.8, 1.0]),
         floor=rng.choice([1, 4]),
         window=rng.choice([1, 3]),
@@ -89,7 +90,7 @@ def random_pruning(rng: random.Random, config: SchedulerConfig, prompt: tuple[in
         chunked=rng.random() < 0.7,
         context=context,
         every=rng.choice([0, 1, 4]),
-        when=rng.choice(["always", "pressure"]),
+        when=rng.choice(["always", "pressure"]) if POLICIES[policy].relieves else "always",
     )
 
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
+from quire.core.errors import ConfigError
 from quire.core.messages import EngineStats, Finished, Tokens
 from quire.core.pruning import CacheUse, PolicyInfo, PruneCounts, PruneParams
 from quire.core.request import Request
@@ -105,6 +106,9 @@ async def test_the_default_is_for_requests_that_say_nothing(
         ({"policy": "window", "keep": 0.2}, "prune.keep"),
         ({"policy": "window", "window": 0}, "prune.window"),
         ({"policy": "window", "budget": "threshold"}, "prune.threshold"),
+        ({"policy": "knorm", "budget": "threshold", "threshold": 1e9, "keep": 1.0}, "prune.budget"),
+        ({"policy": "window", "positions": "cache", "keep": 0.01}, "prune.keep"),
+        ({"policy": "quest", "keep": 0.2}, "prune.keep"),
     ],
 )
 async def test_what_cannot_be_asked_is_refused(
@@ -161,3 +165,11 @@ def test_the_command_line_sets_the_default(monkeypatch: pytest.MonkeyPatch) -> N
     assert plain.http.prune_min_keep == 0.2 and plain.engine.pressure == "preempt"
     assert pressed.engine.pressure == "prune"
     assert pressed.http.prune == PruneParams(policy="knorm", keep=0.3, when="pressure")
+
+
+def test_a_default_below_the_least_share_is_no_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.server.serving.serve", lambda _: pytest.fail("it starts"))
+    options = ["serve", "--prune-policy", "knorm", "--prune-min-keep", "0.6"]
+    for keep in ((), ("--prune-keep", "0.5")):
+        with pytest.raises(ConfigError, match=r"keep 0.5 .* prune_min_keep is 0.6"):
+            CliRunner().invoke(app, [*options, *keep], catch_exceptions=False)
