@@ -15,6 +15,7 @@ from quire.core.request import SamplingParams
 from quire.engine.graphs import DecodeGraphs, graph_sizes
 from quire.engine.trees import TreeRows
 from quire.kernels.backend import Backend
+from quire.pruning.quest import QuestSelector
 from quire.speculation.drafter import Drafter, Draw, Proposals
 from quire.speculation.history import TokenHistory
 
@@ -252,6 +253,7 @@ def last_plan(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 def test_whose_rows_are_read_gets_the_first_path(
     prune: PruneParams | None, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(QuestSelector, "dense_layers", 1)  # so that it selects in a model of two layers
     nodes = [(-1, 3), (-1, 4), (0, 5), (0, 6), (1, 7), (2, 8)]
     harness = Harness(make_engine(FakeRunner(), TreeDrafter(lambda slot, known, limit: nodes)), drafts=6)
     computed = last_plan(harness, monkeypatch)
