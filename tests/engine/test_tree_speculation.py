@@ -253,7 +253,7 @@ def last_plan(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 def test_whose_rows_are_read_gets_the_first_path(
     prune: PruneParams | None, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(QuestSelector, "dense_layers", 1)  # so that it selects in a model of two layers
+    monkeypatch.setattr(QuestSelector, "dense_layers", 0)  # so that it selects in a model of one layer
     nodes = [(-1, 3), (-1, 4), (0, 5), (0, 6), (1, 7), (2, 8)]
     harness = Harness(make_engine(FakeRunner(), TreeDrafter(lambda slot, known, limit: nodes)), drafts=6)
     computed = last_plan(harness, monkeypatch)
