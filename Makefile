@@ -10,8 +10,9 @@ TORCH ?= torch==2.13.0
 run: $(VENV)/.run
 	$(BIN)/quire serve
 
+# Two files at a time, each on one core: threads of several processes on the same cores wait for each other.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The long sweeps that `make test` leaves out.
 test-slow: $(VENV)/.test

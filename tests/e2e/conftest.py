@@ -62,7 +62,7 @@ class RunningServer:
 def start_server(*arguments: str) -> RunningServer:
     """Run `quire serve` with these arguments on a free port and wait for its ready line."""
     command = [sys.executable, "-m", "quire.server", "serve", "--port", "0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"http://\S+", line)
