@@ -23,19 +23,12 @@ inline Vec sqrt(Vec v) {
 #endif
 }
 
-// The lesser and the greater; b if either is NaN.
+// The lesser; b if either is NaN, as `max`.
 inline Vec least(Vec a, Vec b) {
 #if defined(QUIRE_AVX512)
   return (Vec)_mm512_min_ps((__m512)a, (__m512)b);
 #else
   return a < b ? a : b;
-#endif
-}
-inline Vec greatest(Vec a, Vec b) {
-#if defined(QUIRE_AVX512)
-  return (Vec)_mm512_max_ps((__m512)a, (__m512)b);
-#else
-  return a > b ? a : b;
 #endif
 }
 

@@ -111,7 +111,7 @@ void add_spread(const T* const* rows, long known, long size, long width, float l
     for (long e = 1; e < size; e++) {
       const Pair x = part(rows[size + e]);
       low = {least(x.first, low.first), least(x.second, low.second)};
-      high = {greatest(x.first, high.first), greatest(x.second, high.second)};
+      high = {max(x.first, high.first), max(x.second, high.second)};
     }
     store(middle + at, (low.first + high.first) * 0.5f);
     store(middle + at + kLanes, (low.second + high.second) * 0.5f);
@@ -135,9 +135,9 @@ void add_spread(const T* const* rows, long known, long size, long width, float l
     });
     const Vec mean = transpose_sum(sums);
     const Vec variance = (transpose_sum(squares) - mean * mean / (float)width) / (float)(width - 1);
-    const Vec deviation = sqrt(greatest(variance, variance * 0.0f));  // 0 where rounding made it negative
+    const Vec deviation = sqrt(max(variance, variance * 0.0f));  // 0 where rounding made it negative
     store(spread + e, deviation);
-    top = greatest(deviation, top);
+    top = max(deviation, top);
   }
   const float most = max_lanes(top);
   float total = 0;

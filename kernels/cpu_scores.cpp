@@ -273,7 +273,7 @@ void mean_softmax(float* logits, long group, long first, long length, long entri
     Vec top = broadcast(-INFINITY), sum = {};
     for (long e = first; e < length; e += kLanes) {
       const long some = length - e < kLanes ? length - e : kLanes;
-      if (some == kLanes) top = greatest(load(row + e), top);
+      if (some == kLanes) top = max(load(row + e), top);
       for (long i = 0; some < kLanes && i < some; i++) top[0] = row[e + i] > top[0] ? row[e + i] : top[0];
     }
     const float most = max_lanes(top);
