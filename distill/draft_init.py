@@ -1,12 +1,13 @@
 """How a draft begins: as some layers of the target, with random weights, or where an earlier distillation ended.
 
-A draft cut out of the target keeps its hidden size, so it can share the target's embedding and output head, which are
-then neither trained nor stored: at small hidden sizes a head of its own saturates (papers on distilled drafts see
-that below about 1,000), and for a small model it is most of the bytes.
+A draft cut out of the target keeps its hidden size, unless told otherwise, so it can share the target's embedding and
+output head, which are then neither trained nor stored: at small hidden sizes a head of its own saturates (papers on
+distilled drafts see that below about 1,000), and for a small model it is most of the bytes. Where the target is wide,
+its head is most of what a pass of the draft reads: a smaller hidden size makes that less too.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from ..core.errors import ConfigError, ModelLoadError
 from ..models.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from ..models.native import SHARES_EMBEDDING, native_obstacle
-from .importance import decoder_layers, gated_mlp, head_projections, input_importance, layer_importance
+from .importance import decoder_layers, layer_importance
+from .narrowing import Narrowing, Widths, narrow_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +36,29 @@ class Init:
     """None: as the folder has it; where there is none, if the target is of an architecture whose drafts can."""
     kv_heads: int | None = None
     """Key/value heads, each with its query heads; None: the target's."""
+    hidden: int | None = None
+    """Channels of the hidden state; None: the target's. With a number the draft has an embedding of its own."""
 
     def settled(self, checkpoint: Checkpoint) -> "Init":
-        """With sharing decided for the target's checkpoint; raises `ConfigError` where it is asked for in vain."""
+        """With sharing decided for the target's checkpoint; raises `ConfigError` for what cannot go together."""
         obstacle = native_obstacle(checkpoint)
+        if not self.is_cut and (self.mlp, self.kv_heads, self.hidden) != (None, None, None):
+            raise ConfigError("a draft that goes on from a folder keeps its widths", param="init")
+        if self.hidden is not None:
+            return self._narrowed(obstacle)
         if self.shares_embedding and obstacle is not None:
             raise ConfigError(f"the draft cannot share its target's embedding: {obstacle}", param="share_embedding")
         if self.shares_embedding is not None or not self.is_cut:
             return self
         return replace(self, shares_embedding=obstacle is None)
+
+    def _narrowed(self, obstacle: str | None) -> "Init":
+        """With a hidden size of its own."""
+        if obstacle is not None:  # where norms and maps go by other names, or norms weigh otherwise
+            raise ConfigError(f"the draft's hidden size must be its target's: {obstacle}", param="hidden")
+        if self.shares_embedding:
+            raise ConfigError("a draft of another hidden size cannot share its target's embedding", param="hidden")
+        return replace(self, shares_embedding=False)
 
     @property
     def is_cut(self) -> bool:
@@ -149,21 +165,7 @@ def _empty_draft(target: PreTrainedModel, layers: Sequence[int], init: Init) -> 
     text.num_hidden_layers = len(layers)
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[index] for index in layers]
-    if init.mlp is not None:
-        width = mlp_width(target)
-        if width is None or not 0 < init.mlp <= width:
-            raise ConfigError(
-                f"the draft's feed-forward cannot be {init.mlp} wide, the target's is {width}", param="mlp"
-            )
-        text.intermediate_size = init.mlp
-    if init.kv_heads is not None:
-        heads = _heads(target)
-        if not 0 < init.kv_heads <= heads.kv:
-            raise ConfigError(
-                f"the draft cannot have {init.kv_heads} key/value heads, the target has {heads.kv}", param="kv_heads"
-            )
-        text.num_key_value_heads, text.num_attention_heads = init.kv_heads, init.kv_heads * heads.group
-        text.head_dim = heads.width  # else it would be made out of the hidden size
+    narrow_config(text, Widths.of(target), init.hidden, init.mlp, init.kv_heads)
     draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     place(draft, target.device)
     return draft.eval()
@@ -173,90 +175,20 @@ def _empty_draft(target: PreTrainedModel, layers: Sequence[int], init: Init) -> 
 def _copy_weights(
     target: PreTrainedModel, draft: PreTrainedModel, layers: Sequence[int], rows: Sequence[Tensor]
 ) -> None:
-    """Give the draft the target's layers, the strongest of their neurons and heads, and all that stands beside them."""
+    """Give the draft the target's layers and all that stands beside them, as much of each as it has room for."""
     theirs, ours = decoder_layers(target), decoder_layers(draft)
-    states = [dict(theirs[index].state_dict()) for index in layers]
     originals = [theirs[index] for index in layers]
-    if (width := mlp_width(draft)) is not None and width != mlp_width(target):
-        _keep_neurons(states, originals, width, target, rows)
-    if (heads := _heads(draft)) != _heads(target):
-        _keep_heads(states, originals, heads, target, rows)
+    states = [dict(layer.state_dict()) for layer in originals]
+    inner = {id(p) for p in theirs.parameters()}
+    beside = {name: p.detach() for name, p in target.named_parameters() if id(p) not in inner}
+    Narrowing(target, Widths.of(draft), rows).apply(originals, states, beside)
     for number, state in enumerate(states):
         try:
             ours[number].load_state_dict(state)
         except RuntimeError as error:  # weights of the attention that go by heads, but are none of its projections
             raise ModelLoadError(f"{type(target).__name__} cannot be cut so: {str(error).splitlines()[-1]}") from error
-    inner = {id(p) for p in theirs.parameters()}
-    beside = {n: p for n, p in target.named_parameters() if id(p) not in inner}
-    for name, parameter in beside.items():
-        draft.get_parameter(name).copy_(parameter)
-
-
-State = dict[str, Tensor]
-"""Of a decoder layer."""
-
-
-def _keep_neurons(
-    states: Sequence[State], layers: Sequence[nn.Module], width: int, model: PreTrainedModel, rows: Sequence[Tensor]
-) -> None:
-    """Leave the `width` strongest neurons of each layer's gated feed-forward in its state."""
-    found = [gated_mlp(layer) for layer in layers]
-    scores = input_importance(model, rows, [down for _, down in found])
-    for state, (name, _), score in zip(states, found, scores, strict=True):
-        keep = score.topk(width).indices.sort().values
-        _select(state, {f"{name}.gate_proj": keep, f"{name}.up_proj": keep}, f"{name}.down_proj", keep)
-
-
-def _keep_heads(
-    states: Sequence[State],
-    layers: Sequence[nn.Module],
-    heads: "_Heads",
-    model: PreTrainedModel,
-    rows: Sequence[Tensor],
-) -> None:
-    """Leave the strongest key/value heads of each layer in its state, each with its query heads."""
-    found = [head_projections(layer) for layer in layers]
-    scores = input_importance(model, rows, [out for _, out in found])
-    for state, (name, _), score in zip(states, found, scores, strict=True):
-        queries = torch.arange(len(score), device=score.device).view(-1, heads.group * heads.width)
-        keep = score.view(queries.shape).sum(1).topk(heads.kv).indices.sort().values
-        pairs = torch.arange(len(queries) * heads.width, device=score.device).view(-1, heads.width)[keep].flatten()
-        inputs = queries[keep].flatten()
-        outputs = {f"{name}.q_proj": inputs, f"{name}.k_proj": pairs, f"{name}.v_proj": pairs}
-        _select(state, outputs, f"{name}.o_proj", inputs)
-
-
-def _select(state: State, outputs: Mapping[str, Tensor], last: str, inputs: Tensor) -> None:
-    """Keep these `outputs` of some linear maps in a layer's state, and these `inputs` of the one that they lead to."""
-    for name, tensor in state.items():
-        module, _, kind = name.rpartition(".")
-        if module in outputs:
-            state[name] = tensor[outputs[module]]
-        elif module == last and kind == "weight":
-            state[name] = tensor[:, inputs]
-
-
-def mlp_width(model: PreTrainedModel) -> int | None:
-    """Of the feed-forward, as the configuration has it."""
-    width: int | None = getattr(model.config.get_text_config(decoder=True), "intermediate_size", None)
-    return width
-
-
-@dataclass(frozen=True, slots=True)
-class _Heads:
-    """Of a model's attention."""
-
-    kv: int
-    group: int
-    """Query heads of each."""
-    width: int
-
-
-def _heads(model: PreTrainedModel) -> _Heads:
-    text: Any = model.config.get_text_config(decoder=True)
-    queries = text.num_attention_heads
-    kv = getattr(text, "num_key_value_heads", None) or queries
-    return _Heads(kv, queries // kv, getattr(text, "head_dim", None) or text.hidden_size // queries)
+    for name, tensor in beside.items():
+        draft.get_parameter(name).copy_(tensor)
 
 
 def _table(model: PreTrainedModel) -> nn.Parameter:

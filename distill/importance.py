@@ -3,7 +3,7 @@
 Layers: block influence BI = 1 - mean cosine of a layer's input and output (ShortGPT, Men et al. 2024, section 3.2).
 Neurons of a gated feed-forward and attention heads: mean square of what each adds to the residual stream, its
 activation times the norm of its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by
-activations alone).
+activations alone). Channels of the hidden state: mean square after the norms.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -58,6 +58,26 @@ def input_importance(model: nn.Module, rows: Sequence[Tensor], downs: Sequence[n
     tokens = sum(row.numel() for row in rows)
     norms = [down.weight.float().square().sum(0) for down in downs]
     return [total / tokens * norm for total, norm in zip(sums, norms, strict=True)]
+
+
+@torch.inference_mode()
+def channel_importance(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+    """Mean square [H] of each channel as the norms on the residual stream hand it out, over rows of ids [1, T].
+
+    Summed over the norms; Minitron, section 2.2, takes means of magnitudes.
+    """
+    config: Any = model.config
+    hidden = config.get_text_config(decoder=True).hidden_size
+    norms = [m for name, m in model.named_modules() if name.endswith("norm") and m.weight.shape == (hidden,)]
+    total = torch.zeros(hidden, device=norms[0].weight.device)
+
+    def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        total.add_(output.float().square().flatten(0, -2).sum(0))
+
+    with _hooked(norms, watch):
+        for row in rows:
+            model(input_ids=row, use_cache=False)
+    return total / sum(row.numel() for row in rows)
 
 
 def gated_mlp(layer: nn.Module) -> tuple[str, nn.Linear]:

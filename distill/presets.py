@@ -12,8 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.errors import ConfigError
-from .draft_init import Init, mlp_width
+from .draft_init import Init
 from .importance import decoder_layers, gated_mlp
+from .narrowing import Widths
 
 Preset = Literal["tiny", "small"]
 SHARES: dict[Preset, float] = {"tiny": 0.1, "small": 0.2}
@@ -47,7 +48,7 @@ def _width(target: PreTrainedModel, share: float) -> int | None:
     layer = decoder_layers(target)[0]
     name, down = gated_mlp(layer)
     whole, inner = _size(layer), _size(layer.get_submodule(name))
-    width = mlp_width(target) or down.in_features
+    width = Widths.of(target).mlp or down.in_features
     fitting = int((share * whole - (whole - inner)) / inner * width)
     narrow = max(fitting // _EVEN * _EVEN, -(-width // _NARROWEST))
     return narrow if narrow < width else None

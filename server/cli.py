@@ -178,6 +178,7 @@ def distill(
     init: dis.Init = None,
     mlp: dis.Mlp = None,
     kv_heads: dis.KvHeads = None,
+    hidden: dis.Hidden = None,
     share_embedding: dis.ShareEmbedding = None,
     data: dis.Data = None,
     from_traffic: dis.FromTraffic = None,

@@ -17,6 +17,7 @@ TIMED_RUNS = 2
 PROMPT_TOKENS = 64
 FIRST_CUT = "layers:2"
 """How a draft begins where nothing is said."""
+_WIDTHS = ("mlp", "kv_heads", "hidden")
 _SCHEDULE = ("steps", "batch_rows", "micro_rows", "round_rows", "passes", "rate")
 
 
@@ -87,7 +88,7 @@ def distil(options: dict[str, Any]) -> None:
     shares = items(rest.pop("mix"), float, "--mix")
     if len(shares) != 3:
         raise ConfigError(f"--mix must be three shares, got {len(shares)}", param="mix")
-    init = _beginning(rest.pop("preset"), rest.pop("init"), rest.pop("mlp"), rest.pop("kv_heads"))
+    init = _beginning(rest.pop("preset"), rest.pop("init"), {name: rest.pop(name) for name in _WIDTHS})
     settings = Settings(
         target=target,
         init=Init(shares_embedding=rest.pop("share_embedding"), **init),
@@ -101,10 +102,10 @@ def distil(options: dict[str, Any]) -> None:
     Distillation(settings, engines).run()
 
 
-def _beginning(preset: str | None, init: str | None, mlp: int | None, kv_heads: int | None) -> dict[str, Any]:
+def _beginning(preset: str | None, init: str | None, widths: dict[str, int | None]) -> dict[str, Any]:
     """The fields of `Init` that say how a draft begins."""
     if preset is None:
-        return {"source": init or FIRST_CUT, "mlp": mlp, "kv_heads": kv_heads}
-    if (init, mlp, kv_heads) != (None, None, None):
-        raise ConfigError("--preset takes no --init, --mlp or --kv-heads: it sets them", param="preset")
+        return {"source": init or FIRST_CUT, **widths}
+    if init is not None or any(width is not None for width in widths.values()):
+        raise ConfigError("--preset takes no --init, --mlp, --kv-heads or --hidden: it sets them", param="preset")
     return {"source": f"preset:{preset}"}

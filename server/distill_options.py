@@ -41,6 +41,10 @@ KvHeads = Annotated[
     int | None,
     _option("Key/value heads of the draft, each with its query heads; the most active ones stay.", _DRAFT),
 ]
+Hidden = Annotated[
+    int | None,
+    _option("Hidden size of the draft; the strongest channels stay, and it has an embedding of its own.", _DRAFT),
+]
 ShareEmbedding = Annotated[
     bool | None,
     _option(

@@ -78,6 +78,44 @@ def test_dropping_heads_that_do_nothing_changes_nothing(tmp_path: Path, kind: st
     check_parity(runner, draft, VOCAB)
 
 
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_dropping_channels_that_carry_nothing_changes_nothing(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Nobody writes into every third channel of the hidden state."""
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 4, "num_key_value_heads": 2}
+    options = sizes | {"num_hidden_layers": 2, "vocab_size": VOCAB, "head_dim": 8, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, kind).config_class(**options, rms_norm_eps=1e-12)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(float(name.endswith("norm.weight")), 0.2)
+        model.model.embed_tokens.weight[:, 1::3] = 0.0
+        for layer in model.model.layers:
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight[1::3] = 0.0
+    draft = make_draft(Init("layers:0,1", None, False, hidden=16), model, ROWS)
+    assert draft.model.embed_tokens.weight.shape == (VOCAB, 16) and draft.lm_head.weight.shape == (VOCAB, 16)
+    assert torch.allclose(logits(draft), logits(model), atol=1e-5)
+    export_draft(draft, tmp_path / "draft", torch.float32, complete=True)
+    runner = load(tmp_path / "draft", "native")
+    assert (runner.spec.num_heads, runner.spec.head_dim) == (4, 8)
+    check_parity(runner, draft, VOCAB)
+
+
+def test_all_widths_are_cut_together(target: PreTrainedModel) -> None:
+    """Of a target where the rest of neither neurons nor channels does anything."""
+    with torch.no_grad():
+        target.model.embed_tokens.weight[:, 20:] = 0.0
+        for layer in target.model.layers:
+            layer.self_attn.o_proj.weight[20:] = 0.0
+            layer.mlp.down_proj.weight[20:] = 0.0
+    draft = make_draft(Init("layers:2", mlp=12, shares_embedding=False, hidden=20), target, ROWS)
+    assert draft.model.layers[1].mlp.down_proj.weight.shape == (20, 12)
+    assert torch.allclose(logits(draft), logits(target), atol=1e-3), "but for the norms' epsilon"
+    fresh = make_draft(Init("random:2", mlp=12, shares_embedding=False, hidden=20), target, ROWS)
+    assert fresh.model.layers[1].mlp.down_proj.weight.shape == (20, 12)
+
+
 def test_a_draft_of_its_own_is_a_plain_checkpoint(tmp_path: Path, target: PreTrainedModel) -> None:
     draft = make_draft(Init("layers:0,2", None, False), target, ROWS)
     assert all(parameter.requires_grad for parameter in draft.parameters())
@@ -133,6 +171,9 @@ def test_what_cannot_be_narrowed_or_shared_is_refused(tmp_path: Path, target: Pr
         with pytest.raises(ConfigError, match=f"cannot have {heads} key/value heads") as caught:
             make_draft(Init("layers:1", kv_heads=heads), target, ROWS)
         assert caught.value.param == "kv_heads"
+    for hidden in (0, 33):
+        with pytest.raises(ConfigError, match=f"hidden size cannot be {hidden}"):
+            make_draft(Init("layers:1", hidden=hidden), target, ROWS)
     del target.model.layers[0].mlp.up_proj
     with pytest.raises(ModelLoadError, match="gated"):
         make_draft(Init("layers:0,1", mlp=12), target, ROWS)
@@ -150,5 +191,13 @@ def test_sharing_is_for_targets_of_our_own_model_code(tmp_path: Path) -> None:
     other = open_checkpoint(str(tmp_path / "llama"))
     assert Init("layers:1").settled(other).shares_embedding is False
     assert Init("/some/folder").settled(ours).shares_embedding is None
+    assert Init("layers:1", hidden=16).settled(ours).shares_embedding is False
+    for shares, checkpoint in ((True, ours), (None, other)):
+        with pytest.raises(ConfigError) as caught:
+            Init("layers:1", shares_embedding=shares, hidden=16).settled(checkpoint)
+        assert caught.value.param == "hidden"
+    for widths in ({"mlp": 8}, {"kv_heads": 1}, {"hidden": 8}):
+        with pytest.raises(ConfigError, match="keeps its widths"):
+            Init("/some/folder", **widths).settled(ours)
     with pytest.raises(ConfigError, match="share"):
         Init("layers:1", shares_embedding=True).settled(other)

@@ -103,7 +103,7 @@ def test_a_preset_says_how_the_draft_begins(
     assert "preset:small is layers:2, feed-forward 6\n" in run(target, tmp_path / "run", *options)
     config = json.loads((tmp_path / "run" / "draft" / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"]) == (2, 6)
-    for more in (["--init", "layers:1"], ["--mlp", "6"], ["--kv-heads", "1"]):
+    for more in (["--init", "layers:1"], ["--mlp", "6"], ["--kv-heads", "1"], ["--hidden", "8"]):
         with pytest.raises(ConfigError, match="--preset takes no --init"):
             run(target, tmp_path / "other", *options, *more)
 
