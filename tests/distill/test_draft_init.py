@@ -196,8 +196,8 @@ def test_sharing_is_for_targets_of_our_own_model_code(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             Init("layers:1", shares_embedding=shares, hidden=16).settled(checkpoint)
         assert caught.value.param == "hidden"
-    for widths in ({"mlp": 8}, {"kv_heads": 1}, {"hidden": 8}):
+    for init in (Init("/some/folder", mlp=8), Init("/some/folder", kv_heads=1), Init("/some/folder", hidden=8)):
         with pytest.raises(ConfigError, match="keeps its widths"):
-            Init("/some/folder", **widths).settled(ours)
+            init.settled(ours)
     with pytest.raises(ConfigError, match="share"):
         Init("layers:1", shares_embedding=True).settled(other)
