@@ -23,7 +23,10 @@ _LOG2_E = math.log2(math.e)
 _ALL_ROWS = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["max_kept", "observe"])
+_TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]
+
+
+@triton.jit(do_not_specialize=["max_kept", "observe", *_TABLE_STRIDES])
 def _mass_kernel(
     query: tl.tensor,
     pool: tl.tensor,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import LogitRows, adjusted, check_parameters, row_peak, scaled
+from .rows_triton import EXACT, LogitRows, adjusted, check_parameters, row_peak, scaled
 
 _PIVOTS = 8
 """Fixed thresholds; the last is below everything."""
@@ -310,14 +310,16 @@ def find_cuts(
     least, last = torch.empty(count, device=device), torch.empty(count, dtype=torch.int64, device=device)
     rules, over, whole = (temperature, top_k, top_p), (logits, *rows.tables), {"CHUNKS_PADDED": rows.padded}
     _tally_kernel[rows.grid](
-        *over, *rules, peaks, counts, masses, logits.stride(0), PIVOTS=_PIVOTS, **whole, **sizes, num_warps=4
+        *over, *rules, peaks, counts, masses, logits.stride(0), PIVOTS=_PIVOTS, **whole, **sizes, num_warps=4, **EXACT
     )
-    _choose_kernel[(count,)](*rules, counts, masses, choice, ends, CHUNKS=chunks, PIVOTS=_PIVOTS, **whole, num_warps=4)
+    _choose_kernel[(count,)](
+        *rules, counts, masses, choice, ends, CHUNKS=chunks, PIVOTS=_PIVOTS, **whole, num_warps=4, **EXACT
+    )
     _gather_kernel[rows.grid](
-        *over, *rules, peaks, choice, ends, values, tokens, logits.stride(0), **whole, **sizes, num_warps=4
+        *over, *rules, peaks, choice, ends, values, tokens, logits.stride(0), **whole, **sizes, num_warps=4, **EXACT
     )
     _settle_kernel[(count,)](
         temperature, min_p, top_k, top_p, choice, ends, masses, values, tokens, least, last,
-        VOCABULARY=logits.shape[1], CHUNKS=chunks, PIVOTS=_PIVOTS, BLOCK=2048, **whole, num_warps=8,
+        VOCABULARY=logits.shape[1], CHUNKS=chunks, PIVOTS=_PIVOTS, BLOCK=2048, **whole, num_warps=8, **EXACT,
     )  # fmt: skip
     return least, last

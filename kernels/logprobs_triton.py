@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import check_parameters, checked_rows
+from .rows_triton import EXACT, check_parameters, checked_rows
 
 _MOST = 128
 """Best tokens that the merging program can hold of each chunk."""
@@ -111,9 +111,10 @@ def token_logprobs_triton(logits: Tensor, tokens: Tensor, top: int) -> tuple[Ten
     best = torch.empty(count, chunks, width, dtype=torch.int64, device=logits.device) if width else None
     if count:
         stride = logits.stride(0)
-        _summary_kernel[rows.grid](logits, peaks, sums, best, stride, **rows.sizes, TOP=width, num_warps=4)
+        _summary_kernel[rows.grid](logits, peaks, sums, best, stride, **rows.sizes, TOP=width, num_warps=4, **EXACT)
         _merge_kernel[(count,)](
             logits, tokens.contiguous(), peaks, sums, best, chosen, ids, values, stride, CHUNKS=chunks,
             CHUNKS_PADDED=rows.padded, TOP=width, TOP_PADDED=triton.next_power_of_2(max(1, width)), num_warps=8,
+            **EXACT,
         )  # fmt: skip
     return chosen, ids, values

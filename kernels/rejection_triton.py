@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checks_triton import check_contiguous, check_device, check_dtype, check_shape
 from .noise import ACCEPT_STREAM
-from .rows_triton import check_parameters, checked_rows, gumbel_noise, uniform_noise
+from .rows_triton import EXACT, check_parameters, checked_rows, gumbel_noise, uniform_noise
 
 
 @triton.jit
@@ -170,13 +170,13 @@ def judge_drafts_triton(
     best, winners = processed.new_empty(count, 2, chunks), rejected.new_empty(count, 2, chunks)
     both, stride = (processed, draft_processed), processed.stride(0)
     padded = {"CHUNKS": chunks, "CHUNKS_PADDED": rows.padded}
-    _sums_kernel[rows.grid](*both, sums, stride, **rows.sizes, num_warps=4)
+    _sums_kernel[rows.grid](*both, sums, stride, **rows.sizes, num_warps=4, **EXACT)
     _accept_kernel[(count,)](
         *both, drafts, seeds, positions, sums, totals, rejected, stride, VOCABULARY=processed.shape[1],
-        OFFSET=ACCEPT_STREAM << 40, **padded, num_warps=1,
+        OFFSET=ACCEPT_STREAM << 40, **padded, num_warps=1, **EXACT,
     )  # fmt: skip
     _replace_kernel[rows.grid](
-        *both, heads, seeds, positions, totals, rejected, best, winners, stride, **rows.sizes, num_warps=4
+        *both, heads, seeds, positions, totals, rejected, best, winners, stride, **rows.sizes, num_warps=4, **EXACT
     )
-    _settle_kernel[(count,)](drafts, heads, rejected, best, winners, tokens, **padded, num_warps=1)
+    _settle_kernel[(count,)](drafts, heads, rejected, best, winners, tokens, **padded, num_warps=1, **EXACT)
     return tokens

@@ -16,6 +16,9 @@ from .checks_triton import check_contiguous, check_device, check_dtype, check_ro
 
 BLOCK = 2048
 """Tokens of a chunk: 75 programs for one row of a large vocabulary."""
+EXACT = {"enable_fp_fusion": False}
+"""Launch option of every kernel over rows. A compiler that may fuse products with sums does so kernel by kernel: a
+number is then rounded once instead of twice, and two kernels no longer see the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,9 @@ class LogitRows:
     def peaks(self) -> Tensor:
         """[R, chunks] float32: the largest adjusted logits."""
         peaks = self.logits.new_empty(self.grid)
-        _peaks_kernel[self.grid](self.logits, *self.tables, peaks, self.logits.stride(0), **self.sizes, num_warps=4)
+        _peaks_kernel[self.grid](
+            self.logits, *self.tables, peaks, self.logits.stride(0), **self.sizes, num_warps=4, **EXACT
+        )
         return peaks
 
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cuts_triton import Truncation, find_cuts
-from .rows_triton import Penalties, adjusted, check_parameters, checked_rows, gumbel_noise, row_peak, scaled
+from .rows_triton import EXACT, Penalties, adjusted, check_parameters, checked_rows, gumbel_noise, row_peak, scaled
 
 
 @triton.jit
@@ -145,9 +145,11 @@ def draw_triton(
     cuts = (None, None) if truncation is None else find_cuts(rows, peaks, temperature, min_p, truncation)
     _draw_kernel[rows.grid](
         logits, *rows.tables, temperature, min_p, seeds.contiguous(), positions.contiguous(), peaks, *cuts,
-        best, winners, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes, num_warps=4,
+        best, winners, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes, num_warps=4, **EXACT,
     )  # fmt: skip
-    _pick_kernel[(len(tokens),)](best, winners, tokens, CHUNKS=best.shape[1], CHUNKS_PADDED=rows.padded, num_warps=1)
+    _pick_kernel[(len(tokens),)](
+        best, winners, tokens, CHUNKS=best.shape[1], CHUNKS_PADDED=rows.padded, num_warps=1, **EXACT
+    )
     return tokens
 
 
@@ -164,6 +166,6 @@ def processed_logits_triton(logits: Tensor, temperature: Tensor, min_p: Tensor, 
         cuts = find_cuts(rows, peaks, temperature, min_p.contiguous(), truncation)
         _process_kernel[rows.grid](
             logits, temperature, peaks, *cuts, processed, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes,
-            num_warps=4,
+            num_warps=4, **EXACT,
         )  # fmt: skip
     return processed

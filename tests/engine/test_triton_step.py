@@ -9,7 +9,7 @@ from quire.core.config import EngineConfig
 from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
-from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.engine.graphs import DecodeGraphs
 from quire.kernels.backend import TRITON_BACKENDS, Backend
 from quire.models.placement import Placement
 from quire.pruning.quest import QuestSelector
@@ -63,14 +63,14 @@ def test_tokens_are_the_references_with_and_without_graphs(checkpoint: Path, dev
     assert run(make_engine(checkpoint, "triton")) == expected
     engine, capture = make_engine(checkpoint, "triton"), FakeCapture()
     if device == "cpu":
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", capture)
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, 5, "triton", capture)
     assert run(engine) == expected
-    assert device == "cuda" or capture.replayed == 4
+    assert device == "cuda" or capture.replayed == 4 + capture.captured
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
 def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
-    """Steps with them and, where none is made, graphs take turns."""
+    """Plainly, and by graphs, in whose steps some sequences bring proposals and some bring none."""
     expected = run(make_engine(checkpoint, "reference"))
     texts = {4 - i: [*prompt, *text] for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))}
 
@@ -79,11 +79,13 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
         ahead = texts[slot][len(known) :][:1]
         return [*ahead, 5] if len(known) % 3 == 0 else []
 
-    engine = make_engine(checkpoint, "triton", ScriptedDrafter(guess))
-    if device == "cpu":
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
-    for text, plain in zip(run(engine, drafts=2), expected, strict=True):
-        assert text[: len(plain)] == plain
+    for graphs in (False, True):
+        engine = make_engine(checkpoint, "triton", ScriptedDrafter(guess))
+        if device == "cpu" and graphs:
+            engine._graphs = DecodeGraphs(engine._runner, engine.cache, 5, "triton", FakeCapture(), most_drafts=2)
+        for text, plain in zip(run(engine, drafts=2), expected, strict=True):
+            assert text[: len(plain)] == plain
+        assert device == "cuda" or not graphs or {kind for _, kind in engine._graphs._graphs} >= {"drafts"}
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -100,14 +102,14 @@ def test_trees_change_no_token(checkpoint: Path, device: str, graphs: bool) -> N
 
     engine, capture = make_engine(checkpoint, "triton", TreeDrafter(tree)), FakeCapture()
     if device == "cpu" and graphs:
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, (1,), "triton", capture, most_drafts=4)
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, 1, "triton", capture, most_drafts=4)
     harness = Harness(engine, drafts=4)
     sequence = harness.add(0, prompt, PARAMS[1])
     for known in (2, 5, 8):
         assert sequence.tokens == text[:known]
         harness.step([(sequence, len(sequence.tokens) - sequence.computed)])
     assert [output.branched for output in sequence.outputs] == [2, 2, 2]
-    assert device == "cuda" or capture.replayed == 2 * graphs
+    assert device == "cuda" or capture.replayed == (2 + capture.captured) * graphs
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
