@@ -41,7 +41,7 @@ def _scaled(
     return ((part * scale).to(kind).to(tl.float32) * gain).to(kind).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["destinations", "positions"])
 def _append_rotated_kernel(
     heads: tl.tensor,
     value: tl.tensor,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile_triton import cap_scores, load_columns, locate_head
+from .attention_tile_triton import INDICES, TABLE_STRIDES, cap_scores, load_columns, locate_head
 from .checks_triton import check_contiguous, check_device, check_dtype, check_pool, check_shape, check_step
 from .tiles_triton import HeadShape, device_limits, padded, uses_tensor_cores
 
@@ -23,10 +23,7 @@ _LOG2_E = math.log2(math.e)
 _ALL_ROWS = 2**31 - 1
 
 
-_TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]
-
-
-@triton.jit(do_not_specialize=["max_kept", "observe", *_TABLE_STRIDES])
+@triton.jit(do_not_specialize=["max_kept", "observe", "window", *TABLE_STRIDES], do_not_specialize_on_alignment=INDICES)
 def _mass_kernel(
     query: tl.tensor,
     pool: tl.tensor,

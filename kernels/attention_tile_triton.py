@@ -9,6 +9,11 @@ Positions, lengths and indices are 32 bits; offsets into pool and tables are 64 
 import triton
 import triton.language as tl
 
+# What differs from step to step and from layer to layer, numbers and where tables begin. A kernel compiled anew for a
+# lucky value of one would hold up the step that meets it, and gain nothing.
+TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]
+INDICES = ["page_table", "kept", "table_rows", "query_start", "positions", "visible"]
+
 
 @triton.jit
 def find_tile(query_start, first_sequence, last_sequence, TOKENS: tl.constexpr, ONE_TILE: tl.constexpr):

@@ -26,19 +26,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_plan_triton import Launch, plan_launches, plan_unknown
-from .attention_tile_triton import attend_entries, find_tile, locate_head, row_heads
+from .attention_tile_triton import INDICES, TABLE_STRIDES, attend_entries, find_tile, locate_head, row_heads
 from .checks_triton import check_contiguous, check_device, check_dtype, check_float, check_pool, check_shape, check_step
 from .tiles_triton import MAX_SPLITS, HeadShape, device_limits, padded
 
 _LOG2_E = math.log2(math.e)
 
 
-_VARYING = ["first_sequence", "last_sequence", "first_row", "shortest", "longest", "splits"]
-"""Numbers that differ from step to step: a kernel compiled anew for a lucky value of one would hold up the step."""
-_TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]
+_VARYING = ["first_sequence", "last_sequence", "first_row", "shortest", "longest", "splits", "window"]
 
 
-@triton.jit(do_not_specialize=_VARYING + _TABLE_STRIDES)
+@triton.jit(do_not_specialize=_VARYING + TABLE_STRIDES, do_not_specialize_on_alignment=INDICES)
 def _attention_kernel(
     query: tl.tensor,
     pool: tl.tensor,
@@ -128,7 +126,7 @@ def _attention_kernel(
         tl.store(log_sums + place, total, mask=real)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=INDICES)
 def _merge_kernel(
     parts: tl.tensor,
     part_log_sums: tl.tensor,

@@ -105,6 +105,16 @@ class NativeRunner:
         return None if angles is None else self.decoder.chain(angles, context)
 
 
+def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, int | bool]:
+    """Fields of `kernels.self_check.KernelShape` that only our own layers have a use for."""
+    return {
+        "rotated": rope_settings(config.to_dict(), spec.head_dim).dim,
+        "head_norm": NATIVE_ARCHITECTURES[spec.architecture].qk_norm,
+        "hidden": config.hidden_size,
+        "feed_forward": config.intermediate_size,
+    }
+
+
 def load_native(
     checkpoint: Checkpoint,
     config: PretrainedConfig,
