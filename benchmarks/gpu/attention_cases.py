@@ -17,6 +17,8 @@ from quire.kernels.attention_mass_triton import attention_mass_triton
 from quire.kernels.attention_triton import paged_attention_triton
 
 PAGE = 16
+_MOST_DRAFTED = 32
+"""Rows up to which a case is one of verification: CUDA graphs compute those without knowing how many rows are whose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +194,9 @@ def rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iterator[
         batch = Batch(case, meter.device, dtype)
         run = partial(paged_attention_triton, **batch.arguments(), value_dim=case.head_dim, visible=batch.masks())
         yield meter.row("attention", case.name, "quire", run, batch.work())
+        if 1 < case.new <= _MOST_DRAFTED:
+            run = partial(run, query_lengths=None)
+            yield meter.row("attention", case.name, "quire, lengths on the device", run, batch.work())
         if not case.is_plain:
             continue
         for name, make in CONTENDERS.items():
