@@ -13,7 +13,8 @@ import torch
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
 from ..kernels.backend import TRITON_BACKENDS, resolve_backend
-from ..kernels.self_check import NUM_CHECKS, KernelFailure, KernelShape, failed_kernel
+from ..kernels.kernel_trials import TRIALS, KernelShape
+from ..kernels.self_check import KernelFailure, failed_kernel
 from ..models.loading import checkpoint_dtype, kernel_shape
 from ..models.placement import Placement
 from ..speculation.loading import chosen_draft
@@ -52,7 +53,7 @@ def trusted(place: Placement, config: EngineConfig) -> Placement:
         torch.cuda.empty_cache()  # the cache is sized by what is free
     if failure is None:
         spent = time.perf_counter() - started
-        log.info("kernels: %s (%d kinds checked against plain torch in %.1f s)", place.backend, NUM_CHECKS, spent)
+        log.info("kernels: %s (%d kinds checked against plain torch in %.1f s)", place.backend, len(TRIALS), spent)
         return place
     if failure.fatal or config.attention_backend != "auto":
         raise ConfigError(_reason(failure), param="attention_backend")

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from ..core.errors import ConfigError, ModelLoadError
 from ..core.model_spec import ModelSpec
-from ..kernels.self_check import KernelShape
+from ..kernels.kernel_trials import KernelShape
 from .checkpoint import Checkpoint, open_checkpoint
 from .native import SHARES_EMBEDDING, NativeRunner, load_native, native_obstacle, native_widths
 from .placement import Placement

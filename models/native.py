@@ -106,7 +106,7 @@ class NativeRunner:
 
 
 def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, int | bool]:
-    """Fields of `kernels.self_check.KernelShape` that only our own layers have a use for."""
+    """Fields of `kernels.kernel_trials.KernelShape` that only our own layers have a use for."""
     return {
         "rotated": rope_settings(config.to_dict(), spec.head_dim).dim,
         "head_norm": NATIVE_ARCHITECTURES[spec.architecture].qk_norm,

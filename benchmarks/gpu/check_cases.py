@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.gpu.measure import Meter, Row
-from quire.kernels.self_check import KernelShape, failed_kernel
+from quire.kernels.kernel_trials import KernelShape
+from quire.kernels.self_check import failed_kernel
 
 SHAPES = {
     "Llama-3.1-8B": KernelShape(32, 8, 128, 16, 128256, rotated=128, hidden=4096, feed_forward=14336),

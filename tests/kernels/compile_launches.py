@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from quire.kernels import (
     append_rotated_triton,
+    attention_columns_triton,
     attention_mass_triton,
     attention_triton,
     cache_triton,
@@ -34,6 +35,7 @@ from quire.kernels import (
     sampling_triton,
 )
 from quire.kernels.append_rotated import Rotation
+from quire.kernels.paged_rows import PagedRows
 from quire.kernels.tiles_triton import DeviceLimits
 
 LIMITS = {
@@ -117,6 +119,11 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     attention_triton.paged_attention_triton(**unknown, value_dim=head_dim, table_rows=slots)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums, observe=4, **options)
+    keys, places = PagedRows(pool[:, 0], table[0], 16 * pages), PagedRows(held, table[0], 16 * pages)
+    for rows, reduce, softcap in ((1, "sum", None), (300, "max", 30.0)):
+        attention_columns_triton.attention_columns_triton(
+            query[:rows], keys, places, kept[0], positions[:rows], reduce=reduce, scale=0.1, softcap=softcap
+        )  # fmt: skip
 
 
 def launch_draws() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from quire.kernels import self_check
-from quire.kernels.self_check import KernelFailure, KernelShape, failed_kernel
+from quire.kernels.kernel_trials import TRIALS, KernelShape
+from quire.kernels.self_check import KernelFailure, failed_kernel
 
 from .triton_interpreter import DEVICES, DTYPES
 
@@ -52,6 +53,7 @@ BROKEN: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "draft verification": ("rejection_triton.judge_drafts_triton", lambda tokens: tokens.flip(0)),
     "log-probabilities": ("logprobs_triton.token_logprobs_triton", lambda found: (found[0], found[1] + 1, found[2])),
     "attention mass": ("attention_mass_triton.attention_mass_triton", lambda mass: mass / mass.sum()),
+    "attention columns": ("attention_columns_triton.attention_columns_triton", lambda sums: sums.flip(1)),
     "compaction": ("compaction_triton.compact_kv_triton", lambda nothing: None),
     "page bounds": ("page_bounds_triton.page_key_bounds_triton", lambda nothing: None),
 }
@@ -66,7 +68,7 @@ def test_a_broken_kernel_is_named(device: str, kernel: str, monkeypatch: pytest.
     # What writes in place is broken by not being run.
     whole = (lambda *args, **kwargs: None) if kernel in IN_PLACE else getattr(found, name)
     monkeypatch.setattr(found, name, broken(whole, spoil))
-    monkeypatch.setattr(self_check, "_CHECKS", {kernel: self_check._CHECKS[kernel]})
+    monkeypatch.setattr(self_check, "TRIALS", {kernel: TRIALS[kernel]})
     result = failure(SHAPES[1], device)
     assert result is not None and result.kernel == kernel and not result.fatal
     assert "differs from torch by up to" in result.reason
@@ -86,8 +88,8 @@ def test_what_raises_is_told(device: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_only_what_the_model_uses_is_tried(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("add_rms_norm_triton", "gated_activation_triton"):
         monkeypatch.delattr(f"quire.kernels.layers_triton.{name}")
-    layers = {name: self_check._CHECKS[name] for name in ("gated activation", "norm")}
-    monkeypatch.setattr(self_check, "_CHECKS", layers)
+    layers = {name: TRIALS[name] for name in ("gated activation", "norm")}
+    monkeypatch.setattr(self_check, "TRIALS", layers)
     assert failure(SMALL, device) is None
     result = failure(SHAPES[1], device)
     assert result is not None and result.kernel == "gated activation"

@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 
 from quire.kernels import (
     append_rotated_triton,
+    attention_columns_triton,
     attention_mass_triton,
     attention_triton,
     cache_triton,
@@ -42,6 +43,7 @@ __all__ = [
     "ON_GPU",
     "append_rotated_triton",
     "attention_arguments",
+    "attention_columns_triton",
     "attention_mass_triton",
     "attention_triton",
     "cache_triton",
