@@ -157,7 +157,7 @@ class DecodeGraphs:
         """
         rows, decodes = _Rows.of(plan), plan.decodes
         sequences, total = len(rows.slots), int(rows.counts.sum())
-        trees = TreeRows.of(plan, rows.counts.cumsum() - rows.counts, total)
+        trees = TreeRows.of(plan, rows.counts.cumsum(dtype=np.int64) - rows.counts, total)
         kind: Kind = "trees" if trees is not None else "drafts" if total > sequences else "decodes"
         size = self._sizes[bisect_left(self._sizes, total)]
         graph = self._graphs.get((size, kind)) or self._captured(size, kind)

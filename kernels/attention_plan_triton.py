@@ -80,7 +80,7 @@ _ROWS_GUESSED = 4
 @lru_cache(maxsize=64)
 def plan_unknown(
     rows: int, sequences: int, heads: int, kv_heads: int, max_kept: int, shape: HeadShape, limits: DeviceLimits
-) -> tuple[Launch]:
+) -> tuple[Launch, ...]:
     """The one launch for `rows` rows that belong to up to `sequences` sequences in any way: a CUDA graph's.
 
     A sequence may be without rows. The tiles are those of chunks to verify, as many as any division of the rows needs.

@@ -6,6 +6,7 @@ memory never holds more than the model and one tensor.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec.structs import replace
 from torch import Tensor
@@ -105,7 +106,7 @@ class NativeRunner:
         return None if angles is None else self.decoder.chain(angles, context)
 
 
-def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, int | bool]:
+def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, Any]:
     """Fields of `kernels.kernel_trials.KernelShape` that only our own layers have a use for."""
     return {
         "rotated": rope_settings(config.to_dict(), spec.head_dim).dim,

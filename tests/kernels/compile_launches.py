@@ -120,10 +120,9 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums, observe=4, **options)
     keys, places = PagedRows(pool[:, 0], table[0], 16 * pages), PagedRows(held, table[0], 16 * pages)
-    for rows, reduce, softcap in ((1, "sum", None), (300, "max", 30.0)):
-        attention_columns_triton.attention_columns_triton(
-            query[:rows], keys, places, kept[0], positions[:rows], reduce=reduce, scale=0.1, softcap=softcap
-        )  # fmt: skip
+    columns = attention_columns_triton.attention_columns_triton
+    columns(query[:1], keys, places, kept[0], positions[:1], reduce="sum", scale=0.1)
+    columns(query[:300], keys, places, kept[0], positions[:300], reduce="max", scale=0.1, softcap=30.0)
 
 
 def launch_draws() -> None:

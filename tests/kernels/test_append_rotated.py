@@ -32,7 +32,9 @@ def make_step(
 
 def on(device: str, step: list[Any]) -> list[Any]:
     """The step with all its tensors there; the heads still parts of longer rows."""
-    fields = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars_of(step[0]).items()}
+    fields: dict[str, Any] = {
+        name: x.to(device) if isinstance(x, Tensor) else x for name, x in vars_of(step[0]).items()
+    }
     longer = torch.cat([fields["heads"], fields["heads"]], 1)[:, : step[0].heads.shape[1]]
     return [Rotation(**fields | {"heads": longer}), *(x.to(device, copy=True) for x in step[1:])]
 

@@ -56,7 +56,7 @@ def test_it_is_the_reference(
     whole = PagedRows.of(keys.float()), PagedRows.of(positions)
     expected = attention_columns_reference(query.float(), *whole, held, last, **options, sinks=own)
     paged = in_pages(keys, size, lengths), in_pages(positions, size, lengths)
-    there = (query.to(device), *(moved(part, device) for part in paged), held.to(device), last.to(device))
+    there: Any = (query.to(device), *(moved(part, device) for part in paged), held.to(device), last.to(device))
     found = attention_columns(*there, **options, sinks=None if own is None else own.to(device), backend="triton")
     # A row that sees nothing gives NaN in plain torch if it has no sink: it counts for nothing.
     if rows > 1 and not sinks:
