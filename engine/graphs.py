@@ -18,6 +18,7 @@ from itertools import chain
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class _Rows:
 
     slots: IntArray
     """[S]"""
-    counts: IntArray
+    counts: npt.NDArray[np.int64]
     """[S]: rows of each sequence."""
     kept: IntArray
     """[S]: entries that each gets and keeps; with drafts none yet."""
@@ -95,7 +96,7 @@ class _Rows:
         """The plan's decodes come first."""
         decodes, others = len(plan.decodes), plan.sequences
         slots = np.array([*plan.decodes.slots, *(part.slot for part in others)], np.int32)
-        counts, kept = np.ones((2, len(slots)), np.int32)
+        counts, kept = np.ones(len(slots), np.int64), np.ones(len(slots), np.int32)
         counts[decodes:] = [len(part.token_ids) for part in others]
         kept[decodes:] = [part.drafts == 0 for part in others]
         return _Rows(slots, counts, kept)
@@ -157,7 +158,7 @@ class DecodeGraphs:
         """
         rows, decodes = _Rows.of(plan), plan.decodes
         sequences, total = len(rows.slots), int(rows.counts.sum())
-        trees = TreeRows.of(plan, rows.counts.cumsum(dtype=np.int64) - rows.counts, total)
+        trees = TreeRows.of(plan, rows.counts.cumsum() - rows.counts, total)
         kind: Kind = "trees" if trees is not None else "drafts" if total > sequences else "decodes"
         size = self._sizes[bisect_left(self._sizes, total)]
         graph = self._graphs.get((size, kind)) or self._captured(size, kind)
