@@ -95,7 +95,7 @@ class _Rows:
     def of(plan: BatchPlan) -> "_Rows":
         """The plan's decodes come first."""
         decodes, others = len(plan.decodes), plan.sequences
-        slots = np.array([*plan.decodes.slots, *(part.slot for part in others)], np.int32)
+        slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in others], np.int32)])
         counts, kept = np.ones(len(slots), np.int64), np.ones(len(slots), np.int32)
         counts[decodes:] = [len(part.token_ids) for part in others]
         kept[decodes:] = [part.drafts == 0 for part in others]
@@ -185,8 +185,9 @@ class DecodeGraphs:
         firsts, total = ends - counts, int(ends[-1])
         numbers = self._padding(size)
         orders = np.arange(total) - firsts.repeat(counts)
-        starts = np.array([*decodes.starts, *(part.start for part in others)])
-        numbers[_IDS, :total] = [*decodes.token_ids, *chain.from_iterable(part.token_ids for part in others)]
+        starts = np.concatenate([decodes.starts, np.array([part.start for part in others], np.int32)])
+        numbers[_IDS, : len(decodes)] = decodes.token_ids
+        numbers[_IDS, len(decodes) : total] = [*chain.from_iterable(part.token_ids for part in others)]
         numbers[_POSITIONS, :total] = starts.repeat(counts) + orders
         numbers[_LENGTHS, :total] = max_lengths[slots].repeat(counts)
         numbers[_SLOTS, :total] = slots.repeat(counts)
