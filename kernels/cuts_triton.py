@@ -72,7 +72,7 @@ def _goal(top_p: tl.tensor, mass: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(goal, 1), mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _tally_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -88,7 +88,7 @@ def _tally_kernel(
     masses: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +99,9 @@ def _tally_kernel(
     if not _is_cut(temperature, top_k, top_p, row):
         return
     token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = adjusted(logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX)
+    x = adjusted(
+        logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
+    )
     x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), tl.load(temperature + row))
     mass = _mass(x)
     for pivot in tl.static_range(PIVOTS):
@@ -144,7 +146,7 @@ def _choose_kernel(
     tl.store(ends + row * CHUNKS + chunk, tl.cumsum(held, axis=0), mask=chunk < CHUNKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _gather_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -162,7 +164,7 @@ def _gather_kernel(
     tokens: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,7 +178,7 @@ def _gather_kernel(
     if first < end:
         token = chunk * BLOCK + tl.arange(0, BLOCK)
         x = adjusted(
-            logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX
+            logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
         )
         x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), tl.load(temperature + row))
         chosen = x >= _pivot(tl.load(choice + row))

@@ -17,14 +17,14 @@ from .noise import ACCEPT_STREAM
 from .rows_triton import EXACT, check_parameters, checked_rows, gumbel_noise, uniform_noise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _sums_kernel(
     p: tl.tensor,
     q: tl.tensor,
     sums: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -80,7 +80,7 @@ def _ends(rejected: tl.tensor, heads: tl.tensor, row: tl.tensor) -> tl.tensor:
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _replace_kernel(
     p: tl.tensor,
     q: tl.tensor,
@@ -93,7 +93,7 @@ def _replace_kernel(
     winners: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
