@@ -140,13 +140,13 @@ def attention_columns_triton(
         parts = torch.empty(tiles, len(some), heads, device=query.device)
         given = (some, keys, entry_positions, lengths, where)
         options = {"scale": scale * math.log2(math.e) if softcap is None else scale, "softcap": softcap}
-        sizes = {"GREATEST": reduce == "max", "ROWS": rows, "ENTRIES": size}
+        sizes = {"GREATEST": False, "ROWS": rows, "ENTRIES": size}
         _launch(*given, None, parts, options, sizes)
         sums = parts.logsumexp(0)
         if sinks is not None:
             sums = torch.logaddexp(sums, sinks.float())
         new = torch.empty_like(result)
-        _launch(*given, sums, new, options, sizes)
+        _launch(*given, sums, new, options, sizes | {"GREATEST": reduce == "max"})
         result = torch.maximum(result, new) if reduce == "max" else result.add_(new)
     return result
 
