@@ -37,7 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runner: Literal["auto", "native", "transformers"] = "auto"
     """auto: native where the architecture is known to it, else transformers."""
     attention_backend: Literal["auto", "reference", "cpu", "triton", "xformers"] = "auto"
-    """Whose kernels compute; auto: C++ on a CPU, plain torch on a GPU."""
+    """Whose kernels compute; auto: C++ on a CPU; on a GPU Triton, if its kernels prove right at start."""
     cuda_graphs: bool = True
     """With the backend triton: replay decode steps as CUDA graphs, captured when first needed."""
     max_model_len: int | None = None

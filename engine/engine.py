@@ -37,7 +37,7 @@ from ..speculation.loading import cache_share, load_draft, make_drafter
 from . import draft_swap, snapshot
 from .allocation import allocate, allocate_host
 from .device import choose_placement
-from .graphs import CudaCapture, DecodeGraphs, graph_sizes
+from .graphs import CudaCapture, DecodeGraphs
 from .inputs import LogitLayout, build_inputs, logit_layout
 from .observe import StepObserver
 from .page_selection import PageSelection
@@ -108,9 +108,8 @@ class Engine:
         self._graphs: DecodeGraphs | None = None
         # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
-            sizes = graph_sizes(config.max_num_seqs)
             drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
-            self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture(), drafts)
+            self._graphs = DecodeGraphs(runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)

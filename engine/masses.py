@@ -1,7 +1,7 @@
 """Attention mass of several sequences of a step at once, by the Triton kernel.
 
 It takes the log-sum-exps that attention has kept of the rows; where there are none, `engine.observe` recomputes the
-weights with torch (`kernels.attention_columns`). Letters as in `models.context`; T' rows of the S' sequences.
+weights (`kernels.attention_columns`). Letters as in `models.context`; T' rows of the S' sequences.
 """
 
 from collections.abc import Sequence

@@ -33,7 +33,7 @@ def paged_attention(
     page_table: Tensor,
     kept: Tensor,
     query_start: Tensor,
-    query_lengths: tuple[int, ...],
+    query_lengths: tuple[int, ...] | None,
     positions: Tensor,
     *,
     max_kept: int,
@@ -51,7 +51,8 @@ def paged_attention(
 
     query [T, H, D] (query head h uses kv head h // G); pool [P, 2, B, D], contiguous, read in query's dtype;
     entry_positions [P, B] int32; page_table [S, K, M] int32, columns past a head's length are arbitrary; kept [S, K]
-    int32, before this step; query_start [S + 1] int32: first row of each sequence (device twin of `query_lengths`);
+    int32, before this step; query_start [S + 1] int32: first row of each sequence (device twin of `query_lengths`,
+    which may be None where the host does not know them: triton then takes any, also 0, all others read the device);
     positions [T] int64; max_kept: host upper bound of kept + n; sinks [H]. With table_rows [S] int64, page_table
     [N, K, M] and kept [N, K] are those of N slots, and sequence s has row table_rows[s] of them: for triton no copy is
     made. visible [T] int64: the rows' masks; None: no row has one. Returns [T, H, value_dim] in query's dtype. Mutates
@@ -78,6 +79,8 @@ def paged_attention(
         page_table, kept = page_table[table_rows], kept[table_rows]
     check_paged(pool, entry_positions, page_table, kept, query_start, positions, visible)
     check_query(query, pool, page_table, positions, value_dim=value_dim, window=window, sinks=sinks)
+    if query_lengths is None:
+        query_lengths = tuple(query_start.diff().tolist())
     if by_xformers:
         return paged_attention_xformers(
             query, pool, entry_positions, page_table, kept, query_lengths, max_kept=max_kept, scale=scale

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .backend import Backend
+from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import DTYPES, loaded_library
 from .paged_rows import PagedRows
 
@@ -42,7 +42,10 @@ def attention_columns(
     """
     if backend == "cpu" and len(query) and keys.pages.dtype == query.dtype and query.dtype in DTYPES:
         return _columns_cpu(query, keys, entry_positions, lengths, positions, reduce, scale, softcap, sinks)
-    return attention_columns_reference(
+    compute = attention_columns_reference
+    if backend in TRITON_BACKENDS:
+        from .attention_columns_triton import attention_columns_triton as compute  # triton is there beside a GPU only
+    return compute(
         query, keys, entry_positions, lengths, positions, reduce=reduce, scale=scale, softcap=softcap, sinks=sinks
     )
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile_triton import cap_scores, load_columns, locate_head
+from .attention_tile_triton import INDICES, TABLE_STRIDES, cap_scores, load_columns, locate_head
 from .checks_triton import check_contiguous, check_device, check_dtype, check_pool, check_shape, check_step
 from .tiles_triton import HeadShape, device_limits, padded, uses_tensor_cores
 
@@ -23,7 +23,7 @@ _LOG2_E = math.log2(math.e)
 _ALL_ROWS = 2**31 - 1
 
 
-@triton.jit(do_not_specialize=["max_kept", "observe"])
+@triton.jit(do_not_specialize=["max_kept", "observe", "window", *TABLE_STRIDES], do_not_specialize_on_alignment=INDICES)
 def _mass_kernel(
     query: tl.tensor,
     pool: tl.tensor,
@@ -119,7 +119,7 @@ def attention_mass_triton(
     (sequences, kv_heads, _), (_, heads, width) = page_table.shape, query.shape
     group = heads // kv_heads
     mass = query.new_empty(sequences, kv_heads, max_kept, dtype=torch.float32)
-    rows, entries = _tile(max(query_lengths, default=0) * group, width, query, pool)
+    rows, entries = mass_tile(max(query_lengths, default=0) * group, width, query, pool)
     if mass.numel():
         _mass_kernel[(triton.cdiv(max_kept, entries), kv_heads, sequences)](
             query, pool, entry_positions, page_table, kept, query_start, positions, log_sums, mass,
@@ -141,7 +141,7 @@ def _check_rows(query: Tensor, entry_positions: Tensor, log_sums: Tensor, observ
         raise ValueError(f"observe must be at least 1 row, got {observe}")
 
 
-def _tile(rows: int, width: int, query: Tensor, pool: Tensor) -> tuple[int, int]:
+def mass_tile(rows: int, width: int, query: Tensor, pool: Tensor) -> tuple[int, int]:
     """(rows, entries) of a step of a program."""
     shape = HeadShape(width, width, max(query.itemsize, pool.itemsize))
     if not uses_tensor_cores(shape, device_limits(query.device)):

@@ -50,7 +50,6 @@ class Launch:
 @lru_cache(maxsize=64)
 def plan_launches(
     query_lengths: tuple[int, ...],
-    *,
     heads: int,
     kv_heads: int,
     max_kept: int,
@@ -72,6 +71,29 @@ def plan_launches(
         resident = resident_programs(tile, shape, limits)
         launches.append(_launch(query_lengths, members, tile, resident, (shortest, longest), group, kv_heads, max_kept))
     return tuple(launches)
+
+
+_ROWS_GUESSED = 4
+"""Rows of a sequence whose number the device alone knows: the fewer the sequences, the more parts their heads need."""
+
+
+@lru_cache(maxsize=64)
+def plan_unknown(
+    rows: int, sequences: int, heads: int, kv_heads: int, max_kept: int, shape: HeadShape, limits: DeviceLimits
+) -> tuple[Launch, ...]:
+    """The one launch for `rows` rows that belong to up to `sequences` sequences in any way: a CUDA graph's.
+
+    A sequence may be without rows. The tiles are those of chunks to verify, as many as any division of the rows needs.
+    """
+    tile = choose_tile(VERIFY_ROWS, shape, limits)
+    group = heads // kv_heads
+    group_tile = min(group, tile.rows)
+    group_tiles, tokens = -(-group // group_tile), tile.rows // group_tile
+    working = -(-rows // _ROWS_GUESSED) * kv_heads * group_tiles
+    entries = -(-max_kept // tile.entries) * tile.entries
+    splits = split_count(working, resident_programs(tile, shape, limits), entries, tile.entries)
+    tiles = rows // tokens + sequences
+    return (Launch(tile, group_tile, group_tiles, False, tiles, splits, 0, sequences, 0, rows, 0, _ANY_LENGTH),)
 
 
 def _launch(

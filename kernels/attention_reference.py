@@ -79,11 +79,12 @@ def paged_attention_reference(
 
 
 def _runs(query_lengths: tuple[int, ...]) -> Iterator[tuple[slice, slice, int]]:
-    """(sequences, their rows, rows of each) of every run of sequences that bring equally many rows."""
+    """(sequences, their rows, rows of each) of every run of sequences that bring equally many rows, but for none."""
     sequence = row = 0
     for length, run in itertools.groupby(query_lengths):
         count = sum(1 for _ in run)
-        yield slice(sequence, sequence + count), slice(row, row + count * length), length
+        if length:
+            yield slice(sequence, sequence + count), slice(row, row + count * length), length
         sequence, row = sequence + count, row + count * length
 
 

@@ -9,6 +9,11 @@ Positions, lengths and indices are 32 bits; offsets into pool and tables are 64 
 import triton
 import triton.language as tl
 
+# What differs from step to step and from layer to layer, numbers and where tables begin. A kernel compiled anew for a
+# lucky value of one would hold up the step that meets it, and gain nothing.
+TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]
+INDICES = ["page_table", "kept", "table_rows", "query_start", "positions", "visible"]
+
 
 @triton.jit
 def find_tile(query_start, first_sequence, last_sequence, TOKENS: tl.constexpr, ONE_TILE: tl.constexpr):
@@ -80,12 +85,12 @@ def cap_scores(scores, scale, softcap):
 
 
 @triton.jit
-def part_of_entries(begin, end, part, ENTRIES: tl.constexpr, SPLITS: tl.constexpr):
+def part_of_entries(begin, end, part, splits, ENTRIES: tl.constexpr, SPLIT: tl.constexpr):
     """(first, end) of this part of the entries begin .. end - 1, in multiples of ENTRIES; may be empty."""
     first = begin
     last = end
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, ENTRIES), SPLITS) * ENTRIES
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, ENTRIES), splits) * ENTRIES
         first = begin + part * share
         last = tl.minimum(first + share, end)
     return first, last
@@ -108,9 +113,9 @@ def first_visible(held, first_token, window, visible):
 @triton.jit
 def attend_entries(
     query_rows, positions, visible, pool, entry_positions, table, held, first_token, start, token, length, real, part,
-    scale, window, softcap,
+    splits, scale, window, softcap,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, SPLIT: tl.constexpr, PADDED: tl.constexpr, VALUE_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax of the rows over their part of the entries.
 
@@ -123,7 +128,8 @@ def attend_entries(
     mass = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     end = held + tl.minimum(first_token + TOKENS, length)
-    first, last = part_of_entries(first_visible(held, first_token, window, visible), end, part, ENTRIES, SPLITS)
+    begin = first_visible(held, first_token, window, visible)
+    first, last = part_of_entries(begin, end, part, splits, ENTRIES, SPLIT)
     # Up to here every row of the tile sees every entry: no mask is needed.
     plain = first
     query_position = token

@@ -25,15 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_plan_triton import Launch, plan_launches
-from .attention_tile_triton import attend_entries, find_tile, locate_head, row_heads
+from .attention_plan_triton import Launch, plan_launches, plan_unknown
+from .attention_tile_triton import INDICES, TABLE_STRIDES, attend_entries, find_tile, locate_head, row_heads
 from .checks_triton import check_contiguous, check_device, check_dtype, check_float, check_pool, check_shape, check_step
-from .tiles_triton import HeadShape, device_limits, padded
+from .tiles_triton import MAX_SPLITS, HeadShape, device_limits, padded
 
 _LOG2_E = math.log2(math.e)
 
 
-@triton.jit(do_not_specialize=["first_sequence", "last_sequence", "first_row", "shortest", "longest"])
+_VARYING = ["first_sequence", "last_sequence", "first_row", "shortest", "longest", "splits", "window"]
+
+
+@triton.jit(do_not_specialize=_VARYING + TABLE_STRIDES, do_not_specialize_on_alignment=INDICES)
 def _attention_kernel(
     query: tl.tensor,
     pool: tl.tensor,
@@ -58,6 +61,7 @@ def _attention_kernel(
     first_row: tl.tensor,
     shortest: tl.tensor,
     longest: tl.tensor,
+    splits: tl.tensor,
     scale: tl.tensor,
     window: tl.tensor | None,
     softcap: tl.tensor | None,
@@ -70,14 +74,14 @@ def _attention_kernel(
     ENTRIES: tl.constexpr,
     GROUP_TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     PADDED: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
 ) -> None:
     """One tile of rows, one kv head (and part of its group), one part of its entries.
 
-    With SPLITS == 1 writes `output` [T, H, Dv] and `log_sums` [T, H] (natural); else both are scratch of
-    [rows of the launch, H, SPLITS(, Dv)], normalised per part and with log-sum-exps to base 2.
+    Without SPLIT writes `output` [T, H, Dv] and `log_sums` [T, H] (natural); else both are scratch of
+    [rows of the launch, H, splits(, Dv)], normalised per part and with log-sum-exps to base 2.
     """
     TOKENS: tl.constexpr = ROWS // GROUP_TILE
     sequence, first_token, start, length = find_tile(query_start, first_sequence, last_sequence, TOKENS, ONE_TILE)
@@ -92,11 +96,11 @@ def _attention_kernel(
     accumulator, top, mass = attend_entries(
         query + (start + token).to(tl.int64) * stride_query_row + head * stride_query_head,
         positions + start, visible, pool, entry_positions, table, held, first_token, start, token, length, real, part,
-        scale, window, softcap,
-        WIDTH, VALUE_WIDTH, PAGE, ROWS, ENTRIES, TOKENS, SPLITS, PADDED, VALUE_PADDED,
+        splits, scale, window, softcap,
+        WIDTH, VALUE_WIDTH, PAGE, ROWS, ENTRIES, TOKENS, SPLIT, PADDED, VALUE_PADDED,
     )  # fmt: skip
     columns = tl.arange(0, VALUE_PADDED)
-    if SPLITS == 1:
+    if not SPLIT:
         if sinks is not None:
             sink = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * 1.4426950408889634
             new_top = tl.maximum(top, sink)
@@ -106,7 +110,7 @@ def _attention_kernel(
             top = new_top
         place = (start + token).to(tl.int64) * HEADS + head
     else:
-        place = ((start + token - first_row).to(tl.int64) * HEADS + head) * SPLITS + part
+        place = ((start + token - first_row).to(tl.int64) * HEADS + head) * splits + part
     # A part without entries has mass 0: it becomes zeros, and its log-sum-exp -inf.
     divisor = tl.where(mass == 0.0, 1.0, mass)
     result = accumulator / divisor[:, None]
@@ -117,12 +121,12 @@ def _attention_kernel(
     )
     if log_sums is not None:
         total = top + tl.log2(divisor)
-        if SPLITS == 1:
+        if not SPLIT:
             total = total * 0.6931471805599453
         tl.store(log_sums + place, total, mask=real)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_sequence", "last_sequence", "shortest", "longest"])
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=INDICES)
 def _merge_kernel(
     parts: tl.tensor,
     part_log_sums: tl.tensor,
@@ -135,14 +139,14 @@ def _merge_kernel(
     last_sequence: tl.tensor,
     shortest: tl.tensor,
     longest: tl.tensor,
+    splits: tl.tensor,
     HEADS: tl.constexpr,
     VALUE_WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    MOST: tl.constexpr,
     CHUNK: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
 ) -> None:
-    """Merge the parts of one row and head by their log-sum-exps; reads SPLITS * (Dv + 1) float32."""
+    """Merge the parts of one row and head by their log-sum-exps; reads splits <= MOST times Dv + 1 float32."""
     local_row, head = tl.program_id(0), tl.program_id(1)
     row = first_row + local_row
     low, high = first_sequence, last_sequence
@@ -154,9 +158,9 @@ def _merge_kernel(
     length = tl.load(query_start + low + 1) - tl.load(query_start + low)
     if (length <= shortest) | (length > longest):
         return
-    first = (local_row.to(tl.int64) * HEADS + head) * SPLITS
-    index = tl.arange(0, SPLITS_PADDED)
-    sums = tl.load(part_log_sums + first + index, mask=index < SPLITS, other=float("-inf"))
+    first = (local_row.to(tl.int64) * HEADS + head) * splits
+    index = tl.arange(0, MOST)
+    sums = tl.load(part_log_sums + first + index, mask=index < splits, other=float("-inf"))
     top = tl.max(sums, axis=0)
     if sinks is not None:
         sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
@@ -167,10 +171,10 @@ def _merge_kernel(
         mass += tl.exp2(sink - top)
     columns = tl.arange(0, VALUE_PADDED)
     accumulator = tl.zeros([VALUE_PADDED], tl.float32)
-    for begin in range(0, SPLITS, CHUNK):
+    for begin in range(0, splits, CHUNK):
         some = begin + tl.arange(0, CHUNK)
-        weight = tl.exp2(tl.load(part_log_sums + first + some, mask=some < SPLITS, other=float("-inf")) - top)
-        inside = (some < SPLITS)[:, None] & (columns < VALUE_WIDTH)[None, :]
+        weight = tl.exp2(tl.load(part_log_sums + first + some, mask=some < splits, other=float("-inf")) - top)
+        inside = (some < splits)[:, None] & (columns < VALUE_WIDTH)[None, :]
         values = tl.load(parts + (first + some)[:, None] * VALUE_WIDTH + columns[None, :], mask=inside, other=0.0)
         accumulator += tl.sum(values * weight[:, None], axis=0)
     place = row.to(tl.int64) * HEADS + head
@@ -191,7 +195,7 @@ class _Inputs:
     page_table: Tensor
     kept: Tensor
     query_start: Tensor
-    query_lengths: tuple[int, ...]
+    query_lengths: tuple[int, ...] | None
     positions: Tensor
     max_kept: int
     value_dim: int
@@ -210,7 +214,7 @@ def paged_attention_triton(
     page_table: Tensor,
     kept: Tensor,
     query_start: Tensor,
-    query_lengths: tuple[int, ...],
+    query_lengths: tuple[int, ...] | None,
     positions: Tensor,
     *,
     max_kept: int,
@@ -259,7 +263,7 @@ def _check(x: _Inputs) -> None:
         check_float("sinks", x.sinks)
         check_contiguous("sinks", x.sinks)
     if x.table_rows is not None:
-        check_shape("table_rows", x.table_rows, (len(x.query_lengths),))
+        check_shape("table_rows", x.table_rows, (len(x.query_start) - 1,))
         check_dtype("table_rows", x.table_rows, torch.int64)
         check_contiguous("table_rows", x.table_rows)
     if x.visible is not None:
@@ -273,21 +277,19 @@ def _check(x: _Inputs) -> None:
 def _run(x: _Inputs, log_sums: Tensor | None) -> Tensor:
     """Launch the kernels that the batch needs; fills `log_sums` [T, H] if given."""
     output = x.query.new_empty(x.query.shape[0], x.query.shape[1], x.value_dim)
-    launches = plan_launches(
-        x.query_lengths,
-        heads=x.query.shape[1],
-        kv_heads=x.page_table.shape[1],
-        max_kept=x.max_kept,
-        shape=HeadShape(x.query.shape[2], x.value_dim, max(x.query.itemsize, x.pool.itemsize)),
-        limits=device_limits(x.query.device),
-    )
+    shape = HeadShape(x.query.shape[2], x.value_dim, max(x.query.itemsize, x.pool.itemsize))
+    heads, limits = (x.query.shape[1], x.page_table.shape[1]), device_limits(x.query.device)
+    if x.query_lengths is None:
+        launches = plan_unknown(len(x.query), len(x.query_start) - 1, *heads, x.max_kept, shape, limits)
+    else:
+        launches = plan_launches(x.query_lengths, *heads, x.max_kept, shape, limits)
     for launch in launches:
         if launch.splits == 1:
             _attend(x, launch, output, log_sums)
             continue
-        shape = (launch.num_rows, x.query.shape[1], launch.splits)
-        parts = x.query.new_empty(*shape, x.value_dim, dtype=torch.float32)
-        part_log_sums = x.query.new_empty(shape, dtype=torch.float32)
+        sizes = (launch.num_rows, x.query.shape[1], launch.splits)
+        parts = x.query.new_empty(*sizes, x.value_dim, dtype=torch.float32)
+        part_log_sums = x.query.new_empty(sizes, dtype=torch.float32)
         _attend(x, launch, parts, part_log_sums)
         _merge(x, launch, parts, part_log_sums, output, log_sums)
     return output
@@ -301,11 +303,11 @@ def _attend(x: _Inputs, launch: Launch, output: Tensor, log_sums: Tensor | None)
         x.visible, x.sinks if launch.splits == 1 else None, output, log_sums,
         x.query.stride(0), x.query.stride(1), x.page_table.stride(0), x.page_table.stride(1),
         x.kept.stride(0), x.kept.stride(1),
-        launch.first_sequence, launch.last_sequence, launch.first_row, launch.shortest, launch.longest,
+        launch.first_sequence, launch.last_sequence, launch.first_row, launch.shortest, launch.longest, launch.splits,
         x.scale * _LOG2_E if x.softcap is None else x.scale, x.window, x.softcap,
         GROUP=x.query.shape[1] // kv_heads, HEADS=x.query.shape[1], WIDTH=x.query.shape[2],
         VALUE_WIDTH=x.value_dim, PAGE=x.pool.shape[2], ROWS=tile.rows, ENTRIES=tile.entries,
-        GROUP_TILE=launch.group_tile, ONE_TILE=launch.one_tile, SPLITS=launch.splits,
+        GROUP_TILE=launch.group_tile, ONE_TILE=launch.one_tile, SPLIT=launch.splits > 1,
         PADDED=padded(x.query.shape[2]), VALUE_PADDED=padded(x.value_dim),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -315,10 +317,9 @@ def _merge(
     x: _Inputs, launch: Launch, parts: Tensor, part_log_sums: Tensor, output: Tensor, log_sums: Tensor | None
 ) -> None:
     """Launch `_merge_kernel`."""
-    splits_padded = 1 << (launch.splits - 1).bit_length()
     _merge_kernel[(launch.num_rows, x.query.shape[1])](
         parts, part_log_sums, x.query_start, x.sinks, output, log_sums,
         launch.first_row, launch.first_sequence, launch.last_sequence, launch.shortest, launch.longest,
-        HEADS=x.query.shape[1], VALUE_WIDTH=x.value_dim, SPLITS=launch.splits, SPLITS_PADDED=splits_padded,
-        CHUNK=min(16, splits_padded), VALUE_PADDED=padded(x.value_dim), num_warps=2,
+        launch.splits, HEADS=x.query.shape[1], VALUE_WIDTH=x.value_dim, MOST=MAX_SPLITS, CHUNK=16,
+        VALUE_PADDED=padded(x.value_dim), num_warps=2,
     )  # fmt: skip

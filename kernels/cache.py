@@ -44,18 +44,12 @@ def entry_destinations(
     return row_destinations(page_table, kept, sequence, order, page_size=page_size)
 
 
-def decode_destinations(page_table: Tensor, kept: Tensor, slots: Tensor, *, rows: int, page_size: int) -> Tensor:
-    """`entry_destinations` of `rows` tokens for each of `slots` [T / rows] int64, from the tables of all slots.
-
-    page_table [N, L, K, M] int32, kept [N, L, K] int32. Returns [L, T, K] int64. Never syncs, and no shape depends on
-    a length: a CUDA graph can hold it.
-    """
-    order = torch.arange(rows, device=slots.device).repeat(len(slots))
-    return row_destinations(page_table, kept, slots.repeat_interleave(rows), order, page_size=page_size)
-
-
 def row_destinations(page_table: Tensor, kept: Tensor, sequence: Tensor, order: Tensor, *, page_size: int) -> Tensor:
-    """`entry_destinations` of any tokens: the order[T]-th new ones, int64, of the sequences [T] int64."""
+    """`entry_destinations` of any tokens: the order[T]-th new ones, int64, of the sequences [T] int64.
+
+    The tables may be those of all slots, and `sequence` name slots. No shape depends on a length: a CUDA graph can
+    hold it.
+    """
     num_sequences, num_layers, num_heads, num_columns = page_table.shape
     index = kept[sequence].long().add_(order[:, None, None])  # [T, L, K]
     heads = torch.arange(num_sequences * num_layers * num_heads, device=page_table.device)

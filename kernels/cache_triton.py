@@ -28,7 +28,7 @@ _PAIRS = 8
 """(row, head) pairs of one program: enough bytes for its four warps, few enough that a decode step fills the device."""
 
 
-@triton.jit(do_not_specialize=["pairs"])
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["destinations", "positions"])
 def _append_kernel(
     pool: tl.tensor,
     entry_positions: tl.tensor,

@@ -63,12 +63,12 @@ def check_step(
     page_table: Tensor,
     kept: Tensor,
     query_start: Tensor,
-    query_lengths: tuple[int, ...],
+    query_lengths: tuple[int, ...] | None,
     positions: Tensor,
     slots: int | None = None,
 ) -> None:
     """Raise unless these are the tensors of one step; `slots`: rows of page_table and kept, None: the sequences."""
-    sequences = len(query_lengths)
+    sequences = len(query_start) - 1 if query_lengths is None else len(query_lengths)
     check_shape("query", query, (None, None, pool.shape[3]))
     check_float("query", query)
     check_rows("query", query)
@@ -84,7 +84,7 @@ def check_step(
         check_contiguous(name, tensor)
     if query.shape[1] % page_table.shape[1]:
         raise ValueError(f"query has {query.shape[1]} heads, no multiple of page_table's {page_table.shape[1]}")
-    if sum(query_lengths) != query.shape[0]:
+    if query_lengths is not None and sum(query_lengths) != query.shape[0]:
         raise ValueError(f"query_lengths must add up to query's {query.shape[0]} rows, got {sum(query_lengths)}")
     check_device(
         query.device, pool=pool, page_table=page_table, kept=kept, query_start=query_start, positions=positions

@@ -21,7 +21,7 @@ _COLUMNS = 64
 """Columns of a program: at least 64 bytes a row, and several programs per head where they must not be split further."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_source", "stride_target", "stride_keep"])
 def _compact_kernel(
     pool: tl.tensor,
     entry_positions: tl.tensor,

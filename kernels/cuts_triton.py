@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import LogitRows, adjusted, check_parameters, row_peak, scaled
+from .rows_triton import EXACT, LogitRows, adjusted, check_parameters, row_peak, scaled
 
 _PIVOTS = 8
 """Fixed thresholds; the last is below everything."""
@@ -72,7 +72,7 @@ def _goal(top_p: tl.tensor, mass: tl.tensor) -> tl.tensor:
     return tl.minimum(tl.maximum(goal, 1), mass)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _tally_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -88,7 +88,7 @@ def _tally_kernel(
     masses: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -99,7 +99,9 @@ def _tally_kernel(
     if not _is_cut(temperature, top_k, top_p, row):
         return
     token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = adjusted(logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX)
+    x = adjusted(
+        logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
+    )
     x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), tl.load(temperature + row))
     mass = _mass(x)
     for pivot in tl.static_range(PIVOTS):
@@ -144,7 +146,7 @@ def _choose_kernel(
     tl.store(ends + row * CHUNKS + chunk, tl.cumsum(held, axis=0), mask=chunk < CHUNKS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _gather_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -162,7 +164,7 @@ def _gather_kernel(
     tokens: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,7 +178,7 @@ def _gather_kernel(
     if first < end:
         token = chunk * BLOCK + tl.arange(0, BLOCK)
         x = adjusted(
-            logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX
+            logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
         )
         x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), tl.load(temperature + row))
         chosen = x >= _pivot(tl.load(choice + row))
@@ -310,14 +312,16 @@ def find_cuts(
     least, last = torch.empty(count, device=device), torch.empty(count, dtype=torch.int64, device=device)
     rules, over, whole = (temperature, top_k, top_p), (logits, *rows.tables), {"CHUNKS_PADDED": rows.padded}
     _tally_kernel[rows.grid](
-        *over, *rules, peaks, counts, masses, logits.stride(0), PIVOTS=_PIVOTS, **whole, **sizes, num_warps=4
+        *over, *rules, peaks, counts, masses, logits.stride(0), PIVOTS=_PIVOTS, **whole, **sizes, num_warps=4, **EXACT
     )
-    _choose_kernel[(count,)](*rules, counts, masses, choice, ends, CHUNKS=chunks, PIVOTS=_PIVOTS, **whole, num_warps=4)
+    _choose_kernel[(count,)](
+        *rules, counts, masses, choice, ends, CHUNKS=chunks, PIVOTS=_PIVOTS, **whole, num_warps=4, **EXACT
+    )
     _gather_kernel[rows.grid](
-        *over, *rules, peaks, choice, ends, values, tokens, logits.stride(0), **whole, **sizes, num_warps=4
+        *over, *rules, peaks, choice, ends, values, tokens, logits.stride(0), **whole, **sizes, num_warps=4, **EXACT
     )
     _settle_kernel[(count,)](
         temperature, min_p, top_k, top_p, choice, ends, masses, values, tokens, least, last,
-        VOCABULARY=logits.shape[1], CHUNKS=chunks, PIVOTS=_PIVOTS, BLOCK=2048, **whole, num_warps=8,
+        VOCABULARY=logits.shape[1], CHUNKS=chunks, PIVOTS=_PIVOTS, BLOCK=2048, **whole, num_warps=8, **EXACT,
     )  # fmt: skip
     return least, last

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import check_parameters, checked_rows
+from .rows_triton import EXACT, check_parameters, checked_rows
 
 _MOST = 128
 """Best tokens that the merging program can hold of each chunk."""
@@ -26,7 +26,7 @@ def _key(x: tl.tensor, token: tl.tensor) -> tl.tensor:
     return ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width", "wanted"])
 def _summary_kernel(
     logits: tl.tensor,
     peaks: tl.tensor,
@@ -34,10 +34,10 @@ def _summary_kernel(
     best: tl.tensor | None,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TOP: tl.constexpr,
+    wanted: tl.tensor,
 ) -> None:
     """Largest logit, sum of exponentials against it and the keys of the best of one chunk; grid (R, CHUNKS)."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,13 +50,13 @@ def _summary_kernel(
     tl.store(sums + place, tl.sum(tl.where(x > float("-inf"), tl.exp(x - peak), 0.0), axis=0))
     if best is not None:
         keys = tl.where(inside, _key(x, token), -0x8000000000000000)
-        for index in range(TOP):
+        for index in range(wanted):
             key = tl.max(keys, axis=0)
-            tl.store(best + place * TOP + index, key)
+            tl.store(best + place * wanted + index, key)
             keys = tl.where(keys == key, -0x8000000000000000, keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wanted"])
 def _merge_kernel(
     logits: tl.tensor,
     tokens: tl.tensor,
@@ -69,7 +69,7 @@ def _merge_kernel(
     stride_row: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
-    TOP: tl.constexpr,
+    wanted: tl.tensor,
     TOP_PADDED: tl.constexpr,
 ) -> None:
     """Of one row, from its chunks; grid (R,)."""
@@ -83,16 +83,16 @@ def _merge_kernel(
     tl.store(chosen + row, tl.load(logits + row * stride_row + tl.load(tokens + row)) - norm)
     if best is not None:
         number = tl.arange(0, TOP_PADDED)
-        places = (row * CHUNKS + chunk[:, None]) * TOP + number[None, :]
-        known = inside[:, None] & (number < TOP)[None, :]
+        places = (row * CHUNKS + chunk[:, None]) * wanted + number[None, :]
+        known = inside[:, None] & (number < wanted)[None, :]
         keys = tl.load(best + places, mask=known, other=-0x8000000000000000)
-        for index in range(TOP):
+        for index in range(wanted):
             key = tl.max(tl.max(keys, axis=1), axis=0)
             keys = tl.where(keys == key, -0x8000000000000000, keys)
             bits = (key >> 32).to(tl.int32)
             value = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-            tl.store(ids + row * TOP + index, 0x7FFFFFFF - (key & 0x7FFFFFFF))
-            tl.store(values + row * TOP + index, value - norm)
+            tl.store(ids + row * wanted + index, 0x7FFFFFFF - (key & 0x7FFFFFFF))
+            tl.store(values + row * wanted + index, value - norm)
 
 
 def token_logprobs_triton(logits: Tensor, tokens: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,9 +111,10 @@ def token_logprobs_triton(logits: Tensor, tokens: Tensor, top: int) -> tuple[Ten
     best = torch.empty(count, chunks, width, dtype=torch.int64, device=logits.device) if width else None
     if count:
         stride = logits.stride(0)
-        _summary_kernel[rows.grid](logits, peaks, sums, best, stride, **rows.sizes, TOP=width, num_warps=4)
+        _summary_kernel[rows.grid](logits, peaks, sums, best, stride, **rows.sizes, wanted=width, num_warps=4, **EXACT)
         _merge_kernel[(count,)](
             logits, tokens.contiguous(), peaks, sums, best, chosen, ids, values, stride, CHUNKS=chunks,
-            CHUNKS_PADDED=rows.padded, TOP=width, TOP_PADDED=triton.next_power_of_2(max(1, width)), num_warps=8,
+            CHUNKS_PADDED=rows.padded, wanted=width, TOP_PADDED=triton.next_power_of_2(max(1, width)), num_warps=8,
+            **EXACT,
         )  # fmt: skip
     return chosen, ids, values

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from .checks_triton import check_contiguous, check_device, check_dtype, check_shape
 from .noise import ACCEPT_STREAM
-from .rows_triton import check_parameters, checked_rows, gumbel_noise, uniform_noise
+from .rows_triton import EXACT, check_parameters, checked_rows, gumbel_noise, uniform_noise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _sums_kernel(
     p: tl.tensor,
     q: tl.tensor,
     sums: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -80,7 +80,7 @@ def _ends(rejected: tl.tensor, heads: tl.tensor, row: tl.tensor) -> tl.tensor:
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _replace_kernel(
     p: tl.tensor,
     q: tl.tensor,
@@ -93,7 +93,7 @@ def _replace_kernel(
     winners: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -170,13 +170,13 @@ def judge_drafts_triton(
     best, winners = processed.new_empty(count, 2, chunks), rejected.new_empty(count, 2, chunks)
     both, stride = (processed, draft_processed), processed.stride(0)
     padded = {"CHUNKS": chunks, "CHUNKS_PADDED": rows.padded}
-    _sums_kernel[rows.grid](*both, sums, stride, **rows.sizes, num_warps=4)
+    _sums_kernel[rows.grid](*both, sums, stride, **rows.sizes, num_warps=4, **EXACT)
     _accept_kernel[(count,)](
         *both, drafts, seeds, positions, sums, totals, rejected, stride, VOCABULARY=processed.shape[1],
-        OFFSET=ACCEPT_STREAM << 40, **padded, num_warps=1,
+        OFFSET=ACCEPT_STREAM << 40, **padded, num_warps=1, **EXACT,
     )  # fmt: skip
     _replace_kernel[rows.grid](
-        *both, heads, seeds, positions, totals, rejected, best, winners, stride, **rows.sizes, num_warps=4
+        *both, heads, seeds, positions, totals, rejected, best, winners, stride, **rows.sizes, num_warps=4, **EXACT
     )
-    _settle_kernel[(count,)](drafts, heads, rejected, best, winners, tokens, **padded, num_warps=1)
+    _settle_kernel[(count,)](drafts, heads, rejected, best, winners, tokens, **padded, num_warps=1, **EXACT)
     return tokens

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backend import TRITON_BACKENDS, Backend
+from .backend import Backend
 from .cpu_library import loaded_library
 from .norm import rms_norm_reference
 
@@ -52,15 +52,11 @@ def rotate_heads(
 ) -> None:
     """Normalise (with `norm_weight` [N, D] and `epsilon`, see `kernels.norm`) and rotate `heads` [T, N, D] in place.
 
-    cos, sin [T, R / 2], contiguous, of the heads' dtype. A row's heads lie in one piece, rows may lie apart. Raises
-    `ValueError` where shapes disagree.
+    cos, sin [T, R / 2], contiguous, of the heads' dtype. A row's heads lie in one piece, rows may lie apart. On a
+    GPU this is the reference: `kernels.append_rotated` rotates and stores in one there. Raises `ValueError` where
+    shapes disagree.
     """
     _check(heads, cos, sin, norm_weight)
-    if backend in TRITON_BACKENDS:
-        from .layers_triton import rotate_heads_triton  # triton is installed beside a GPU only
-
-        rotate_heads_triton(heads, cos, sin, norm_weight=norm_weight, epsilon=epsilon)
-        return
     if backend != "cpu":
         normed = heads if norm_weight is None else rms_norm_reference(heads, norm_weight, epsilon)
         heads.copy_(rotate_reference(normed, cos, sin))

@@ -16,6 +16,9 @@ from .checks_triton import check_contiguous, check_device, check_dtype, check_ro
 
 BLOCK = 2048
 """Tokens of a chunk: 75 programs for one row of a large vocabulary."""
+EXACT = {"enable_fp_fusion": False}
+"""Launch option of every kernel over rows. A compiler that may fuse products with sums does so kernel by kernel: a
+number is then rounded once instead of twice, and two kernels no longer see the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def adjusted(
     token: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
 ) -> tl.tensor:
     """The row's logits of some tokens after penalties, -inf past the vocabulary."""
     inside = token < VOCABULARY
@@ -59,8 +62,8 @@ def adjusted(
             place = tl.load(slots + row) * VOCABULARY + token
             count = tl.load(output_counts + place, mask=inside, other=0)
             if prefix is not None:
-                for index in range(PREFIX):
-                    count += (token == tl.load(prefix + row * PREFIX + index)).to(tl.int32)
+                for index in range(prefix_width):
+                    count += (token == tl.load(prefix + row * prefix_width + index)).to(tl.int32)
             prompted = tl.load(in_prompt + place, mask=inside, other=0)
             factor = tl.where((count > 0) | (prompted != 0), repetition, 1.0)
             x = tl.where(x > 0, x / factor, x * factor)
@@ -125,7 +128,7 @@ def gumbel_noise(seed: tl.tensor, position: tl.tensor, token: tl.tensor) -> tl.t
     return -tl.log(exponential)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _peaks_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -136,14 +139,16 @@ def _peaks_kernel(
     peaks: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """The largest adjusted logit of one chunk of one row; grid (R, CHUNKS)."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = adjusted(logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX)
+    x = adjusted(
+        logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
+    )
     tl.store(peaks + row * CHUNKS + chunk, tl.max(tl.where(x == x, x, float("-inf")), axis=0))
 
 
@@ -155,7 +160,7 @@ class LogitRows:
     tables: tuple[Tensor | None, ...]
     """The kernels' slots, output_counts, in_prompt, strengths, prefix."""
     sizes: dict[str, int]
-    """The kernels' VOCABULARY, PREFIX, CHUNKS and BLOCK."""
+    """The kernels' VOCABULARY, prefix_width, CHUNKS and BLOCK."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -170,7 +175,9 @@ class LogitRows:
     def peaks(self) -> Tensor:
         """[R, chunks] float32: the largest adjusted logits."""
         peaks = self.logits.new_empty(self.grid)
-        _peaks_kernel[self.grid](self.logits, *self.tables, peaks, self.logits.stride(0), **self.sizes, num_warps=4)
+        _peaks_kernel[self.grid](
+            self.logits, *self.tables, peaks, self.logits.stride(0), **self.sizes, num_warps=4, **EXACT
+        )
         return peaks
 
 
@@ -183,7 +190,7 @@ def checked_rows(logits: Tensor, penalties: Penalties | None = None) -> LogitRow
     if vocabulary < 1:
         raise ValueError("logits must have at least one column")
     width = 0 if penalties is None or penalties.prefix is None else penalties.prefix.shape[1]
-    sizes = {"VOCABULARY": vocabulary, "PREFIX": width, "CHUNKS": triton.cdiv(vocabulary, BLOCK), "BLOCK": BLOCK}
+    sizes = {"VOCABULARY": vocabulary, "prefix_width": width, "CHUNKS": triton.cdiv(vocabulary, BLOCK), "BLOCK": BLOCK}
     return LogitRows(logits, _checked_tables(penalties, logits), sizes)
 
 

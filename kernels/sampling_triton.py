@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cuts_triton import Truncation, find_cuts
-from .rows_triton import Penalties, adjusted, check_parameters, checked_rows, gumbel_noise, row_peak, scaled
+from .rows_triton import EXACT, Penalties, adjusted, check_parameters, checked_rows, gumbel_noise, row_peak, scaled
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def kept(x: tl.tensor, token: tl.tensor, least: tl.tensor, last: tl.tensor) -> t
     return (x > least) | ((x == least) & (token <= last))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _draw_kernel(
     logits: tl.tensor,
     slots: tl.tensor | None,
@@ -49,7 +49,7 @@ def _draw_kernel(
     winners: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -68,7 +68,9 @@ def _draw_kernel(
         tl.store(winners + place, chunk * BLOCK)
         return
     token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = adjusted(logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, PREFIX)
+    x = adjusted(
+        logits, slots, output_counts, in_prompt, strengths, prefix, row, token, stride_row, VOCABULARY, prefix_width
+    )
     if heat > 0.0:
         x = scaled(x, top, heat)
         noisy = gumbel_noise(tl.load(seeds + row), tl.load(positions + row), token) + x
@@ -91,7 +93,7 @@ def _pick_kernel(
     tl.store(tokens + row, tl.load(winners + row * CHUNKS + place).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_width"])
 def _process_kernel(
     logits: tl.tensor,
     temperature: tl.tensor,
@@ -101,7 +103,7 @@ def _process_kernel(
     processed: tl.tensor,
     stride_row: tl.tensor,
     VOCABULARY: tl.constexpr,
-    PREFIX: tl.constexpr,
+    prefix_width: tl.tensor,
     CHUNKS: tl.constexpr,
     CHUNKS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -109,7 +111,7 @@ def _process_kernel(
     """Scaled logits of one chunk of one row, -inf where the cut drops them; grid (R, CHUNKS)."""
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     token = chunk * BLOCK + tl.arange(0, BLOCK)
-    x = adjusted(logits, None, None, None, None, None, row, token, stride_row, VOCABULARY, PREFIX)
+    x = adjusted(logits, None, None, None, None, None, row, token, stride_row, VOCABULARY, prefix_width)
     x = scaled(x, row_peak(peaks, row, CHUNKS, CHUNKS_PADDED), tl.load(temperature + row))
     stays = kept(x, token, tl.load(cut_least + row), tl.load(cut_last + row)) | (x != x)
     tl.store(processed + row * VOCABULARY + token, tl.where(stays, x, float("-inf")), mask=token < VOCABULARY)
@@ -145,9 +147,11 @@ def draw_triton(
     cuts = (None, None) if truncation is None else find_cuts(rows, peaks, temperature, min_p, truncation)
     _draw_kernel[rows.grid](
         logits, *rows.tables, temperature, min_p, seeds.contiguous(), positions.contiguous(), peaks, *cuts,
-        best, winners, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes, num_warps=4,
+        best, winners, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes, num_warps=4, **EXACT,
     )  # fmt: skip
-    _pick_kernel[(len(tokens),)](best, winners, tokens, CHUNKS=best.shape[1], CHUNKS_PADDED=rows.padded, num_warps=1)
+    _pick_kernel[(len(tokens),)](
+        best, winners, tokens, CHUNKS=best.shape[1], CHUNKS_PADDED=rows.padded, num_warps=1, **EXACT
+    )
     return tokens
 
 
@@ -164,6 +168,6 @@ def processed_logits_triton(logits: Tensor, temperature: Tensor, min_p: Tensor, 
         cuts = find_cuts(rows, peaks, temperature, min_p.contiguous(), truncation)
         _process_kernel[rows.grid](
             logits, temperature, peaks, *cuts, processed, logits.stride(0), CHUNKS_PADDED=rows.padded, **rows.sizes,
-            num_warps=4,
+            num_warps=4, **EXACT,
         )  # fmt: skip
     return processed

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..kernels.append_rotated import Rotation, append_rotated
 from ..kernels.attention import check_paged, check_query, paged_attention
 from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import TRITON_BACKENDS, Backend
@@ -55,7 +56,7 @@ class SelectedPages:
     """[S', K] int32"""
     query_start: Tensor
     """[S' + 1] int32"""
-    query_lengths: tuple[int, ...]
+    query_lengths: tuple[int, ...] | None
 
 
 class PageSelector(Protocol):
@@ -83,8 +84,8 @@ class AttentionContext:
     """[S, L, K] int32: entries each head holds before this step."""
     query_start: Tensor
     """[S + 1] int32: first row of each sequence in the flattened batch, then T."""
-    query_lengths: tuple[int, ...]
-    """The same as host numbers: rows of each sequence."""
+    query_lengths: tuple[int, ...] | None
+    """The same as host numbers: rows of each sequence. None: the device alone knows (in a CUDA graph)."""
     positions: Tensor
     """[T] int64: logical position of each row."""
     destinations: Tensor | None
@@ -121,20 +122,22 @@ class AttentionContext:
         window: int | None = None,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """Store the new keys and values of `layer`, then attend causally over all kept entries.
 
-        query [T, H, D], key [T, K, D], value [T, K, Dv <= D] (key already rotated); sinks [H] or None: logits of
-        attention sinks that take mass without a value (gpt-oss). Returns [T, H, Dv] in query's dtype.
+        query [T, H, D], key [T, K, D], value [T, K, Dv <= D]; sinks [H] or None: logits of attention sinks that take
+        mass without a value (gpt-oss). With a rotation, query and key are views of its heads, which are rotated first;
+        without, they are rotated already. Returns [T, H, Dv] in query's dtype.
         """
         self.layers_seen.append(layer)
         scoring = self.scorings[layer] = Scoring(scale, softcap, sinks)
         if self.observer is None:
-            return self._attend(layer, query, key, value, scoring, window)
+            return self._attend(layer, query, key, value, scoring, window, rotation)
         log_sums = None
         if self.backend in TRITON_BACKENDS and self.selector is None and self.observer.needs_log_sums:
             log_sums = query.new_empty(query.shape[:2], dtype=torch.float32)
-        mixed = self._attend(layer, query, key, value, scoring, window, log_sums)
+        mixed = self._attend(layer, query, key, value, scoring, window, rotation, log_sums)
         self.observer.observe(self, layer, query, scoring, log_sums)
         return mixed
 
@@ -159,11 +162,14 @@ class AttentionContext:
         value: Tensor,
         scoring: Scoring,
         window: int | None,
+        rotation: Rotation | None,
         log_sums: Tensor | None = None,
     ) -> Tensor:
         scale, softcap, sinks = scoring.scale, scoring.softcap, scoring.sinks
         # A layer that computes in another type than the cache stores (some upcast their queries) is the reference's.
         if self.backend == "cpu" and query.dtype == self.pool.dtype and self.selector is None:
+            if rotation is not None:
+                rotation.apply(self.backend)
             step = self._step or self._plan()
             check_query(
                 query, self.pool, self.page_table, self.positions, value_dim=value.shape[2], window=window, sinks=sinks
@@ -171,10 +177,7 @@ class AttentionContext:
             return step.append_and_attend(
                 layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks
             )
-        if self.destinations is None:
-            self.destinations = self._destinations()
-        destinations = self.destinations[layer]
-        append_kv(self.pool, self.entry_positions, key, value, destinations, self.positions, self.backend)
+        self._append(layer, key, value, rotation)
         selected = None if self.selector is None else self.selector.select(self, layer, query)
         if selected is None:
             tables = self.page_table[:, layer], self.kept[:, layer]
@@ -199,6 +202,16 @@ class AttentionContext:
             log_sums=log_sums,
             backend=self.backend,
         )
+
+    def _append(self, layer: int, key: Tensor, value: Tensor, rotation: Rotation | None) -> None:
+        """Store the rows' entries, and rotate the heads if that is still to be done."""
+        if self.destinations is None:
+            self.destinations = self._destinations()
+        cache, where = (self.pool, self.entry_positions), (self.destinations[layer], self.positions)
+        if rotation is None:
+            append_kv(*cache, key, value, *where, self.backend)
+        else:
+            append_rotated(rotation, value, *cache, *where, self.backend)
 
     def _plan(self) -> PagedStep:
         table, kept, rows = self.page_table, self.kept, self.table_rows

@@ -1,6 +1,7 @@
 """Loading a model: from a folder or hub name to a `ModelRunner`."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -9,8 +10,9 @@ from transformers import PretrainedConfig
 
 from ..core.errors import ConfigError, ModelLoadError
 from ..core.model_spec import ModelSpec
+from ..kernels.kernel_trials import KernelShape
 from .checkpoint import Checkpoint, open_checkpoint
-from .native import SHARES_EMBEDDING, NativeRunner, load_native, native_obstacle
+from .native import SHARES_EMBEDDING, NativeRunner, load_native, native_obstacle, native_widths
 from .placement import Placement
 from .runner import ModelRunner, ProgressCallback
 from .spec import load_config, model_spec
@@ -19,6 +21,31 @@ from .spec import load_config, model_spec
 def checkpoint_dtype(model: str) -> torch.dtype:
     """The floating-point type that the checkpoint's weights are meant for; raises `ModelLoadError` as loading does."""
     return open_checkpoint(model).dtype
+
+
+def kernel_shape(
+    model: str, *, runner: Literal["auto", "native", "transformers"], trust_remote_code: bool, page_size: int
+) -> KernelShape:
+    """What kernels `load_runner` would need for a model, by its configuration; raises `ModelLoadError` as it does.
+
+    The library's own modelling code may bring sinks without saying so beforehand: for it they are always among them.
+    """
+    checkpoint = open_checkpoint(model, with_code=trust_remote_code)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
+    spec = _read_spec(checkpoint, config)
+    text = config.get_text_config(decoder=True)
+    common = KernelShape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        page_size=page_size,
+        vocab_size=spec.vocab_size,
+        windows=tuple(dict.fromkeys(spec.windows)),
+        softcap=getattr(text, "attn_logit_softcapping", None),
+    )
+    if runner == "transformers" or native_obstacle(checkpoint) is not None:
+        return replace(common, sinks=True)
+    return replace(common, **native_widths(config, spec))
 
 
 def load_runner(

@@ -6,6 +6,7 @@ memory never holds more than the model and one tensor.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from msgspec.structs import replace
 from torch import Tensor
@@ -103,6 +104,16 @@ class NativeRunner:
         """
         angles = self.rotary.table(context.positions, depth, self.decoder.embedding.dtype)
         return None if angles is None else self.decoder.chain(angles, context)
+
+
+def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, Any]:
+    """Fields of `kernels.kernel_trials.KernelShape` that only our own layers have a use for."""
+    return {
+        "rotated": rope_settings(config.to_dict(), spec.head_dim).dim,
+        "head_norm": NATIVE_ARCHITECTURES[spec.architecture].qk_norm,
+        "hidden": config.hidden_size,
+        "feed_forward": config.intermediate_size,
+    }
 
 
 def load_native(

@@ -14,13 +14,14 @@ from functools import cached_property, partial
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.append_rotated import Rotation
 from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import TRITON_BACKENDS
 from ..kernels.decoder_cpu import DecoderCPU, EndWeights, LayerWeights
 from ..kernels.draft_chain_cpu import DrawRules, draft_chain_cpu
 from ..kernels.linear import gated_linear, linear
 from ..kernels.norm import add_rms_norm
-from ..kernels.rotary import Angles, rotate_heads
+from ..kernels.rotary import Angles
 from .context import AttentionContext
 from .placement import Placement
 
@@ -121,11 +122,9 @@ class Attention:
         num_heads, num_kv_heads = shape.num_heads, shape.num_kv_heads
         heads = self.qkv(x).view(x.shape[0], -1, shape.head_dim)
         query_key, value = heads.split_with_sizes([num_heads + num_kv_heads, num_kv_heads], 1)
-        rotate_heads(
-            query_key, cos, sin, norm_weight=self.qk_weight, epsilon=shape.norm_epsilon, backend=self.qkv.backend
-        )
         query, key = query_key.split_with_sizes([num_heads, num_kv_heads], 1)
-        mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window)
+        rotation = Rotation(query_key, cos, sin, self.qk_weight, shape.norm_epsilon)
+        mixed = context.attend(self.layer, query, key, value, scale=self.scale, window=self.window, rotation=rotation)
         return self.output.onto(residual, mixed.view(x.shape[0], -1))
 
 

@@ -71,8 +71,9 @@ AttentionBackend = Annotated[
     Literal["auto", "reference", "cpu", "triton", "xformers"],
     _option(
         "QUIRE_ATTENTION_BACKEND",
-        "Whose kernels compute: reference is plain torch, cpu compiled C++, triton Quire's for NVIDIA GPUs (not yet "
-        "run on one), xformers the same with xformers' attention where it can; auto: cpu, or reference on a GPU.",
+        "Whose kernels compute: reference is plain torch, cpu compiled C++, triton Quire's for NVIDIA GPUs, xformers "
+        "the same with xformers' attention where it can; auto: cpu, or on a GPU triton if its kernels, tried at start, "
+        "give what plain torch gives, else reference (not yet run on a GPU by us).",
         _MODEL,
     ),
 ]

@@ -47,7 +47,7 @@ def draft_chain(
     rows = torch.arange(len(most), device=lengths.device)
     for level in range(1, depth):
         count = active[level]
-        if count < len(context.query_lengths):
+        if count < len(context.query_start) - 1:
             context = _narrowed(context, count)
         context.destinations = None
         ids = drawn[level - 1, :count]

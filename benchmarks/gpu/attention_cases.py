@@ -13,10 +13,14 @@ from torch import Tensor
 
 from benchmarks.gpu.measure import Meter, Row, Work
 from quire.kernels.attention import paged_attention
+from quire.kernels.attention_columns_triton import attention_columns_triton
 from quire.kernels.attention_mass_triton import attention_mass_triton
 from quire.kernels.attention_triton import paged_attention_triton
+from quire.kernels.paged_rows import PagedRows
 
 PAGE = 16
+_MOST_DRAFTED = 32
+"""Rows up to which a case is one of verification: CUDA graphs compute those without knowing how many rows are whose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +196,9 @@ def rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iterator[
         batch = Batch(case, meter.device, dtype)
         run = partial(paged_attention_triton, **batch.arguments(), value_dim=case.head_dim, visible=batch.masks())
         yield meter.row("attention", case.name, "quire", run, batch.work())
+        if 1 < case.new <= _MOST_DRAFTED:
+            run = partial(run, query_lengths=None)
+            yield meter.row("attention", case.name, "quire, lengths on the device", run, batch.work())
         if not case.is_plain:
             continue
         for name, make in CONTENDERS.items():
@@ -222,3 +229,17 @@ def mass_rows(meter: Meter, cases: tuple[Case, ...], dtype: torch.dtype) -> Iter
         run = partial(attention_mass_triton, **arguments, log_sums=sums, observe=observe)
         least = Work(whole.num_bytes, whole.flops * observe / case.new)
         yield meter.row("attention mass", f"{case.name}, {observe} rows", "quire", run, least)
+        yield _columns_row(meter, batch, observe)
+
+
+def _columns_row(meter: Meter, batch: Batch, observe: int) -> Row:
+    """The same of the first sequence alone, for rows whose log-sums nobody has kept."""
+    case, pages = batch.case, (batch.pool[:, 0], batch.entry_positions)
+    rows = slice(case.new - observe, case.new)
+    keys, places = (PagedRows(part, batch.table[0], case.context) for part in pages)
+    lengths = batch.kept[0] + case.new
+    arguments = (batch.query[rows], keys, places, lengths, batch.positions[rows])
+    run = partial(attention_columns_triton, *arguments, reduce="sum", scale=0.1)
+    entries = case.context * case.kv_heads * case.head_dim
+    work = Work(2 * entries * batch.pool.itemsize, 4 * observe * entries * case.heads // case.kv_heads)
+    return meter.row("attention mass", f"{case.name}, columns of {observe} rows of one", "quire", run, work)

@@ -3,35 +3,53 @@
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.measure import Meter, Row, Work
 from quire.kernels import layers_reference as reference
+from quire.kernels.append_rotated import Rotation, append_rotated
+from quire.kernels.append_rotated_triton import append_rotated_triton
 from quire.kernels.cache_reference import append_kv_reference
 from quire.kernels.cache_triton import append_kv_triton
 from quire.kernels.compaction_reference import compact_kv
 from quire.kernels.compaction_triton import compact_kv_triton
-from quire.kernels.layers_triton import add_rms_norm_triton, gated_activation_triton, rotate_heads_triton
+from quire.kernels.layers_triton import add_rms_norm_triton, gated_activation_triton
 from quire.kernels.norm import add_rms_norm
 from quire.kernels.page_bounds_reference import page_key_bounds
 from quire.kernels.page_bounds_triton import page_key_bounds_triton
-from quire.kernels.rotary import rotate_heads
 
 Pair = tuple[Callable[[], object], Callable[[], object], Work]
 PAGE = 16
 
 
 def append_case(device: torch.device, dtype: torch.dtype, tokens: int) -> Pair:
-    """New keys and values of 8 heads of 128."""
-    pages = max(64, tokens)
-    pool = torch.zeros(pages, 2, PAGE, 128, device=device, dtype=dtype)
-    held = torch.zeros(pages, PAGE, dtype=torch.int32, device=device)
+    """New keys and values of 8 heads of 128, rotated before: what a model of the transformers library stores."""
+    pool, held, places, positions = _pages(device, dtype, tokens)
     fused = torch.randn(tokens, 48, 128, device=device, dtype=dtype)
     key, value = fused[:, 32:40], fused[:, 40:]
-    places = torch.randperm(pages * PAGE, device=device)[: tokens * 8].view(tokens, 8)
-    positions = torch.arange(tokens, device=device)
     arguments = (pool, held, key, value, places, positions)
     work = Work(2 * 2 * key.numel() * dtype.itemsize + tokens * 8 * 12)
     return lambda: append_kv_triton(*arguments), lambda: append_kv_reference(*arguments), work
+
+
+def rotated_append_case(device: torch.device, dtype: torch.dtype, tokens: int, normed: bool) -> Pair:
+    """32 query and 8 key heads of 128 rotated, with norms before if asked for, and keys and values stored."""
+    pool, held, places, positions = _pages(device, dtype, tokens)
+    fused = torch.randn(tokens, 48, 128, device=device, dtype=dtype)
+    cos, sin = (torch.rand(tokens, 64, device=device, dtype=dtype) for _ in range(2))
+    weight = torch.ones(40, 128, device=device, dtype=dtype) if normed else None
+    arguments = (Rotation(fused[:, :40], cos, sin, weight, 1e-6), fused[:, 40:], pool, held, places, positions)
+    work = Work((2 * fused.numel() + 2 * cos.numel()) * dtype.itemsize + tokens * 8 * 12)
+    return lambda: append_rotated_triton(*arguments), lambda: append_rotated(*arguments), work
+
+
+def _pages(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pool, entry_positions, destinations and positions of so many tokens of 8 heads of 128."""
+    pages = max(64, tokens)
+    pool = torch.zeros(pages, 2, PAGE, 128, device=device, dtype=dtype)
+    held = torch.zeros(pages, PAGE, dtype=torch.int32, device=device)
+    places = torch.randperm(pages * PAGE, device=device)[: tokens * 8].view(tokens, 8)
+    return pool, held, places, torch.arange(tokens, device=device)
 
 
 def compaction_case(device: torch.device, dtype: torch.dtype, heads: int, total: int, in_place: bool) -> Pair:
@@ -71,19 +89,6 @@ def norm_case(device: torch.device, dtype: torch.dtype, rows: int, width: int) -
     return lambda: add_rms_norm_triton(*arguments), lambda: add_rms_norm(*arguments), work
 
 
-def rotate_case(device: torch.device, dtype: torch.dtype, rows: int, heads: int) -> Pair:
-    """Normed and rotated query and key heads of a fused projection."""
-    fused = torch.randn(rows, heads + 8, 128, device=device, dtype=dtype)
-    cos, sin = (torch.rand(rows, 64, device=device, dtype=dtype) for _ in range(2))
-    weight = torch.ones(heads, 128, device=device, dtype=dtype)
-    work = Work(2 * rows * heads * 128 * dtype.itemsize)
-    return (
-        lambda: rotate_heads_triton(fused[:, :heads], cos, sin, norm_weight=weight, epsilon=1e-6),
-        lambda: rotate_heads(fused[:, :heads], cos, sin, norm_weight=weight, epsilon=1e-6, backend="reference"),
-        work,
-    )
-
-
 def gated_case(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Pair:
     """silu(gate) * up."""
     both = torch.randn(rows, 2 * width, device=device, dtype=dtype)
@@ -98,7 +103,8 @@ def rows(meter: Meter, dtype: torch.dtype, *, tiny: bool) -> Iterator[Row]:
         cases = {
             f"append {tokens} tokens": append_case(device, dtype, tokens),
             f"norm + residual {tokens} x 4096": norm_case(device, dtype, tokens, 4096),
-            f"qk norm + rope {tokens} x 40 heads": rotate_case(device, dtype, tokens, 40),
+            f"rope + append {tokens} x 40 heads": rotated_append_case(device, dtype, tokens, False),
+            f"qk norm + rope + append {tokens} x 40 heads": rotated_append_case(device, dtype, tokens, True),
             f"silu mul {tokens} x 14336": gated_case(device, dtype, tokens, 128 if tiny else 14336),
         }
         for name, (run, plain, work) in cases.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.gpu.measure import Meter, Row
 
-SECTIONS = ("tests", "attention", "mass", "operations", "sampling", "serving", "speculation")
+SECTIONS = ("tests", "check", "attention", "mass", "operations", "sampling", "serving", "speculation")
 _TEST_SECONDS = 240
 
 
@@ -39,6 +39,9 @@ def prepare_imports(interpret: bool) -> None:
 
 def run_tests() -> str:
     """The tests marked gpu, on several processes where pytest-xdist is there; their last line."""
+    missing = [name for name in ("pytest", "pytest_timeout", "hypothesis") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"not run: {', '.join(missing)} missing"
     command = [
         sys.executable,
         "-m",
@@ -71,10 +74,12 @@ def measure(meter: "Meter", skip: list[str], *, tiny: bool) -> Iterator["Row"]:
     """The rows of all sections that are not skipped."""
     import torch
 
-    from benchmarks.gpu import attention_cases, operation_cases, sampling_cases, speculation_cases
+    from benchmarks.gpu import attention_cases, check_cases, operation_cases, sampling_cases, speculation_cases
 
     dtype = torch.float32 if tiny else torch.bfloat16
     cases = attention_cases.TINY if tiny else attention_cases.CASES
+    if "check" not in skip:
+        yield from check_cases.rows(meter, dtype, tiny=tiny)
     if "attention" not in skip:
         yield from attention_cases.rows(meter, cases, dtype)
     if "mass" not in skip:

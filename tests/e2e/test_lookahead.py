@@ -19,7 +19,7 @@ from quire.core.messages import Event, Finished, Tokens, single_events
 from quire.core.pruning import PruneParams
 from quire.core.request import Request, SamplingParams
 from quire.engine.engine import Engine
-from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.engine.graphs import DecodeGraphs
 from quire.scheduler.client import load_in_process
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.scheduler import Scheduler
@@ -99,8 +99,7 @@ def plain_graphs(engine: Engine) -> None:
     def capture(work: Callable[[], None]) -> Callable[[], None]:
         return work
 
-    sizes = graph_sizes(8)
-    engine._graphs = DecodeGraphs(engine._runner, engine.cache, sizes, engine._place.backend, capture)
+    engine._graphs = DecodeGraphs(engine._runner, engine.cache, 8, engine._place.backend, capture)
 
 
 CONFIGS: dict[str, Callable[[], Any]] = {

@@ -44,7 +44,7 @@ def with_graphs(
     runner: FakeRunner, capture: Callable[..., Callable[[], None]], backend: Literal["cpu", "reference"] = "reference"
 ) -> Engine:
     engine = make_engine(runner)
-    engine._graphs = DecodeGraphs(runner, engine.cache, graph_sizes(6), backend, capture)
+    engine._graphs = DecodeGraphs(runner, engine.cache, 6, backend, capture)
     return engine
 
 
@@ -125,64 +125,74 @@ def test_only_pure_decodes_are_replayed() -> None:
     harness.step([(long, 1), (scored, 4)])
     assert capture.captured == 0
     harness.step([(long, 1), (scored, 1)])
-    assert capture.replayed == 1
+    assert (capture.captured, capture.replayed) == (1, 2), "the first replay is a trial"
 
 
-def verification(engine: Engine, count: int, drafts: int) -> BatchPlan:
-    """Of sequences in odd slots whose prompts are computed: the newest token of each and as many proposals."""
+def verification(engine: Engine, drafts: tuple[int, ...]) -> BatchPlan:
+    """Of sequences in odd slots whose prompts are computed: the newest token of each and so many proposals."""
     engine.cache.clear(torch.arange(engine.cache.num_pages))
     harness = Harness(engine)
-    sequences = [harness.add((4, 1, 3, 0, 5)[index], PROMPTS[index]) for index in range(count)]
+    sequences = [harness.add((4, 1, 3, 0, 5)[index], PROMPTS[index]) for index in range(len(drafts))]
     harness.step([(sequence, len(sequence.prompt)) for sequence in sequences])
-    grants = [grant for sequence in sequences for grant in harness._grants(sequence, 1 + drafts)]
+    both = list(zip(sequences, drafts, strict=True))
+    grants = [grant for sequence, count in both for grant in harness._grants(sequence, 1 + count)]
     parts = tuple(
-        SequencePlan(s.slot, s.computed, (s.tokens[-1], *range(1, 1 + drafts)), sample=True, drafts=drafts)
-        for s in sequences
+        SequencePlan(s.slot, s.computed, (s.tokens[-1], *range(1, 1 + count)), sample=True, drafts=count)
+        for s, count in both
     )
     plan = BatchPlan(parts, grants=PageGrants(*np.array(grants, np.int32).reshape(-1, 4).T))
     engine.cache.apply(plan)
     return plan
 
 
-@pytest.mark.parametrize("drafts", [1, 3, 9])
-def test_drafts_are_verified_by_graphs_of_their_own(drafts: int) -> None:
-    """Logits of every row as the plain forward pass gives them, padded batches included; nothing counts as kept."""
+@pytest.mark.parametrize(
+    ("steps", "captured"),
+    [
+        ([(1, 1, 1), (1, 1, 1, 1), (1, 1), (1,) * 5], 3),
+        ([(3, 0, 9), (0, 0, 9, 1, 1), (2, 5), (0, 1), (0, 0, 0)], 3),
+        ([(9,), (0, 9, 0), (9, 9, 9, 9, 9)], 2),
+    ],
+)
+def test_drafts_are_verified_by_graphs_of_their_own(steps: list[tuple[int, ...]], captured: int) -> None:
+    """Logits of every row as the plain forward pass gives them, however many rows each sequence brings."""
     runner, capture = FakeRunner(), FakeCapture()
     plain, padded = make_engine(runner), make_engine(runner)
-    graphs = DecodeGraphs(runner, padded.cache, graph_sizes(6), "reference", capture, most_drafts=9)
-    for count in (3, 4, 2, 5):
-        plan = verification(plain, count, drafts)
+    graphs = DecodeGraphs(runner, padded.cache, 6, "reference", capture, most_drafts=9)
+    for drafts in steps:
+        plan = verification(plain, drafts)
         inputs = build_inputs(plan, plain.cache, plain._max_lengths, plain.sampler.table.newest, "reference")
-        rows = torch.arange(count * (1 + drafts))
+        rows = torch.arange(plan.num_tokens)
         expected = runner.forward(inputs.input_ids, inputs.rotations, inputs.lengths, inputs.context, rows)
-        plan = verification(padded, count, drafts)
+        plan = verification(padded, drafts)
         assert graphs.takes(plan)
         step = graphs.run(plan, padded._max_lengths, padded.sampler.table.newest)
         assert step is not None
         torch.testing.assert_close(step.logits, expected)
         assert torch.equal(padded.cache.pool[:-1], plain.cache.pool[:-1])
         assert step.slots.tolist() == [part.slot for part in plan.sequences] == step.host_slots.tolist()
-        assert step.new_entries.tolist() == [0] * count == list(step.host_lengths)
-    assert (capture.captured, capture.replayed) == (3, 4), "batches of 3 and 4 share a size"
+        kept = [int(count == 0) for count in drafts]
+        assert step.new_entries.tolist() == kept == list(step.host_lengths), "of proposals none is kept yet"
+    assert (capture.captured, capture.replayed) == (captured, captured + len(steps))
 
 
-def test_only_uniform_verification_of_known_proposals_is_taken() -> None:
+def test_only_verification_of_known_proposals_is_taken() -> None:
     runner = FakeRunner()
     engine = make_engine(runner)
-    graphs = DecodeGraphs(runner, engine.cache, graph_sizes(6), "reference", FakeCapture(), most_drafts=9)
+    graphs = DecodeGraphs(runner, engine.cache, 6, "reference", FakeCapture(), most_drafts=9)
     uniform, wanted = (
         SequencePlan(SlotId(0), 4, (5, 6, 7), sample=True, drafts=2),
         SequencePlan(SlotId(1), 4, (5,), True),
     )
     assert graphs.takes(BatchPlan((uniform,)))
-    assert not graphs.takes(BatchPlan((uniform, wanted))), "rows of different number"
+    assert graphs.takes(BatchPlan((uniform, wanted)))
+    assert not graphs.takes(BatchPlan((replace(uniform, scratch=True),))), "entries that are not kept"
     assert not graphs.takes(BatchPlan((replace(wanted, drafts=2),))), "proposals are not known yet"
     assert not graphs.takes(BatchPlan((replace(uniform, drafts=1),))), "the rest of a prompt, and a proposal"
     columns = Decodes(*np.array([[1], [4], [5]], np.int32))
-    assert not graphs.takes(BatchPlan((uniform,), decodes=columns)) and graphs.takes(BatchPlan((), decodes=columns))
-    few = DecodeGraphs(runner, engine.cache, graph_sizes(256), "reference", FakeCapture(), most_drafts=9)
+    assert graphs.takes(BatchPlan((uniform,), decodes=columns)) and graphs.takes(BatchPlan((), decodes=columns))
+    few = DecodeGraphs(runner, engine.cache, 256, "reference", FakeCapture(), most_drafts=9)
     parts = tuple(replace(uniform, slot=SlotId(slot)) for slot in range(100))
-    assert few.takes(BatchPlan(parts[:64])) and not few.takes(BatchPlan(parts)), "so many rows hide their launches"
+    assert few.takes(BatchPlan(parts[:85])) and not few.takes(BatchPlan(parts[:86])), "so many rows hide their launches"
 
 
 def test_what_cannot_be_captured_runs_plainly_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -193,6 +203,14 @@ def test_what_cannot_be_captured_runs_plainly_with_one_warning(caplog: pytest.Lo
     assert run(with_graphs(runner, refuse)) == run(make_engine(runner))
     assert [record.getMessage() for record in caplog.records] == [
         "decode steps run without CUDA graphs: operation not permitted when stream is capturing"
+    ]
+
+
+def test_a_replay_that_is_not_the_step_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    runner = FakeRunner()
+    assert run(with_graphs(runner, lambda work: lambda: None)) == run(make_engine(runner))
+    assert [record.getMessage() for record in caplog.records] == [
+        "decode steps run without CUDA graphs: a replay does not give the logits of the step it was captured from"
     ]
 
 

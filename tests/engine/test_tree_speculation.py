@@ -12,7 +12,7 @@ import torch
 from quire.core.plan import BatchPlan, IntArray, SequencePlan
 from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
-from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.engine.graphs import DecodeGraphs
 from quire.engine.trees import TreeRows
 from quire.kernels.backend import Backend
 from quire.pruning.quest import QuestSelector
@@ -354,7 +354,7 @@ def test_graphs_verify_trees() -> None:
     harness = Harness(make_engine(runner, TreeDrafter(tree)), drafts=0)
     engine: Any = harness.engine
     capture = FakeCapture()
-    engine._graphs = DecodeGraphs(runner, engine.cache, graph_sizes(6), "reference", capture, most_drafts=4)
+    engine._graphs = DecodeGraphs(runner, engine.cache, 6, "reference", capture, most_drafts=4)
     sequences = [harness.add(slot, prompt) for slot, prompt in enumerate(prompts)]
     harness.step([(s, len(s.prompt)) for s in sequences])
     harness.drafts = 4
@@ -363,8 +363,8 @@ def test_graphs_verify_trees() -> None:
     for sequence, text in zip(sequences, texts, strict=True):
         assert sequence.tokens == text[: len(sequence.tokens)]
         assert min(depths(sequence)) >= 2
-    assert capture.replayed == 8
-    assert {trees for _, _, trees in engine._graphs._graphs} == {False, True}
+    assert capture.replayed == 8 + capture.captured
+    assert {kind for _, kind in engine._graphs._graphs} == {"drafts", "trees"}
 
 
 def test_a_model_that_is_hidden_in_trees_is_still_right() -> None:

@@ -9,7 +9,7 @@ from quire.core.config import EngineConfig
 from quire.core.pruning import PruneParams
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
-from quire.engine.graphs import DecodeGraphs, graph_sizes
+from quire.engine.graphs import DecodeGraphs
 from quire.kernels.backend import TRITON_BACKENDS, Backend
 from quire.models.placement import Placement
 from quire.pruning.quest import QuestSelector
@@ -63,14 +63,14 @@ def test_tokens_are_the_references_with_and_without_graphs(checkpoint: Path, dev
     assert run(make_engine(checkpoint, "triton")) == expected
     engine, capture = make_engine(checkpoint, "triton"), FakeCapture()
     if device == "cpu":
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", capture)
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, 5, "triton", capture)
     assert run(engine) == expected
-    assert device == "cuda" or capture.replayed == 4
+    assert device == "cuda" or capture.replayed == 4 + capture.captured
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
 def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
-    """Steps with them and, where none is made, graphs take turns."""
+    """By graphs, in whose steps some sequences bring proposals and some bring none."""
     expected = run(make_engine(checkpoint, "reference"))
     texts = {4 - i: [*prompt, *text] for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))}
 
@@ -81,9 +81,10 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
 
     engine = make_engine(checkpoint, "triton", ScriptedDrafter(guess))
     if device == "cpu":
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, graph_sizes(5), "triton", FakeCapture())
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, 5, "triton", FakeCapture(), most_drafts=2)
     for text, plain in zip(run(engine, drafts=2), expected, strict=True):
         assert text[: len(plain)] == plain
+    assert engine._graphs is not None and "drafts" in {kind for _, kind in engine._graphs._graphs}
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -100,14 +101,14 @@ def test_trees_change_no_token(checkpoint: Path, device: str, graphs: bool) -> N
 
     engine, capture = make_engine(checkpoint, "triton", TreeDrafter(tree)), FakeCapture()
     if device == "cpu" and graphs:
-        engine._graphs = DecodeGraphs(engine._runner, engine.cache, (1,), "triton", capture, most_drafts=4)
+        engine._graphs = DecodeGraphs(engine._runner, engine.cache, 1, "triton", capture, most_drafts=4)
     harness = Harness(engine, drafts=4)
     sequence = harness.add(0, prompt, PARAMS[1])
     for known in (2, 5, 8):
         assert sequence.tokens == text[:known]
         harness.step([(sequence, len(sequence.tokens) - sequence.computed)])
     assert [output.branched for output in sequence.outputs] == [2, 2, 2]
-    assert device == "cuda" or capture.replayed == 2 * graphs
+    assert device == "cuda" or capture.replayed == (2 + capture.captured) * graphs
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])

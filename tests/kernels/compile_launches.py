@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from quire.kernels import (
+    append_rotated_triton,
+    attention_columns_triton,
     attention_mass_triton,
     attention_triton,
     cache_triton,
@@ -32,6 +34,8 @@ from quire.kernels import (
     rows_triton,
     sampling_triton,
 )
+from quire.kernels.append_rotated import Rotation
+from quire.kernels.paged_rows import PagedRows
 from quire.kernels.tiles_triton import DeviceLimits
 
 LIMITS = {
@@ -49,6 +53,7 @@ _POINTERS = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 Recorded = tuple[Any, dict[str, Any]]
 
 
@@ -78,14 +83,15 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> A
             signature[parameter.name], constants[(index,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(index,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[parameter.name] = "i32"
             if fixed and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = "fp32"
-    options = {name: arguments[name] for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments[name] for name in _OPTIONS if name in arguments}
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
@@ -109,8 +115,14 @@ def launch_attention(head_dim: int, dtype: torch.dtype) -> None:
     slots = torch.zeros(sequences, dtype=torch.int64)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, table_rows=slots)
     attention_triton.paged_attention_triton(**shared, value_dim=head_dim, visible=positions)
+    unknown = shared | {"query_lengths": None}
+    attention_triton.paged_attention_triton(**unknown, value_dim=head_dim, table_rows=slots)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums)
     attention_mass_triton.attention_mass_triton(**shared, log_sums=log_sums, observe=4, **options)
+    keys, places = PagedRows(pool[:, 0], table[0], 16 * pages), PagedRows(held, table[0], 16 * pages)
+    columns = attention_columns_triton.attention_columns_triton
+    columns(query[:1], keys, places, kept[0], positions[:1], reduce="sum", scale=0.1)
+    columns(query[:300], keys, places, kept[0], positions[:300], reduce="max", scale=0.1, softcap=30.0)
 
 
 def launch_draws() -> None:
@@ -139,7 +151,10 @@ def launch_others(head_dim: int, dtype: torch.dtype) -> None:
     page_bounds_triton.page_key_bounds_triton(pool[:, :, 0].contiguous(), pool, counts, counts)
     rows, angles = torch.zeros(8, 4096, dtype=dtype), torch.zeros(8, head_dim // 2, dtype=dtype)
     layers_triton.add_rms_norm_triton(rows, rows, rows[0], 1e-6)
-    layers_triton.rotate_heads_triton(fused, angles, angles, norm_weight=fused[0], epsilon=1e-6)
+    places = index[:, None].expand(8, 4) * 1
+    for weight in (None, fused[0, :8]):
+        rotation = Rotation(fused[:, :8], angles, angles, weight, 1e-6)
+        append_rotated_triton.append_rotated_triton(rotation, fused[:, 8:], pool, held, places, index)
     layers_triton.gated_activation_triton(rows, "silu")
     layers_triton.gated_activation_triton(rows, "gelu")
 

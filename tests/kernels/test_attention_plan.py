@@ -2,7 +2,7 @@
 
 import pytest
 
-from quire.kernels.attention_plan_triton import Launch, plan_launches
+from quire.kernels.attention_plan_triton import Launch, plan_launches, plan_unknown
 from quire.kernels.tiles_triton import PLAIN_TILE, DeviceLimits, HeadShape, choose_tile, shared_bytes, split_count
 
 HOPPER = DeviceLimits(90, 132, 227 * 1024, 228 * 1024)
@@ -36,6 +36,17 @@ def test_each_sequence_is_in_one_launch_with_enough_tiles(lengths: tuple[int, ..
         needed = sum(-(-n // tokens) for n in members if launch.shortest < n <= launch.longest)
         assert launch.tiles >= needed and launch.num_rows == sum(members)
         assert launch.first_row == sum(lengths[: launch.first_sequence])
+
+
+@pytest.mark.parametrize("lengths", [(64,), (1,) * 64, (17, 16, 15, 1, 1, 0, 0), (9, 0, 0)])
+@pytest.mark.parametrize("heads", [8, 32, 1024])
+def test_one_launch_takes_rows_however_they_are_divided(lengths: tuple[int, ...], heads: int) -> None:
+    rows, shape = sum(lengths), HeadShape(128, 128, 2)
+    (launch,) = plan_unknown(rows, len(lengths), heads, 8, 4096, shape, HOPPER)
+    tokens = launch.tile.rows // launch.group_tile
+    ends = [sum(lengths[:i]) // tokens + i + -(-n // tokens) for i, n in enumerate(lengths)]
+    assert max(ends) <= launch.tiles and launch.num_rows == rows
+    assert launch.shortest < 1 and max(lengths) <= launch.longest
 
 
 def test_splits_follow_occupancy() -> None:

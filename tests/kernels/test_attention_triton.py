@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quire.kernels.attention import paged_attention
 from quire.kernels.attention_mass_reference import attention_log_sums
 from quire.kernels.attention_reference import paged_attention_reference
 
@@ -55,6 +56,21 @@ def test_equals_the_naive_loop(device: str, options: dict[str, Any]) -> None:
     naive_append(case)
     expected = naive_attention(case, scale=SCALE, **options)
     torch.testing.assert_close(attend(case, device, **options).double(), expected, **tolerance(torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_lengths_that_the_device_alone_knows(device: str, dtype: torch.dtype) -> None:
+    """As in CUDA graphs, where sequences at the end may be without rows; tables are those of all slots."""
+    case = make_case([[5, 0], [130, 7], [16, 17], [9, 9]], [1, 9, 1, 4], dtype=dtype)
+    naive_append(case)
+    expected = attend(case, device)
+    there = to_device(case, device)
+    ends, rows = [*case.query_start.tolist(), 15, 15], torch.tensor([0, 1, 2, 3, 0, 3], device=device)
+    start = torch.tensor(ends, dtype=torch.int32, device=device)
+    given = attention_arguments(there) | {"query_lengths": None, "query_start": start, "table_rows": rows}
+    for compute in (attention_triton.paged_attention_triton, paged_attention):
+        result = compute(**given, max_kept=140, value_dim=16, scale=SCALE)
+        torch.testing.assert_close(result.cpu(), expected, **tolerance(dtype))
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 24, 64])

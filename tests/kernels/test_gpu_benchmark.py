@@ -27,6 +27,7 @@ def test_interpreted_check_runs_every_section(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     rows = json.loads((tmp_path / "gpu-benchmark.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {
+        "check",
         "attention",
         "attention mass",
         "operation",

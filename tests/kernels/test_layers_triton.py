@@ -7,7 +7,6 @@ import torch
 
 from quire.kernels import layers_reference as reference
 from quire.kernels.norm import add_rms_norm
-from quire.kernels.rotary import rotate_heads
 
 from .triton_interpreter import DEVICES, DTYPES, layers_triton
 
@@ -37,21 +36,6 @@ def test_add_rms_norm(device: str, width: int, with_residual: bool, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("width", "rotated"), [(64, 64), (80, 32), (128, 128), (96, 96)])
-@pytest.mark.parametrize("normed", [True, False])
-def test_rotate_heads(device: str, width: int, rotated: int, normed: bool, dtype: torch.dtype) -> None:
-    fused = torch.randn(6, 9, width).to(dtype)
-    angles = torch.rand(6, rotated // 2) * 100
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    weight = torch.randn(7, width).to(dtype) if normed else None
-    there = fused.to(device, copy=True)
-    moved = None if weight is None else weight.to(device)
-    layers_triton.rotate_heads_triton(there[:, :7], cos.to(device), sin.to(device), norm_weight=moved, epsilon=1e-6)
-    rotate_heads(fused[:, :7], cos, sin, norm_weight=weight, epsilon=1e-6, backend="reference")
-    torch.testing.assert_close(there.cpu(), fused, **tolerance(dtype, largest=8.0))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [96, 1500])
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_gated_activation(device: str, width: int, activation: reference.Activation, dtype: torch.dtype) -> None:
@@ -64,7 +48,5 @@ def test_refusals(device: str) -> None:
     x = torch.zeros(2, 8, device=device)
     with pytest.raises(ValueError, match="weight must have shape"):
         layers_triton.add_rms_norm_triton(x, None, x[0, :4], 1e-6)
-    with pytest.raises(ValueError, match="cos must have between 1 and half"):
-        layers_triton.rotate_heads_triton(x[:, None], *(torch.zeros(2, 5, device=device) for _ in range(2)))
     with pytest.raises(ValueError, match="even number of columns"):
         layers_triton.gated_activation_triton(x[:, :7], "silu")

@@ -29,7 +29,7 @@ def check(capability: int, *head_dims: int, cache: Path) -> None:
     assert {launch["head_dim"] for launch in launches} == set(head_dims)
     for launch in launches:
         assert launch["shared"] <= launch["limit"], launch
-        if launch["kernel"] in ("_attention_kernel", "_mass_kernel") and capability >= 80:
+        if launch["kernel"] in ("_attention_kernel", "_mass_kernel", "_columns_kernel") and capability >= 80:
             wide = capability >= 90 and launch["rows"] >= 64
             assert launch["matrix"] == ["wgmma.mma_async" if wide else "mma.sync"], launch
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from quire.kernels import (
+    append_rotated_triton,
+    attention_columns_triton,
     attention_mass_triton,
     attention_triton,
     cache_triton,
@@ -39,7 +41,9 @@ __all__ = [
     "DEVICES",
     "DTYPES",
     "ON_GPU",
+    "append_rotated_triton",
     "attention_arguments",
+    "attention_columns_triton",
     "attention_mass_triton",
     "attention_triton",
     "cache_triton",

@@ -42,8 +42,10 @@ class DenseContext:
     def whole_step(self, scale, dtype):
         """See `AttentionContext.whole_step`: layers come one by one."""
 
-    def attend(self, layer, query, key, value, *, scale, window=None, softcap=None, sinks=None):
+    def attend(self, layer, query, key, value, *, scale, window=None, softcap=None, sinks=None, rotation=None):
         """See `AttentionContext.attend`."""
+        if rotation is not None:
+            rotation.apply("reference")
         self.layers_seen.append(layer)
         outputs = []
         parts = zip(*(t.split(self.rows) for t in (query, key, value)), strict=True)
