@@ -298,5 +298,5 @@ def _failure(matcher: LLMatcher) -> str:
 
 
 def _line(error: object) -> str:
-    """The first line."""
-    return str(error).strip().partition("\n")[0][:300] or "no reason is given"
+    """On one line, without what the library says of its own state."""
+    return " ".join(str(error).partition("<state>")[0].split())[:300] or "no reason is given"

@@ -116,7 +116,7 @@ async def asked_grammar(body: StructuredBody) -> Grammar | None:
 def structured_outputs(fields: Mapping[str, Any]) -> Grammar:
     """What vLLM's `structured_outputs` with these fields binds outputs to. Raises `InvalidRequestError`."""
     try:
-        asked = _of_outputs(StructuredBody(structured_outputs=fields).structured_outputs)
+        asked = _of_outputs(StructuredBody.model_validate({"structured_outputs": dict(fields)}).structured_outputs)
     except ValidationError as error:
         raise invalid_request(error) from error
     assert asked is not None
