@@ -5,6 +5,7 @@ but for an end token. It walks along draft tokens and back again; all else only 
 logits, M of them masked, V vocabulary.
 """
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -299,4 +300,4 @@ def _failure(matcher: LLMatcher) -> str:
 
 def _line(error: object) -> str:
     """On one line, without what the library says of its own state."""
-    return " ".join(str(error).partition("<state>")[0].split())[:300] or "no reason is given"
+    return " ".join(re.split("<state>|<non-verbose/>", str(error))[0].split())[:300] or "no reason is given"

@@ -61,13 +61,13 @@ KINDS: dict[str, Kind] = {
 FREE: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "drawn": {"top_p": 0.8, "temperature": 1.4, "logprobs": 1},
-    "ends": {"ignore_eos": False, "temperature": 2.0},
+    "long": {"temperature": 0.0, "max_tokens": 150},
 }
 
 
 def bound(name: str, number: int = 0, seeded: bool = True, **settings: Any) -> Request:
     outputs, params, _ = KINDS[name]
-    own: dict[str, Any] = {"max_tokens": 160, "ignore_eos": False, "grammar": structured_outputs(outputs)}
+    own: dict[str, Any] = {"max_tokens": 140, "ignore_eos": False, "grammar": structured_outputs(outputs)}
     prompt = (*SHARED[: 9 * (number % 5)], *tokens(3 + number, seed=number))
     return request(name, prompt, seed=number, seeded=seeded, **own | params | settings)
 
@@ -142,7 +142,7 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "scene"), TURNS, ids="-".join)
+@pytest.mark.parametrize(("name", "scene"), TURNS, ids=map(" ".join, TURNS))
 def test_requests_are_told_the_same(
     stack: Stack, plain: Run, drafts: dict[str, str], name: str, scene: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +150,7 @@ def test_requests_are_told_the_same(
     changes: dict[str, Any] = dict(SCENES[scene])
     short = scene in ("recomputed", "swapped")
     if short:
-        changes["num_pages"] = 40 * stack.rows
+        changes["num_pages"] = 50 * stack.rows
     draft = stack.draft(drafts[name]) if drafts[name] else None
     run = stack.serve(requests(), draft, **changes)
     assert_equal(run.told, plain.told)
