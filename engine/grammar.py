@@ -172,8 +172,8 @@ class Grammars:
         if not bound.matcher.consume_tokens(list(assignment.output_ids)):
             bound.error = _failure(bound.matcher)
 
-    def masks(self, parts: Sequence[tuple[int, int, Sequence[int]]], positions: IntArray) -> RowMasks:
-        """For sequences' rows: (slot, first row, draft tokens) of each; those without a grammar do not matter.
+    def masks(self, parts: Sequence[tuple[int, int, Sequence[int]]], positions: IntArray) -> RowMasks | None:
+        """For sequences' rows: (slot, first row, draft tokens) of each; None if none of them is bound.
 
         A row follows the draft tokens before it. One after a token that is not allowed, or ends the output, allows all.
         positions [N]: of the tokens that the rows give.
@@ -188,6 +188,8 @@ class Grammars:
             walks.append((bound.matcher, len(rows), list(drafts)))
             rows.extend(range(first, first + 1 + len(drafts)))
             owners.extend([bound] * (1 + len(drafts)))
+        if not walks:
+            return None
         bits = self.fill(walks, len(rows))
         for row, bound in enumerate(owners):
             assert bound.matcher is not None
@@ -226,8 +228,7 @@ class Grammars:
                 bits[token >> 3] &= ~(1 << (token & 7)) & 255
             if not bits.any():
                 bits[:] = kept
-        if not bits.any():
-            bound.error = "the model has no token that its grammar allows next"
+        if not bits.any():  # the model has no such token: whatever is drawn then, `take` will say so
             bits[:] = 255
 
     def allowed(self, slot: int, token_ids: Sequence[int]) -> int:
@@ -241,8 +242,9 @@ class Grammars:
         if bound.matcher is None or bound.error:
             return Step((), error=bound.error)
         for count, token in enumerate(token_ids, 1):
-            if token in bound.ends:
+            if token in bound.ends and bound.matcher.is_accepting():
                 return Step(tuple(token_ids[:count]), ended=True)
+            # Also where the model has no token that is allowed: then any is drawn.
             if not bound.matcher.consume_token(token):
                 bound.error = _failure(bound.matcher)
                 return Step((), error=bound.error)

@@ -48,7 +48,7 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
-        if self.grammars:
+        if self.grammars and layout.samplers:
             rows = bound_rows(rows, plan, layout, self.grammars)
         if self.backend == "cpu" and self._are_likeliest(rows, layout):
             survey = sampling.survey_rows(logits)
@@ -300,7 +300,7 @@ class Sampler:
             sampling.adjust_bias(logits, *self._pairs(at, token), upload(np.array(amount, np.float32), self.device))
         if masked:
             sampling.forbid(logits, *self._pairs(*zip(*masked, strict=True)))
-        if rows.masks is not None and len(rows.masks.rows):
+        if rows.masks is not None:
             sampling.forbid_unset(logits, upload(rows.masks.rows, self.device), upload(rows.masks.bits, self.device))
         return logits
 

@@ -83,7 +83,7 @@ def test_faults(server: RunningServer) -> None:
             "name": "x", "schema": {"type": "strin"}}})  # fmt: skip
     assert caught.value.param == "response_format.json_schema.schema"
     # Only the engine finds out about this one, once it follows it.
-    with pytest.raises(openai.InternalServerError, match="grammar.*too many expressions"):
+    with pytest.raises(openai.InternalServerError, match=r"grammar.*too many expressions"):
         client.completions.create(
             model=MODEL_NAME, prompt="x", extra_body={"structured_outputs": {"regex": "(a{1000}){1000}"}}
         )

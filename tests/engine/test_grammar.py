@@ -80,7 +80,8 @@ def over(sequence: Sequence) -> bool:
 def p_value(params: SamplingParams, runs: list[tuple[int, ...]]) -> float:
     """Chi-square over all runs of `RUN` tokens, or up to an end; rare ones taken together."""
     counts, sizes = Counter(runs), [0.0, 0.0]
-    expected, seen, open_ = [], [], [((), 1.0)]
+    expected, seen = list[float](), list[int]()
+    open_: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     while open_:
         known, chance = open_.pop()
         if len(known) < RUN and EOS not in known:
@@ -189,15 +190,16 @@ def test_a_slot_forgets_its_grammar() -> None:
     assert free.output_ids == said(None, 3, temperature=0.0).output_ids
 
 
-@pytest.mark.parametrize("fault", ["does not compile", "was not followed", "no token fits"])
+@pytest.mark.parametrize("fault", ["does not compile", "was not followed", "no token fits", "but the end"])
 def test_what_goes_wrong_ends_one_sequence(fault: str) -> None:
     engine = bound_engine(SamplingDrafter(lambda known: DRAFTS["good"][known[-1]]))
-    grammar = regex("(" if fault == "does not compile" else "x" if fault == "no token fits" else "c*")
+    grammar = regex({"does not compile": "(", "was not followed": "c*"}.get(fault, "x"))
     harness = Harness(engine, drafts=2)
-    broken = harness.add(0, [FIRST], output=(1,) if fault == "was not followed" else (), grammar=grammar)
+    params = SamplingParams(temperature=0.0, logit_bias={EOS: 100.0} if fault == "but the end" else {})
+    broken = harness.add(0, [FIRST], params, output=(1,) if fault == "was not followed" else (), grammar=grammar)
     others = [harness.add(1, [FIRST], seed=1, grammar=regex("b{9}")), harness.add(2, [FIRST, 1], SamplingParams(), 1)]
     run(harness, [broken, *others], 6)
-    assert last(broken).error and not last(broken).token_ids
+    assert last(broken).error and not last(broken).token_ids and not last(broken).ended
     assert others[0].output_ids[:6] == [2] * 6 and len(others[1].output_ids) >= 6
 
 

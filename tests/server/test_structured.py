@@ -42,7 +42,7 @@ NOTHING: list[dict[str, Any]] = [
     {"response_format": {"type": "text"}},
     {"structured_outputs": False},
 ]
-ROUTES = {
+ROUTES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hello"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
 }
