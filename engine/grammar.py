@@ -128,12 +128,14 @@ class Grammars:
 
         Pathological ones take a second: then too what is to be known for the first token is found out here.
         """
+        if self.tokenizer is None:
+            raise InvalidRequestError(self.obstacle)
         with self._lock:
             compiled = self._compiled.get(grammar.source)
             if compiled is not None:
                 self._compiled.move_to_end(grammar.source)
         if compiled is None:
-            compiled = self._compile(grammar)
+            compiled = _compiled(self.tokenizer, grammar)
             with self._lock:
                 self._compiled[grammar.source] = compiled
                 while len(self._compiled) > _MOST_COMPILED:
@@ -141,14 +143,6 @@ class Grammars:
         if isinstance(compiled, str):
             raise InvalidRequestError(compiled)
         return compiled
-
-    def _compile(self, grammar: Grammar) -> LLMatcher | str:
-        if self.tokenizer is None:
-            return self.obstacle
-        matcher = LLMatcher(self.tokenizer, grammar.source, limits=_LIMITS, log_level=0)
-        if not matcher.is_error():
-            matcher.compute_bitmask()
-        return f"the {grammar.kind} cannot be followed: {_line(matcher.get_error())}" if matcher.is_error() else matcher
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot; it may have begun its output."""
@@ -294,6 +288,14 @@ class DraftWalk:
             matcher = self._matchers.get(place)
             if matcher is not None and (not matcher.consume_token(token) or matcher.is_stopped()):
                 del self._matchers[place]
+
+
+def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher | str:
+    """The matcher before any token, which knows what may be the first; or why there is none."""
+    matcher = LLMatcher(tokenizer, grammar.source, limits=_LIMITS, log_level=0)
+    if not matcher.is_error():
+        matcher.compute_bitmask()
+    return f"the {grammar.kind} cannot be followed: {_line(matcher.get_error())}" if matcher.is_error() else matcher
 
 
 def _failure(matcher: LLMatcher) -> str:

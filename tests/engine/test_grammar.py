@@ -4,22 +4,26 @@ import itertools
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from msgspec.structs import replace
 from scipy import stats
 
 from quire.core.errors import InvalidRequestError
-from quire.core.plan import SequenceOutput
+from quire.core.ids import SlotId
+from quire.core.plan import SequenceOutput, SlotAssignment
 from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.grammar import Grammars
 from quire.kernels import sampling
 from quire.speculation.drafter import Drafter
 
+from ..server.conftest import byte_level_backend
 from .harness import Harness, Sequence, make_engine
 from .scripted import BranchingDrafter, SamplingDrafter, ScriptedDrafter
 from .test_speculative_sampling import DRAFTS, EOS, FIRST, TARGET, VOCAB, Bigrams, next_token
@@ -238,6 +242,30 @@ def test_compiled_grammars_are_kept_and_faults_told_again() -> None:
     for number in range(80):
         grammars.compile(regex(f"a{{{number + 1}}}"))
     assert not grammars.knows(regex("a*"))
+
+
+def test_tokenizers_are_read_or_the_reason_is_told(tmp_path: Path) -> None:
+    grammars = Grammars(VOCAB)
+    for content, why in ((None, "tokenizer.json"), ("{}", "this model's tokenizer")):
+        if content is not None:
+            (tmp_path / "tokenizer.json").write_text(content)
+        grammars.read(tmp_path, Bigrams.spec)
+        with pytest.raises(InvalidRequestError, match=why):
+            grammars.compile(regex("a"))
+        assert grammars.knows(regex("a"))
+
+
+@pytest.mark.parametrize("vocab", [300, 310, 325])
+def test_logits_may_be_narrower_or_wider_than_the_vocabulary(tmp_path: Path, vocab: int) -> None:
+    byte_level_backend().save(str(tmp_path / "tokenizer.json"))
+    grammars = Grammars(vocab)
+    grammars.read(tmp_path, replace(Bigrams.spec, vocab_size=vocab, eos_token_ids=(1,)))
+    grammars.assign(SlotAssignment(SlotId(0), SamplingParams(), 0, (1,), (5,), (), 99, grammar=regex("(.|\\n)*")))
+    masks = grammars.masks([(0, 0, [])], np.array([1], np.int32))
+    assert masks is not None
+    allowed = np.flatnonzero(np.unpackbits(masks.bits[0], bitorder="little"))
+    # Some of the last tokens are parts of characters, which nothing begins with.
+    assert 1 in allowed and len(allowed) > 100 and min(vocab, 310) - 12 < allowed.max() < min(vocab, 310)
 
 
 @pytest.mark.parametrize("width", [5, 8, 37])
