@@ -172,6 +172,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     watchdog_total: dict[str, int] = {}
     """Requests ended because the scheduler passed them over, by `StuckReason`."""
     speculation: SpeculationCounts = SpeculationCounts()
+    grammar_seconds_total: float = 0.0
+    """Time in computing what grammars allow."""
     page_leaks_total: int = 0
     """Pages found to belong to nobody while nothing ran, and taken back."""
 

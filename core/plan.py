@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from .ids import SlotId
 from .pruning import PruneParams
-from .request import SamplingParams
+from .request import Grammar, SamplingParams
 
 IntArray = npt.NDArray[np.int32]
 
@@ -45,6 +45,8 @@ class SlotAssignment:
     """The sequence comes back as it was when it was swapped out; `cached` says nothing then."""
     record: bool = False
     """Whether the most likely tokens of each row that it samples from are wanted, see `core.top_rows`."""
+    grammar: Grammar | None = None
+    """What its output is bound to. It is always one of `BatchPlan.sequences`, never a row of the `Decodes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +266,8 @@ class SequenceOutput:
     """What a step gave one sequence; aligned with `BatchPlan.sequences`."""
 
     token_ids: tuple[int, ...] = ()
-    """Newly accepted tokens: none unless `sample`, else those of the draft that were right, and one more."""
+    """Newly accepted tokens: none unless `sample`, else those of the draft that were right, and one more, unless its
+    grammar ends before."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """One per accepted token if asked for."""
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -276,9 +279,12 @@ class SequenceOutput:
     branched: int = 0
     """Of them, those of a tree that are not on its longest path: rows that could not make the step's text longer."""
     error: str | None = None
-    """Why this one sequence cannot go on (non-finite logits); the others are unaffected."""
+    """Why this one sequence cannot go on (non-finite logits, a grammar that got too complex); the others are
+    unaffected."""
     recorded: tuple[bytes, ...] = ()
     """One row of `core.top_rows` per accepted token, if asked for."""
+    ended: bool = False
+    """Whether its grammar allows nothing after the tokens."""
 
 
 NON_FINITE = "the model produced non-finite values"
@@ -308,6 +314,8 @@ class StepOutput:
     """How long those took."""
     draft_seconds: float = 0.0
     """Time in proposing."""
+    grammar_seconds: float = 0.0
+    """Time in computing what grammars allow, a part of the others, since the last step was finished."""
     recorded: Mapping[int, bytes] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
 

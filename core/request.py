@@ -1,9 +1,9 @@
-"""What a user asks for: `SamplingParams` and `Request`, checked here once for HTTP and offline use alike."""
+"""What a user asks for: `SamplingParams`, `Grammar` and `Request`, checked here once for HTTP and offline use alike."""
 
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -52,7 +52,7 @@ class SeedSource:
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How tokens are drawn. Order of application: penalties, bias, minimum length, temperature, top-k/p/min-p.
+    """How tokens are drawn. Order of application: penalties, bias, minimum length, grammar, temperature, top-k/p/min-p.
 
     Raises `InvalidRequestError`, naming the field, when a value is out of range.
     """
@@ -122,6 +122,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature == 0.0
 
 
+GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
+"""How it was written by who asked."""
+GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an output must be a word of; see docs/structured-outputs.md."""
+
+    kind: GrammarKind
+    source: str
+    """In llguidance's own format, whatever the kind."""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One prompt with its parameters, as the server hands it to the scheduler."""
 
@@ -148,6 +161,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Whether its tokens may be drafted; they are the same either way."""
     namespace: str = ""
     """Prefixes are reused only within one: an API key's, where the operator isolates keys."""
+    grammar: Grammar | None = None
+    """What its outputs are bound to; None: nothing."""
     record: bool = False
     """Whether what the model said at each generated token is told too, as `Recorded`: for a log, not for the user."""
 
@@ -177,6 +192,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         timeout: float | None = None,
         namespace: str = "",
         speculate: bool = True,
+        grammar: Grammar | None = None,
     ) -> "Request":
         """A request with its seed settled: `seeds` gives one where the parameters do not."""
         params, seed = seeds.settle(params)
@@ -194,4 +210,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             timeout=timeout,
             namespace=namespace,
             speculate=speculate,
+            grammar=grammar,
         )

@@ -25,8 +25,9 @@ from ..core.plan import (
     StepOutput,
     StoredBlock,
 )
-from ..core.request import SamplingParams
+from ..core.request import Grammar, SamplingParams
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
+from ..models.checkpoint import open_checkpoint
 from ..models.context import PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
@@ -151,6 +152,7 @@ class Engine:
         drafter = make_drafter(config, runner, draft, engine.cache, place, **lengths)
         if drafter is not None:
             engine.draft_with(drafter, config)
+        engine.sampler.grammars.read(open_checkpoint(config.model).folder, engine.spec)
         on_progress("warming up", 0, 1)
         engine.warm_up()
         on_progress("warming up", 1, 1)
@@ -168,6 +170,14 @@ class Engine:
             num_bytes=drafter.num_bytes,
         )
         self.info = msgspec.structs.replace(self.info, draft=draft)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """So that a sequence bound to it enters at once; on any thread. Raises `InvalidRequestError`."""
+        self.sampler.grammars.compile(grammar)
+
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        """Whether that would take no time."""
+        return self.sampler.grammars.knows(grammar)
 
     def fetch_draft(self, folder: str) -> None:
         """See `draft_swap.fetch`: on any thread, before `replace_draft`."""
@@ -209,6 +219,7 @@ class Engine:
             self.host.copy_in(plan.swap_ins)
         for assignment in plan.assignments:
             self.sampler.table.assign(assignment)
+            self.sampler.grammars.assign(assignment)
             self._pruner.assign(assignment)
             self._selection.assign(assignment)
             if self._speculation is not None:
@@ -230,7 +241,8 @@ class Engine:
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds, recorded)
+        drafting, masking = launched.draft_seconds, self.sampler.grammars.spent()
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, drafting, masking, recorded)
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
@@ -373,6 +385,7 @@ class Engine:
         """The state before any step, of which all used only the first `pages` pages."""
         self.cache.clear(torch.arange(pages, device=self._place.device))
         self.sampler.table.clear()
+        self.sampler.grammars.clear()
         self._pruner.clear()
         if self._speculation is not None:
             self._speculation.clear()

@@ -1,11 +1,12 @@
 """`Rows`: which tokens a step draws. A sequence with draft tokens has a row for each of them and one more."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor, device
 
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray
+from .grammar import Grammars, RowMasks
 from .inputs import LogitLayout
 from .slots import SlotTable
 from .staging import upload
@@ -47,6 +48,8 @@ class Rows:
     prefix: Tensor | None = None
     """[N, k] int64, padded with `NO_TOKEN`: draft tokens before it, which penalties must count; None: no need."""
     judged: Judged | None = None
+    masks: RowMasks | None = None
+    """What grammars allow; None: there are none."""
 
 
 def sampled_rows(
@@ -72,6 +75,12 @@ def sampled_rows(
         _prefix(plan, layout, table) if table.penalised[slots].any() else None,
         None if distributions is None else _judged(plan, layout, distributions, table.device),
     )
+
+
+def bound_rows(rows: Rows, plan: BatchPlan, layout: LogitLayout, grammars: Grammars) -> Rows:
+    """The rows with the masks of those whose sequences are bound."""
+    parts = [(plan.sequences[index].slot, row, drafts) for index, row, drafts in _first_rows(plan, layout)]
+    return replace(rows, masks=grammars.masks(parts, rows.positions))
 
 
 def _first_rows(plan: BatchPlan, layout: LogitLayout) -> list[tuple[int, int, tuple[int, ...]]]:

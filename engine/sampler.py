@@ -4,40 +4,30 @@ Randomness is a function of (the sequence's seed, the new token's absolute posit
 same request gives the same tokens alone, in any batch, chunked or preempted.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, SequencePlan, TokenLogprob
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, SequencePlan
 from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
 from ..kernels.rejection import draw_drafts, judge_drafts
+from .grammar import Grammars
 from .inputs import LogitLayout
+from .logprobs import told_logprobs
 from .recording import Drawn, record
-from .rows import DraftDistributions, Judged, Rows, sampled_rows
+from .rows import DraftDistributions, Judged, Rows, bound_rows, sampled_rows
 from .slots import DRAW_KINDS, FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_P, DrawKind, SlotTable
 from .staging import Download, upload
-from .trees import accepted_rows, accepted_tokens, branched
+from .trees import accepted_tokens, branched
 
 _JUDGED = len(DRAW_KINDS)
 """A row that is drawn in view of a draft token."""
-
-
-@dataclass(frozen=True, slots=True)
-class _LogprobRequest:
-    """Log-probabilities wanted of one row of logits."""
-
-    sequence: int
-    row: int
-    """Of the logits."""
-    token: int
-    top: int
-    of_prompt: bool
 
 
 class Sampler:
@@ -45,6 +35,7 @@ class Sampler:
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device, backend: Backend = "reference") -> None:
         self.table = SlotTable(num_slots, vocab_size, device)
+        self.grammars = Grammars(vocab_size)
         self.device = device
         self.backend = backend
         self._fused = backend in TRITON_BACKENDS
@@ -57,6 +48,8 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
+        if self.grammars and layout.samplers:
+            rows = bound_rows(rows, plan, layout, self.grammars)
         if self.backend == "cpu" and self._are_likeliest(rows, layout):
             survey = sampling.survey_rows(logits)
             self.table.remember(rows.slots, survey[0])
@@ -109,12 +102,32 @@ class Sampler:
         drawn, finite = flat[:samples], flat[samples:] > 0
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         accepted = _accepted(plan, layout, drawn[count:].tolist())
-        outputs = self._outputs(plan, layout, logits, accepted, finite.tolist())
+        failed = dict.fromkeys(_failed_sequences(plan, layout, finite.tolist()), NON_FINITE)
+        ended = self._follow_grammars(plan, layout, accepted, failed) if self.grammars else frozenset[int]()
+        outputs = self._outputs(plan, layout, logits, accepted, failed, ended)
         if any(layout.drafted):
             self._remember_accepted(plan, outputs)
         if recorded:
             outputs = _with_rows(outputs, layout, count, recorded)
         return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
+
+    def _follow_grammars(
+        self, plan: BatchPlan, layout: LogitLayout, accepted: list[tuple[int, ...]], failed: dict[int, str]
+    ) -> frozenset[int]:
+        """Let grammars consume the `accepted` tokens of the layout's samplers, which they may cut short; which of the
+        plan's sequences have ended by it. Who cannot go on is `failed` from then on."""
+        ended = set[int]()
+        for place, index in enumerate(layout.samplers):
+            slot = plan.sequences[index].slot
+            if index in failed or not self.grammars.binds(slot):
+                continue
+            step = self.grammars.take(slot, accepted[place])
+            accepted[place] = step.token_ids
+            if step.ended:
+                ended.add(index)
+            elif step.error:
+                failed[index] = step.error
+        return frozenset(ended)
 
     def _outputs(
         self,
@@ -122,19 +135,20 @@ class Sampler:
         layout: LogitLayout,
         logits: Tensor,
         accepted: Sequence[tuple[int, ...]],
-        finite: Sequence[bool],
+        failed: Mapping[int, str],
+        ended: Collection[int],
     ) -> tuple[SequenceOutput, ...]:
-        """Of the plan's sequences; `accepted` are the tokens of the layout's samplers."""
-        failed = _failed_sequences(plan, layout, finite)
-        logprobs = self._logprobs(logits, self._wanted(plan, layout, accepted))
+        """Of the plan's sequences, of which some have `failed` and why; `accepted` are the tokens of the layout's
+        samplers."""
+        logprobs = told_logprobs(logits, plan, layout, accepted, self.table, self.backend)
         chosen = dict(zip(layout.samplers, accepted, strict=True))
         outputs: list[SequenceOutput] = []
         for index, part in enumerate(plan.sequences):
             if index in failed:
-                outputs.append(SequenceOutput(error=NON_FINITE))
+                outputs.append(SequenceOutput(error=failed[index]))
                 continue
             of_output, of_prompt = (tuple(logprobs.get((index, kind), ())) for kind in (False, True))
-            output = SequenceOutput(chosen.get(index, ()), of_output, of_prompt)
+            output = SequenceOutput(chosen.get(index, ()), of_output, of_prompt, ended=index in ended)
             outputs.append(with_drafts(output, part) if part.drafts else output)
         return tuple(outputs)
 
@@ -149,22 +163,6 @@ class Sampler:
         counted = [(slot, token) for slot, tokens in taken if self.table.penalised[slot] for token in tokens]
         if counted:
             self.table.count_outputs(*self._pairs(*zip(*counted, strict=True)))
-
-    def _wanted(
-        self, plan: BatchPlan, layout: LogitLayout, accepted: Sequence[tuple[int, ...]]
-    ) -> list[_LogprobRequest]:
-        """Log-probabilities of accepted tokens, where asked for, and of scored prompt tokens."""
-        wanted = []
-        for index, first, tokens in zip(layout.samplers, layout.sampler_rows, accepted, strict=True):
-            top = self.table.states[plan.sequences[index].slot].params.logprobs
-            if top is not None:
-                for row, token in zip(accepted_rows(plan.sequences[index], tokens), tokens, strict=True):
-                    wanted.append(_LogprobRequest(index, first + row, token, top, of_prompt=False))
-        for index, first in layout.scored:
-            top = self.table.states[plan.sequences[index].slot].params.prompt_logprobs or 0
-            for offset, token in enumerate(plan.sequences[index].score_ids):
-                wanted.append(_LogprobRequest(index, first + offset, token, top, of_prompt=True))
-        return wanted
 
     def _draw(self, logits: Tensor, rows: Rows, layout: LogitLayout) -> Tensor:
         """Tokens [N] int64 (on the device) of the rows; remembered, but where drafts leave open whether they stay."""
@@ -279,7 +277,8 @@ class Sampler:
         return sampling.sample_truncated(logits, temperature, top_k, top_p, min_p, seeds, positions, self.backend)
 
     def _adjust(self, logits: Tensor, rows: Rows, owners: Tensor, *, shared: bool) -> Tensor:
-        """Penalties, bias and minimum length; `owners` are the slots on the device. Copies `shared` logits first."""
+        """Penalties, bias, minimum length, grammars; `owners` are the slots on the device. Copies `shared` logits
+        first."""
         table, slots, positions = self.table, rows.slots, rows.positions
         penalised, biased, short = table.penalised[slots], table.biased[slots], positions < table.min_ends[slots]
         if not (penalised.any() or biased.any() or short.any()):
@@ -301,23 +300,9 @@ class Sampler:
             sampling.adjust_bias(logits, *self._pairs(at, token), upload(np.array(amount, np.float32), self.device))
         if masked:
             sampling.forbid(logits, *self._pairs(*zip(*masked, strict=True)))
+        if rows.masks is not None:
+            sampling.forbid_unset(logits, upload(rows.masks.rows, self.device), upload(rows.masks.bits, self.device))
         return logits
-
-    def _logprobs(
-        self, logits: Tensor, wanted: Sequence[_LogprobRequest]
-    ) -> dict[tuple[int, bool], list[TokenLogprob]]:
-        """Log-probabilities under the raw logits, by (sequence, of its prompt?), in the order of `wanted`."""
-        results: dict[tuple[int, bool], list[TokenLogprob]] = {}
-        if not wanted:
-            return results
-        rows, tokens = self._pairs([w.row for w in wanted], [w.token for w in wanted])
-        chosen, ids, values = sampling.token_logprobs(logits[rows], tokens, max(w.top for w in wanted), self.backend)
-        parts = (chosen.tolist(), ids.tolist(), values.tolist())
-        for request, logprob, top_ids, top_values in zip(wanted, *parts, strict=True):
-            top = tuple(zip(top_ids[: request.top], top_values[: request.top], strict=True))
-            result = TokenLogprob(request.token, logprob, top)
-            results.setdefault((request.sequence, request.of_prompt), []).append(result)
-        return results
 
     def _where(self, flags: npt.NDArray[np.bool_]) -> Tensor:
         """Indices [N] int64 of the true flags."""

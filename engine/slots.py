@@ -25,7 +25,7 @@ class SlotState:
 
     params: SamplingParams
     stop_ids: tuple[int, ...]
-    """Within the vocabulary."""
+    """Within the vocabulary; none where a grammar says when they may come."""
     bias: tuple[tuple[int, float], ...]
     """(token within the vocabulary, bias)."""
 
@@ -55,7 +55,7 @@ class SlotTable:
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
-        """[N]: whether its state has a bias."""
+        """[N]: whether its state has a bias, or a grammar binds it."""
         self.likeliest = np.zeros(num_slots, np.bool_)
         """[N]: gets the likeliest token of the logits as they are, from `min_ends` on, and is not recorded."""
         self.free = np.zeros(num_slots, np.bool_)
@@ -95,6 +95,7 @@ class SlotTable:
         penalised = (
             params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         )
+        bound = assignment.grammar is not None
         self.kinds[slot] = DRAW_KINDS.index(draw_kind(params))
         self.penalised[slot] = penalised
         self.free[slot] = draw_kind(params) != "greedy" and params.seed is None
@@ -102,11 +103,11 @@ class SlotTable:
         self.min_ends[slot] = len(assignment.prompt_ids) + params.min_tokens
         self.states[slot] = state = SlotState(
             params=params,
-            stop_ids=tuple(i for i in assignment.stop_ids if 0 <= i < self.vocab_size),
+            stop_ids=() if bound else tuple(i for i in assignment.stop_ids if 0 <= i < self.vocab_size),
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
-        self.biased[slot] = bool(state.bias)
-        plain = not penalised and not state.bias and not assignment.record
+        self.biased[slot] = bound or bool(state.bias)
+        plain = not penalised and not self.biased[slot] and not assignment.record
         self.likeliest[slot] = plain and draw_kind(params) == "greedy"
         # The kernel that draws all rows together knows greedy ones by a temperature of 0.
         temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature

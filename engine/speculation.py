@@ -90,14 +90,19 @@ class Speculation:
 
     def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...], drew: bool) -> SequencePlan:
         """The sequence's part with its proposals; drew: whether a model drew them."""
-        # Policies that watch attention or select pages know no trees, and a row's mask has only so many bits: there the
-        # first path of a tree must do.
-        rows = len(part.token_ids) + len(drafts)
-        if parents and (rows > MASKED_ROWS or any(reads(part.slot) for reads in self._readers)):
+        # Grammars and policies that watch attention or select pages know no trees, and a row's mask has only so many
+        # bits: there the first path of a tree must do.
+        rows, grammars = len(part.token_ids) + len(drafts), self._sampler.grammars
+        bound = grammars.binds(part.slot)
+        if parents and (bound or rows > MASKED_ROWS or any(reads(part.slot) for reads in self._readers)):
             nodes = first_chain(parents)
             drafts, parents = tuple(drafts[node] for node in nodes), tuple(range(-1, len(nodes) - 1))
         if parents and parents == tuple(range(-1, len(drafts) - 1)):
             parents = ()
+        if bound:
+            # Of drawn tokens, one that is not allowed stays: that it is rejected is a part of its draw.
+            drafts = drafts[: grammars.allowed(part.slot, drafts) + drew]
+            parents = parents[: len(drafts)]
         count = len(drafts)
         ids = part.token_ids + drafts
         return replace(part, token_ids=ids, drafts=count, model_drafts=count if drew else 0, parents=parents)
@@ -154,6 +159,7 @@ class ProposalDraw:
         """[S, most]: tokens so far, where penalties must count them."""
         if penalised:
             self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
+        self._walk = sampler.grammars.walk(slots) if sampler.grammars else None
         adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
         self._adjusted = adjusted
         """Whether somebody's logits change before they are drawn from."""
@@ -178,7 +184,10 @@ class ProposalDraw:
         if self._drawn is not None:
             rows = upload(members.astype(np.int64), table.device)
             prefix = self._drawn[rows, :depth] if depth else None
-        tokens, scaled = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix))
+        masks = None if self._walk is None else self._walk.masks(members)
+        tokens, scaled = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix, masks=masks))
+        if self._walk is not None and masks is not None:
+            self._walk.take(members, tokens.tolist())
         if self._drawn is not None:
             self._drawn[rows, depth] = tokens
         if scaled is not None:

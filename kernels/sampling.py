@@ -61,6 +61,26 @@ def forbid(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
     logits.index_put_((rows, tokens), logits.new_full((), float("-inf")))
 
 
+def unset_bits(bits: Tensor, width: int) -> Tensor:
+    """[M, width] bool: whether bit t % 8 of bits[M, t // 8] uint8 is not set."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> places) & 1 == 0).flatten(1)[:, :width]
+
+
+def forbid_unset(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Set logits[rows[M], t] to -inf, in place, where bit t % 8 of bits[M, t // 8] uint8 is not set; rows [M] int64 are
+    distinct, the bits at least V."""
+    width = logits.shape[1]
+    if bits.device.type == "cpu":  # a fraction of what torch takes to spread bits
+        spread = torch.from_numpy(np.unpackbits(~bits.numpy(), axis=1, count=width, bitorder="little")).view(torch.bool)
+    else:
+        spread = unset_bits(bits, width)
+    if len(rows) == len(logits):  # then they are all of them, in order
+        logits.masked_fill_(spread, float("-inf"))
+    else:
+        logits[rows] = logits[rows].masked_fill_(spread, float("-inf"))
+
+
 def greedy_tokens(logits: Tensor, backend: Backend = "reference") -> Tensor:
     """[R] int64: the most likely token of each row of [R, V], the lowest id among equals; any token if one is NaN."""
     return survey_rows(logits)[0] if backend == "cpu" else logits.argmax(-1)

@@ -15,11 +15,12 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from ..core.errors import QuireError, describe
+from ..core.errors import InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId
 from ..core.messages import EngineInfo, EngineStats, Failed, StepEvent, StepReport
 from ..core.plan import BatchPlan, StepOutput
-from ..core.request import Request
+from ..core.request import Grammar, Request
+from .grammar_gate import GrammarCompiler
 from .scheduler import Scheduler, SchedulerConfig
 
 Launched = TypeVar("Launched")
@@ -59,6 +60,7 @@ class EngineLoop:
         self._refused: list[StepEvent] = []
         self._step_seconds = 0.0
         self._forward_seconds = 0.0
+        self._grammar_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -68,9 +70,17 @@ class EngineLoop:
     def submit(self, request: Request) -> None:
         """Queue a request; a refusal is reported as `Failed` by the next step."""
         try:
+            if request.grammar is not None:
+                self._compile(request.grammar)
             self.scheduler.add(request)
         except QuireError as error:
             self._refused.append(Failed(request.id, describe(error)))
+
+    def _compile(self, grammar: Grammar) -> None:
+        """Raises `InvalidRequestError`. At once, where `GrammarGate` has seen to it."""
+        if not isinstance(self.engine, GrammarCompiler):
+            raise InvalidRequestError("this engine binds no output to a grammar")
+        self.engine.compile_grammar(grammar)
 
     def abort(self, request_id: RequestId) -> None:
         """Forget a request in whatever state; unknown ids are fine."""
@@ -94,6 +104,7 @@ class EngineLoop:
                 output = self.engine.finish(launched)
                 events += self.scheduler.commit(plan, output)
                 self._forward_seconds = output.forward_seconds
+                self._grammar_seconds += output.grammar_seconds
             self._step_seconds = time.perf_counter() - started
         if not self.scheduler.has_work:
             self.scheduler.reclaim_leaks()
@@ -106,7 +117,10 @@ class EngineLoop:
     def stats(self) -> EngineStats:
         """The scheduler's counters with the last step's times."""
         return msgspec.structs.replace(
-            self.scheduler.stats(), step_seconds=self._step_seconds, forward_seconds=self._forward_seconds
+            self.scheduler.stats(),
+            step_seconds=self._step_seconds,
+            forward_seconds=self._forward_seconds,
+            grammar_seconds_total=self._grammar_seconds,
         )
 
 

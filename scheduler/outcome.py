@@ -25,22 +25,22 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
     return Decoded(ids, [sequence.index for sequence in sequences], token_ids)
 
 
-def append(sequence: SequenceState, token_ids: Iterable[int]) -> tuple[int, FinishReason | None]:
+def append(sequence: SequenceState, result: SequenceOutput) -> tuple[int, FinishReason | None]:
     """Append the accepted tokens up to the end, if it is among them; returns how many, and how it ended.
 
     The caller takes slot and pages back. End tokens count only once `min_tokens` came before them, which is how long
-    the engine masks them out.
+    the engine masks them out; where a grammar ends, so does the sequence.
     """
     taken, min_tokens = 0, sequence.request.params.min_tokens
-    for token in token_ids:
+    for token in result.token_ids:
         is_end = token in sequence.stop_ids and sequence.num_generated >= min_tokens
         sequence.tokens.append(token)
         taken += 1
         if is_end:
             return taken, "stop"
         if len(sequence.tokens) >= sequence.max_length:
-            return taken, "length"
-    return taken, None
+            return taken, "stop" if result.ended and taken == len(result.token_ids) else "length"
+    return taken, "stop" if result.ended else None
 
 
 def recorded_rows(draft: BatchDraft, output: StepOutput) -> list[StepEvent]:
@@ -77,7 +77,7 @@ def _finished(sequence: SequenceState, reason: FinishReason) -> Finished:
         request_id=sequence.request.id,
         index=sequence.index,
         reason=reason,
-        stop_token_id=sequence.tokens[-1] if reason == "stop" else None,
+        stop_token_id=sequence.tokens[-1] if reason == "stop" and sequence.tokens[-1] in sequence.stop_ids else None,
         queue_seconds=sequence.started_at - sequence.arrived_at,
         preemptions=sequence.preemptions,
         cached_tokens=sequence.cached_tokens,

@@ -35,6 +35,7 @@ from ..core.messages import (
 )
 from .admission import check_default_pruning
 from .draft_swap import FetchedDraft, fetch_draft, replace_draft
+from .grammar_gate import CompiledGrammar, GrammarGate
 from .loop import EngineLoop, scheduler_config
 from .snapshot import load_cache, save_cache
 
@@ -79,7 +80,7 @@ class Wire:
     """The two socket threads and their queues."""
 
     def __init__(self, address: str) -> None:
-        self.inbox: queue.SimpleQueue[ClientMessage | FetchedDraft] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[ClientMessage | FetchedDraft | CompiledGrammar] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[EngineMessage | None] = queue.SimpleQueue()
         self._context = zmq.Context()
         self._address = address
@@ -119,6 +120,7 @@ class Wire:
 
 def run(loop: EngineLoop, wire: Wire, config: EngineConfig) -> None:
     """Serve until `Shutdown` comes. Sends a report after each step and a heartbeat each second while idle."""
+    gate = GrammarGate(loop.engine, loop.submit, wire.inbox.put)
     while True:
         try:
             message = wire.inbox.get(block=not loop.has_work, timeout=HEARTBEAT_SECONDS)
@@ -127,17 +129,25 @@ def run(loop: EngineLoop, wire: Wire, config: EngineConfig) -> None:
         while message is not None:
             if isinstance(message, Shutdown):
                 return
-            _handle(loop, wire, config, message)
+            if isinstance(message, CompiledGrammar):
+                gate.release(message)
+            else:
+                _handle(loop, gate, wire, config, message)
             message = None if wire.inbox.empty() else wire.inbox.get()
         wire.send(loop.step())
 
 
 def _handle(
-    loop: EngineLoop, wire: Wire, config: EngineConfig, message: Submit | Abort | ReplaceDraft | FetchedDraft
+    loop: EngineLoop,
+    gate: GrammarGate,
+    wire: Wire,
+    config: EngineConfig,
+    message: Submit | Abort | ReplaceDraft | FetchedDraft,
 ) -> None:
     if isinstance(message, Submit):
-        loop.submit(message.request)
+        gate.submit(message.request)
     elif isinstance(message, Abort):
+        gate.abort(message.request_id)
         loop.abort(message.request_id)
     elif isinstance(message, ReplaceDraft):
         fetch_draft(loop, message.folder, wire.inbox.put)

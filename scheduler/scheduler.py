@@ -344,7 +344,7 @@ class Scheduler:
             self._cache.withdraw(sequence)
             return [self._fail(sequence.request.id, GenerationError(result.error))]
         # What is accepted is known before its entries count: a full block's name comes from its tokens.
-        taken, reason = append(sequence, result.token_ids)
+        taken, reason = append(sequence, result)
         self._prompt_tokens += sequence.advance(count + max(taken - 1, 0))
         self._cache.publish(sequence)
         self._cache.pins.pin(sequence)

@@ -152,7 +152,8 @@ class SequenceState:
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
         # What a step is to choose, or what is told of it, takes more than a column.
-        plain = self.request.params.logprobs is None and len(self.tokens) < self.wakes
+        bare = self.request.params.logprobs is None and self.request.grammar is None
+        plain = bare and len(self.tokens) < self.wakes
         return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property
@@ -296,6 +297,7 @@ class SequenceState:
             restored=restored,
             prune=self.request.prune,
             record=self.request.record,
+            grammar=self.request.grammar,
         )
 
     def advance(self, count: int) -> int:

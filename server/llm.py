@@ -1,7 +1,7 @@
 """The offline API: `LLM(model).generate(prompts, params)`, on the server's scheduler and engine, in this process."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from ..core.errors import InvalidRequestError, revive
 from ..core.ids import RequestId
 from ..core.messages import EngineInfo, EngineStats, Event, Failed, FinishReason, Logprob, Tokens, single_events
 from ..core.pruning import CacheUse, PruneParams
-from ..core.request import Request, SamplingParams, SeedSource
+from ..core.request import Grammar, Request, SamplingParams, SeedSource
 from ..scheduler.client import load_in_process
 from .generation import Job, RequestOutput
+from .grammars import structured_outputs as read_outputs
 from .text import Tokenizer
 
 __all__ = ["LLM", "Choice", "Completion", "PruneParams", "SamplingParams"]
@@ -92,22 +93,25 @@ class LLM:
         stop: str | Sequence[str] = (),
         prune: PruneParams | None = None,
         speculate: bool = True,
+        structured_outputs: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> list[Completion]:
         """Complete one prompt or several (texts or token ids), batched together; results are in the prompts' order.
 
         params: one for all, or one per prompt; stop: text or texts that end a completion and are cut off; prune: how
         their KV cache is pruned, by default as the settings say; speculate: whether their tokens may be drafted, where
-        the settings name a drafter (`draft`). Raises `QuireError` when a prompt cannot be served, before any is
-        computed, or its computation fails.
+        the settings name a drafter (`draft`); structured_outputs: what they must look like, as the API has it, for
+        example `{"json": schema}` or `{"regex": "[a-z]+"}`. Raises `QuireError` when a prompt cannot be served, before
+        any is computed, or its computation fails.
         """
         listed = _listed(prompts)
         all_params = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
         if len(all_params) != len(listed):
             raise InvalidRequestError(f"{len(listed)} prompts, but {len(all_params)} sampling parameters")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        grammar = read_outputs(structured_outputs) if structured_outputs else None
         works = [
-            self._work(prompt, one, stops, prune or self._prune, speculate)
+            self._work(prompt, one, stops, prune or self._prune, speculate, grammar)
             for prompt, one in zip(listed, all_params, strict=True)
         ]
         try:
@@ -124,14 +128,14 @@ class LLM:
         stops: tuple[str, ...],
         prune: PruneParams | None,
         speculate: bool,
+        grammar: Grammar | None,
     ) -> "_Work":
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         self._served += 1
         repeat_ids = () if prune is None else self.tokenizer.repeat_ids
         name = str(self._served)
-        request = Request.create(
-            name, ids, params, self._seeds, prune=prune, repeat_ids=repeat_ids, speculate=speculate
-        )
+        own: dict[str, Any] = {"repeat_ids": repeat_ids, "speculate": speculate, "grammar": grammar}
+        request = Request.create(name, ids, params, self._seeds, prune=prune, **own)
         return _Work(request, self.tokenizer, stops)
 
     def _run(self, works: "dict[RequestId, _Work]", show: bool) -> None:

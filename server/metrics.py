@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from ..core.errors import QuireError
 from ..core.messages import DEADLINES, PRIORITY_LEVELS, WATCHDOG_REASONS, EngineStats, FinishReason
 from ..core.pruning import PruneCounts
+from ..core.request import GRAMMAR_KINDS, GrammarKind
 from ..scheduler.client import EngineClient
 from .errors import ERROR_TABLE
 from .speculation_metrics import SpeculationMetrics
@@ -103,6 +104,12 @@ class Metrics:
         )
         self.prompt_length = self._histogram(p + "request_prompt_tokens", "Tokens of the prompt.", COUNT_BUCKETS)
         self.output_length = self._histogram(p + "request_generation_tokens", "Tokens generated.", COUNT_BUCKETS)
+        self._bound = Counter(
+            "quire:structured_requests",
+            "Requests whose output is bound to a grammar, by how that was written.",
+            ["model_name", "kind"],
+            registry=self.registry,
+        )
         self._aborts = Counter(
             "quire:requests_aborted",
             "Requests closed before their end, mostly by clients that went away, by the state they were in.",
@@ -138,6 +145,9 @@ class Metrics:
         self._step_seconds = self._histogram("quire:engine_step_seconds", "Time of a step.", TOKEN_BUCKETS)
         self._forward_seconds = self._histogram(
             "quire:engine_forward_seconds", "Time of a step in the model's forward pass.", TOKEN_BUCKETS
+        )
+        self._grammar_seconds = self._counter(
+            "quire:grammar_mask_seconds", "Time spent on which tokens grammars allow, a part of the steps."
         )
 
     def _define_tiers(self) -> None:
@@ -205,6 +215,8 @@ class Metrics:
 
     def _define_labels(self) -> None:
         """Begin at 0 what is counted by label: a rate does not see the first event of a series that appears with it."""
+        for way in GRAMMAR_KINDS:
+            self._bound.labels(self._model_name, way)
         for reason in ("stop", "length"):
             self._success.labels(self._model_name, reason)
         for state in ("waiting", "generating"):
@@ -217,6 +229,10 @@ class Metrics:
             self._timeouts.labels(self._model_name, deadline)
         for fault in WATCHDOG_REASONS:
             self._watchdog.labels(self._model_name, fault)
+
+    def bound(self, kind: GrammarKind) -> None:
+        """A request's output is bound to a grammar."""
+        self._bound.labels(self._model_name, kind).inc()
 
     def render(self) -> bytes:
         """The Prometheus text format."""
@@ -237,6 +253,7 @@ class Metrics:
         self._generation_tokens.inc(max(0, stats.generation_tokens_total - last.generation_tokens_total))
         self._prefix_queries.inc(max(0, stats.prefix_queries_total - last.prefix_queries_total))
         self._prefix_hits.inc(max(0, stats.prefix_hits_total - last.prefix_hits_total))
+        self._grammar_seconds.inc(max(0, stats.grammar_seconds_total - last.grammar_seconds_total))
         for field, counter in self._tier_counters.items():
             counter.inc(max(0, getattr(stats, field) - getattr(last, field)))
         for field, gauge in self._tier_gauges.items():

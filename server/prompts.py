@@ -4,8 +4,9 @@ from typing import Any
 
 from ..core.errors import ContextLengthError, InvalidRequestError
 from ..core.pruning import PruneParams
-from ..core.request import Request, SamplingParams
+from ..core.request import Grammar, Request, SamplingParams
 from .generation import Job
+from .grammars import asked_grammar
 from .keys import short_hash
 from .schemas import ChatBody, ChatMessage, CompletionBody, GenerationBody, PruneBody, TemplateOptions
 from .settings import Service
@@ -43,6 +44,7 @@ async def completion_jobs(service: Service, body: CompletionBody, response_id: s
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if echo else None,
     )
+    grammar = await asked_grammar(body)
     jobs: list[Job] = []
     for number, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
@@ -50,7 +52,7 @@ async def completion_jobs(service: Service, body: CompletionBody, response_id: s
         else:
             ids = prompt
         shown = (prompt if isinstance(prompt, str) else service.tokenizer.decode(ids)) if echo else None
-        request = _request(service, body, f"{response_id}-{number}", ids, params, key_tenant, param="prompt")
+        request = _request(service, body, f"{response_id}-{number}", ids, params, grammar, key_tenant, param="prompt")
         jobs.append(_job(body, request, first_index=number * params.n, echo=shown, score_only=score_only))
     return jobs
 
@@ -61,10 +63,11 @@ async def chat_jobs(service: Service, body: ChatBody, response_id: str, key_tena
         raise InvalidRequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
     wanted = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = _sampling(body, max_tokens=wanted, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    grammar = await asked_grammar(body)
     ids = await chat_ids(service.tokenizer, body.messages, body)
     if body.prune and body.prune.context_messages is not None:
         body = body.model_copy(update={"prune": await _with_context(service.tokenizer, body, body.prune, ids)})
-    request = _request(service, body, response_id, ids, params, key_tenant, param="messages")
+    request = _request(service, body, response_id, ids, params, grammar, key_tenant, param="messages")
     return [_job(body, request, first_index=0, echo=None, score_only=False)]
 
 
@@ -113,12 +116,15 @@ def _request(
     request_id: str,
     ids: list[int],
     params: SamplingParams,
+    grammar: Grammar | None,
     key_tenant: str,
     *,
     param: str,
 ) -> Request:
     if not ids:
         raise InvalidRequestError("the prompt is empty", param=param)
+    if grammar is not None:
+        service.metrics.bound(grammar.kind)
     limit, prune = service.max_model_len, _pruning(service, body)
     if limit is not None and prune is not None and prune.positions == "cache":
         limit = max(limit, service.max_stream_len)
@@ -141,6 +147,7 @@ def _request(
         tenant=key_tenant or (short_hash(body.user) if body.user else ""),
         timeout=body.timeout,
         speculate=body.speculate is not False,
+        grammar=grammar,
         namespace=key_tenant if service.settings.isolate_keys else "",
     )
 

@@ -14,6 +14,7 @@ from ..core.errors import InvalidRequestError
 from ..core.pruning import Budget, Positions, PruneParams, Refinement
 from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS
 from .errors import invalid_request
+from .grammars import StructuredBody
 
 MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
@@ -42,11 +43,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": ([],),
     "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "store": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -205,7 +204,7 @@ def _prune(value: Any) -> Any:
 Pruning = Annotated[PruneBody | None, BeforeValidator(_prune)]
 
 
-class GenerationBody(Body):
+class GenerationBody(Body, StructuredBody):
     """What completions and chat completions share. None stands for the default of `SamplingParams`."""
 
     temperature: float | None = None

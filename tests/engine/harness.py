@@ -11,7 +11,7 @@ from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
 from quire.core.plan import BatchPlan, PageDrop, PageGrants, SequenceOutput, SequencePlan, SlotAssignment
 from quire.core.pruning import PruneParams
-from quire.core.request import SamplingParams
+from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
 from quire.kernels.backend import resolve_backend
 from quire.models.placement import Placement
@@ -46,6 +46,7 @@ class Sequence:
     kept: dict[int, int] = field(default_factory=dict)  # row -> entries
     outputs: list[SequenceOutput] = field(default_factory=list)
     prune: PruneParams | None = None
+    grammar: Grammar | None = None
 
     @property
     def output_ids(self) -> list[int]:
@@ -72,10 +73,11 @@ class Harness:
         seed: int = 0,
         output: tuple[int, ...] = (),
         prune: PruneParams | None = None,
+        grammar: Grammar | None = None,
     ) -> Sequence:
         """A new (or, with `output`, preempted and returning) sequence."""
         params = params or SamplingParams(temperature=0.0)
-        sequence = Sequence(SlotId(slot), prompt, params, seed, prompt + list(output), prune=prune)
+        sequence = Sequence(SlotId(slot), prompt, params, seed, prompt + list(output), prune=prune, grammar=grammar)
         sequence.pages = {row: [] for row in range(self.rows)}
         sequence.kept = dict.fromkeys(range(self.rows), 0)
         return sequence
@@ -117,9 +119,8 @@ class Harness:
     def _assignment(self, sequence: Sequence) -> SlotAssignment:
         stop = (*self.engine.spec.eos_token_ids, *sequence.params.stop_token_ids)
         prompt, output = tuple(sequence.prompt), tuple(sequence.output_ids)
-        return SlotAssignment(
-            sequence.slot, sequence.params, sequence.seed, stop, prompt, output, 100, prune=sequence.prune
-        )
+        own: dict[str, Any] = {"prune": sequence.prune, "grammar": sequence.grammar}
+        return SlotAssignment(sequence.slot, sequence.params, sequence.seed, stop, prompt, output, 100, **own)
 
     def _part(self, sequence: Sequence, count: int) -> SequencePlan:
         end = sequence.computed + count

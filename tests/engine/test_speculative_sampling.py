@@ -1,6 +1,7 @@
 """Whole runs of tokens, proposed and verified, against the exact joint distribution of a toy model."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,9 @@ class Bigrams:
         return TARGET[input_ids[logit_rows]]
 
 
-def next_token(params: SamplingParams, tokens: list[int]) -> list[float]:
+def next_token(
+    params: SamplingParams, tokens: list[int], allowed: Callable[[list[int], int], bool] = lambda known, token: True
+) -> list[float]:
     """Probabilities after the prompt [FIRST] and `tokens`, by the rules one after another in plain Python."""
     logits = TARGET[[FIRST, *tokens][-1]].tolist()
     for i in range(VOCAB):
@@ -65,6 +68,7 @@ def next_token(params: SamplingParams, tokens: list[int]) -> list[float]:
         logits[i] += params.logit_bias.get(i, 0.0)
     if len(tokens) < params.min_tokens:
         logits[EOS] = -torch.inf
+    logits = [logit if allowed(tokens, i) else -torch.inf for i, logit in enumerate(logits)]
     weights = (torch.tensor(logits).double() / params.temperature).softmax(0)
     order = weights.argsort(descending=True).tolist()[: params.top_k or VOCAB]
     kept: list[int] = []

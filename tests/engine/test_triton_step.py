@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from quire.core.config import EngineConfig
 from quire.core.pruning import PruneParams
-from quire.core.request import SamplingParams
+from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs
 from quire.kernels.backend import TRITON_BACKENDS, Backend
@@ -27,6 +28,7 @@ PARAMS = [
     SamplingParams(temperature=1.0, top_k=30, top_p=0.9, repetition_penalty=1.3, presence_penalty=0.4, logprobs=3),
     SamplingParams(temperature=0.0, frequency_penalty=0.9),
 ]
+BACKENDS: tuple[Backend, Backend] = ("triton", "reference")
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2, 3, 8, 4], [6]]
 
 
@@ -46,10 +48,10 @@ def make_engine(folder: Path, backend: Backend, drafter: Drafter | None = None) 
     return engine
 
 
-def run(engine: Engine, drafts: int = 0) -> list[list[int]]:
-    """A prompt in chunks beside decodes, then decodes alone."""
+def run(engine: Engine, drafts: int = 0, grammar: Grammar | None = None) -> list[list[int]]:
+    """A prompt in chunks beside decodes, then decodes alone; grammar: all but one sequence are bound to it."""
     harness = Harness(engine, drafts=drafts)
-    sequences = [harness.add(4 - i, p, PARAMS[i], seed=i) for i, p in enumerate(PROMPTS)]
+    sequences = [harness.add(4 - i, p, PARAMS[i], i, grammar=grammar if i else None) for i, p in enumerate(PROMPTS)]
     work: list[list[tuple[Sequence, int]]] = [[(sequences[0], 4)], [(sequences[0], 5), (sequences[1], 2)]]
     work += [[(sequences[1], 1), (sequences[2], 7), (sequences[0], 2), (sequences[3], 1)]]
     for step in work + [[(sequence, 1) for sequence in sequences]] * 4:
@@ -85,6 +87,37 @@ def test_proposals_change_no_token(checkpoint: Path, device: str) -> None:
     for text, plain in zip(run(engine, drafts=2), expected, strict=True):
         assert text[: len(plain)] == plain
     assert engine._graphs is not None and "drafts" in {kind for _, kind in engine._graphs._graphs}
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)] if ON_GPU else ["cpu"])
+def test_grammars_mask_the_same_tokens(checkpoint: Path, device: str) -> None:
+    """Of drafts too, which are judged in one case."""
+    letters = Letters()
+    grammar = Grammar("regex", LLMatcher.grammar_from_regex("([A-F]{1,2}[x-z])*"))
+
+    def bound(backend: Backend, drafter: Drafter | None = None) -> list[list[int]]:
+        engine = make_engine(checkpoint, backend, drafter)
+        engine.sampler.grammars.tokenizer = LLTokenizer(TokenizerWrapper(letters), n_vocab=97, eos_token=[96])
+        return run(engine, 2 if drafter else 0, grammar)
+
+    expected = bound("reference")
+    for ids in expected[1:]:
+        assert len(ids) >= 4 and {letters.tokens[i].decode() for i in ids} <= {*"ABCDEFxyz"}
+    assert expected[0] == run(make_engine(checkpoint, "reference"))[0]
+    rows = torch.randn(97, 97, generator=torch.Generator().manual_seed(3))
+    drawn, reference = (bound(backend, SamplingDrafter(lambda known: rows[known[-1]])) for backend in BACKENDS)
+    assert drawn == reference and drawn[3][: len(expected[3])] == expected[3]
+
+
+class Letters:
+    """A tokenizer of one character a token, and an end token."""
+
+    def __init__(self) -> None:
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = 96, None, [96]
+        self.tokens = [bytes([i + 33]) for i in range(96)] + [b"<end>"]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [byte - 33 for byte in text if 33 <= byte < 129]
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -1,0 +1,107 @@
+"""Structured outputs through a real server: the official client's forms, streams, faults, and an engine that dies."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from .conftest import MODEL_NAME, RunningServer
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "size": {"enum": [1, 2, 3]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
+ASK: Any = {"model": MODEL_NAME, "messages": [{"role": "user", "content": "Name a thing."}], "max_tokens": 400}
+
+
+def is_thing(text: str | None) -> bool:
+    thing = json.loads(text or "")
+    return thing.keys() == {"name", "size"} and len(thing["name"]) <= 12 and thing["size"] in (1, 2, 3)
+
+
+def test_chat(server: RunningServer) -> None:
+    client = server.client()
+    before = server.metric("quire:structured_requests_total")
+    answer = client.chat.completions.create(**ASK, response_format=FORMAT, temperature=2.0, n=2, seed=1)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop" and is_thing(choice.message.content)
+    chunks = list(client.chat.completions.create(**ASK, response_format=FORMAT, temperature=0, stream=True))
+    assert is_thing("".join(c.choices[0].delta.content or "" for c in chunks if c.choices))
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert server.metric("quire:structured_requests_total") == before + 2
+    assert server.metric("quire:grammar_mask_seconds_total") > 0
+
+
+async def test_many_kinds_at_once(server: RunningServer) -> None:
+    kinds: list[tuple[dict[str, Any], str]] = [
+        ({"regex": "[a-z]{2,5}-[0-9]{2}"}, "[a-z]{2,5}-[0-9]{2}"),
+        ({"choice": ["red", "green"]}, "red|green"),
+        ({"grammar": 'start: "<" /[a-z]{1,9}/ ">"'}, "<[a-z]{1,9}>"),
+        ({"json": {"type": "integer"}}, "-?[0-9]+"),
+    ]
+    async with server.async_client() as client:
+
+        async def ask(outputs: dict[str, Any] | None, seed: int) -> str:
+            extra = {"structured_outputs": outputs} if outputs else {}
+            answer = await client.completions.create(
+                model=MODEL_NAME, prompt="x = ", max_tokens=60, temperature=1.5, seed=seed, extra_body=extra
+            )
+            return answer.choices[0].text
+
+        alone = await ask(None, 9)
+        asked = [(outputs, pattern, seed) for seed in range(4) for outputs, pattern in kinds]
+        *texts, beside = await asyncio.gather(*(ask(outputs, seed) for outputs, _, seed in asked), ask(None, 9))
+    assert beside == alone
+    for text, (outputs, pattern, _) in zip(texts, asked, strict=True):
+        assert re.fullmatch(pattern, text), (text, outputs)
+
+
+def test_stop_strings_cut_what_is_bound(server: RunningServer) -> None:
+    answer = server.client().completions.create(
+        model=MODEL_NAME,
+        prompt="x",
+        max_tokens=60,
+        stop="-",
+        extra_body={"structured_outputs": {"regex": "[a-z]{3}-1"}},
+    )
+    assert re.fullmatch("[a-z]{3}", answer.choices[0].text) and answer.choices[0].finish_reason == "stop"
+
+
+def test_faults(server: RunningServer) -> None:
+    client = server.client()
+    with pytest.raises(openai.BadRequestError, match="strin") as caught:
+        client.chat.completions.create(**ASK, response_format={"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "strin"}}})  # fmt: skip
+    assert caught.value.param == "response_format.json_schema.schema"
+    # Only the engine finds out about this one, once it follows it.
+    with pytest.raises(openai.InternalServerError, match=r"grammar.*too many expressions"):
+        client.completions.create(
+            model=MODEL_NAME, prompt="x", extra_body={"structured_outputs": {"regex": "(a{1000}){1000}"}}
+        )
+    assert is_thing(client.chat.completions.create(**ASK, response_format=FORMAT).choices[0].message.content)
+
+
+def test_an_engine_that_died_begins_anew(server: RunningServer) -> None:
+    client = server.client()
+    stream = client.completions.create(
+        model=MODEL_NAME,
+        prompt="x",
+        max_tokens=3000,
+        stream=True,
+        extra_body={"structured_outputs": {"regex": "[a-z]{9000}"}},
+    )
+    next(iter(stream))
+    os.kill(server.engine_pid(), signal.SIGKILL)
+    with pytest.raises(openai.APIError, match="engine"):
+        list(stream)
+    server.wait_until(lambda: httpx.get(server.url + "/ready").status_code == 200)
+    assert is_thing(client.chat.completions.create(**ASK, response_format=FORMAT).choices[0].message.content)
