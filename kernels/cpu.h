@@ -100,7 +100,11 @@ inline Vec rounded<float>(Vec v) {
 }
 template <>
 inline Vec rounded<bf16>(Vec v) {
+#if defined(QUIRE_AVX512) && defined(__AVX512BF16__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+#else
   return (Vec)(bf16_bits(v) & 0xffff0000u);
+#endif
 }
 
 // Lanes are folded in halves: few steps that wait for each other.
