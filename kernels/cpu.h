@@ -186,6 +186,26 @@ inline Vec exp(Vec x) {
 #endif
 }
 
+// e^x for x <= 0, as weights of a softmax are: with half the instructions of `exp`, to about 1e-6 relative. 0 below -87.3
+// (also for -inf), NaN stays NaN.
+inline Vec exp_weight(Vec x) {
+#if defined(QUIRE_AVX512)
+  const __m512 base = _mm512_set1_ps(1.44269504088896341f);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps((__m512)x, base), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = (Vec)_mm512_fmsub_ps((__m512)x, base, n);
+  Vec p = broadcast(1.32646318525e-3f);  // 2^f for |f| <= 1/2: 1e-7 off at most, exact at 0
+  p = p * f + 9.67148691416e-3f;
+  p = p * f + 5.55073358119e-2f;
+  p = p * f + 2.40222424269e-1f;
+  p = p * f + 6.93147003651e-1f;
+  p = p * f + 1.0f;
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(some, (__m512)p, n);
+#else
+  return exp(x);
+#endif
+}
+
 inline Vec tanh(Vec x) { return 1.0f - 2.0f / (exp(x + x) + 1.0f); }
 
 // How two rows of T are multiplied: `step` elements at a time, into kLanes partial sums.

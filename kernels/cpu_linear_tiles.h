@@ -61,8 +61,8 @@ inline void pack_rows(const TileJob& job, long steps, long member, long members)
 }
 
 // sums += weights x rows over `steps` x 32 inputs for one or two groups of rows: tiles 0, 1 (group x0), 2, 3 (x1). At
-// each step asks for `bytes` of what is to come at next0 and at next1, and if gated takes `pace`
-// steps of the results due.
+// each step asks for `bytes` of what is to come at next0 and at next1, and if gated takes `pace` steps of the
+// results due.
 template <bool PAIR, bool GATED>
 inline void multiply_tiles(const char* w0, const char* w1, long stride, const char* x0, const char* x1, long row_bytes,
                            long steps, const char* next0, const char* next1, long bytes, Results<GATED>& due,
