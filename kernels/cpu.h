@@ -186,7 +186,7 @@ inline Vec exp(Vec x) {
 #endif
 }
 
-// e^x for x <= 0, as weights of a softmax are: with half the instructions of `exp`, to about 1e-6 relative. 0 below -87.3
+// e^x for x <= 0, as weights of a softmax are: with two thirds of the instructions of `exp`, to 1e-6 relative. 0 below -87.3
 // (also for -inf), NaN stays NaN.
 inline Vec exp_weight(Vec x) {
 #if defined(QUIRE_AVX512)
