@@ -100,7 +100,11 @@ inline Vec rounded<float>(Vec v) {
 }
 template <>
 inline Vec rounded<bf16>(Vec v) {
+#if defined(QUIRE_AVX512) && defined(__AVX512BF16__)
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)), 16);
+#else
   return (Vec)(bf16_bits(v) & 0xffff0000u);
+#endif
 }
 
 // Lanes are folded in halves: few steps that wait for each other.
@@ -179,6 +183,26 @@ inline Vec exp(Vec x) {
   const Vec p = exp_polynomial(r);
   Vec power = (Vec)(((IntVec)shifted - 0x4b400000 + 127) << 23);
   return vanishes ? Vec{} : overflows ? broadcast(__builtin_inff()) : p * power;
+#endif
+}
+
+// e^x for x <= 0, as weights of a softmax are: with two thirds of the instructions of `exp`, to 1e-6 relative. 0 below -87.3
+// (also for -inf), NaN stays NaN.
+inline Vec exp_weight(Vec x) {
+#if defined(QUIRE_AVX512)
+  const __m512 base = _mm512_set1_ps(1.44269504088896341f);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps((__m512)x, base), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Vec f = (Vec)_mm512_fmsub_ps((__m512)x, base, n);
+  Vec p = broadcast(1.32646318525e-3f);  // 2^f for |f| <= 1/2: 1e-7 off at most, exact at 0
+  p = p * f + 9.67148691416e-3f;
+  p = p * f + 5.55073358119e-2f;
+  p = p * f + 2.40222424269e-1f;
+  p = p * f + 6.93147003651e-1f;
+  p = p * f + 1.0f;
+  const __mmask16 some = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(some, (__m512)p, n);
+#else
+  return exp(x);
 #endif
 }
 

@@ -158,14 +158,15 @@ void run(const Args& a, bool append, bool attend, int threads) {
     if (attend) {
       // Several in a row for each thread, so that it knows what to ask memory for next; enough to share out the rest.
       const long run = count / (threads * kRunsPerThread) + 1;
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
       for (long first = 0; first < count; first += run)
         for (long i = first; i < first + run && i < count; i++) {
           const Span following = i + 1 < first + run && i + 1 < count ? span_of(a, tasks[i + 1]) : Span{};
           run_task<T>(a, tasks[i], following, scratch, rows, padded);
         }
       if (states) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp barrier
+#pragma omp for schedule(dynamic, 1) nowait
         for (long i = 0; i < count; i++)
           if (tasks[i].parts) finish_task<T>(a, tasks[i], scratch, rows, padded);
       }

@@ -12,6 +12,8 @@ namespace quire {
 
 #if defined(QUIRE_TILES)
 
+constexpr long kAskedAfter = 8;  // entries whose values are interleaved between two requests for the next block
+
 // What a thread needs to compute one tile of queries: its packed queries and room for a block.
 class TileWork {
  public:
@@ -40,9 +42,9 @@ class TileWork {
   TileWork(const TileWork&) = delete;
   ~TileWork() { _tile_release(); }
 
-  // scores[row][entry] of the whole block; asks for half of the next block.
+  // scores[row][entry] of the whole block; asks for a fifth of the next block.
   void score(const Block<bf16>& block, Block<bf16>& next, float (*scores)[kBlock]) const {
-    const long stride = args_.width * sizeof(bf16), share = next.bytes * kTile / kBlock / 2;
+    const long stride = args_.width * sizeof(bf16), share = next.bytes * kTile / kBlock / 5;
     alignas(64) __m512i products[kBlock / kTile][kTile];
     for (long g = 0; g < groups_; g++) {
       const __m512i* query = query_ + g * args_.width / 2;
@@ -65,16 +67,16 @@ class TileWork {
     }
   }
 
-  // Asks for a row's share of the other half, after its weights were computed.
-  void weighed(Block<bf16>& next) const { next.ask(next.bytes / 2 / tile_.rows); }
+  // Asks for a row's share of another fifth, after its weights were computed.
+  void weighed(Block<bf16>& next) const { next.ask(next.bytes / 5 / tile_.rows); }
 
-  // sum[row][place] += weights x values of the block. Overwrites the weights.
-  void accumulate(const Block<bf16>& block, Block<bf16>&, float (*scores)[kBlock], float* sum, long padded) const {
+  // sum[row][place] += weights x values of the block; asks for the rest of the next block. Overwrites the weights.
+  void accumulate(const Block<bf16>& block, Block<bf16>& next, float (*scores)[kBlock], float* sum, long padded) const {
     const long stride = padded * sizeof(float);
     const bool both = block.count > kTileInputs;
     for (int r = 0; r < tile_.rows; r++) split_weights(scores[r]);
     for (long c = 0; c < args_.value_width; c += kTileInputs, sum += kTileInputs) {
-      interleave_values(block, c);
+      interleave_values(block, c, next);
       _tile_loadd(0, values_[0][0], 64);
       _tile_loadd(1, values_[0][1], 64);
       _tile_loadd(2, values_[1][0], 64);
@@ -161,16 +163,19 @@ class TileWork {
   // last column hold. values_[entry / 32][place / 16][entry % 32 / 2]: 16 columns of two entries, alternating; zero behind
   // the last entry, whatever its page holds there. The first 16 places get every other group of four columns: the
   // instruction's order, put right by `straighten`.
-  void interleave_values(const Block<bf16>& block, long column) const {
+  void interleave_values(const Block<bf16>& block, long column, Block<bf16>& next) const {
     const long offset = args_.page_size * args_.width + column;
     auto value = [&](int e) { return e < block.count ? read<__m512i>(block.key[e] + offset) : __m512i{}; };
     auto pair = [&](int e, __m512i a, __m512i b) {
       values_[e / kTileInputs][0][e % kTileInputs / 2] = _mm512_unpacklo_epi16(a, b);
       values_[e / kTileInputs][1][e % kTileInputs / 2] = _mm512_unpackhi_epi16(a, b);
     };
+    const long share = next.bytes * kAskedAfter * kTileInputs / (kBlock * args_.value_width);
     int e = 0;
-    for (; e + 1 < block.count; e += 2)
+    for (; e + 1 < block.count; e += 2) {
+      if (e % kAskedAfter == 0) next.ask(share);
       pair(e, read<__m512i>(block.key[e] + offset), read<__m512i>(block.key[e + 1] + offset));
+    }
     for (; e < kBlock; e += 2) pair(e, value(e), value(e + 1));
   }
 

@@ -5,15 +5,16 @@
 // outputs x 16 rows, is rounded in that order and transposed as pairs of bfloat16. A result is one sum over the inputs
 // in ascending order, whatever the number of rows, so one row and five hundred give the same bits.
 #pragma once
-#include "cpu_linear.h"
-#include "cpu_tiles.h"
+#include "cpu_linear_results.h"
 
 #if defined(QUIRE_TILES)
 #include <omp.h>
 
 namespace quire {
 
-constexpr long kInputChunk = 256;        // inputs of 32 weight rows that stay in L1 (32 KiB) while all rows pass by
+// Inputs of 32 weight rows that stay in L1 (28 KiB) while all rows pass by. 256 was 9% faster at 4864 inputs, where each
+// weight row lies on memory pages of its own, and 448 was 6% faster at 896.
+constexpr long kInputChunk = 448, kLongInputChunk = 256, kLongInputs = 2048;
 constexpr long kPackedBytes = 1 << 20;   // packed rows that stay in L2 meanwhile
 constexpr long kPackAhead = 256;          // inputs of a row that are asked for before they are packed
 constexpr long kLeastRows = 128;         // but as many rows share one reading of the weights
@@ -61,56 +62,38 @@ inline void pack_rows(const TileJob& job, long steps, long member, long members)
   }
 }
 
-// Two tiles of weight rows: those of outputs n .. n + 15 and n + 16 .. n + 31, or gate and up of outputs n .. n + 15.
-struct Panel {
-  const char* weight[2];
-  long output[2];
-  __mmask16 stored[2];  // columns of each tile that this panel writes
-};
-
-// The last tile is moved back to end with the outputs; what another tile has computed already is not stored.
-template <bool GATED>
-inline Panel panel_at(const Layer<bf16>& l, long index) {
-  Panel panel;
-  for (int i = 0; i < 2; i++) {
-    const long wanted = GATED ? index * kTile : (2 * index + i) * kTile;
-    const long n = wanted + kTile <= l.out ? wanted : l.out - kTile;
-    const long done = wanted - n < kTile ? wanted - n : kTile;
-    panel.output[i] = n;
-    panel.stored[i] = (__mmask16)(0xffff << done);
-    panel.weight[i] = (const char*)(l.weight + (n + (GATED && i ? l.out : 0)) * l.in);
-  }
-  return panel;
-}
-
 // sums += weights x rows over `steps` x 32 inputs for one or two groups of rows: tiles 0, 1 (group x0), 2, 3 (x1). At
-// each step asks for `bytes` of what is to come at next0 and at next1.
-template <bool PAIR>
+// each step asks for `bytes` of what is to come at next0 and at next1, and if gated takes `pace` steps of the
+// results due.
+template <bool PAIR, bool GATED>
 inline void multiply_tiles(const char* w0, const char* w1, long stride, const char* x0, const char* x1, long row_bytes,
-                           long steps, const char* next0, const char* next1, long bytes) {
+                           long steps, const char* next0, const char* next1, long bytes, Results<GATED>& due,
+                           long pace) {
   // With little to compute memory is the limit: a request per 256 bytes makes the hardware fetch the lines between, and
   // leaves room for the loads of this step. With two groups asking for every line was 4% faster at the 0.5B sizes.
   constexpr long kAskedEvery = PAIR ? 64 : 256;
   for (long step = 0; step < steps; step++) {
     _tile_loadd(4, w0, stride);
-    _tile_loadd(6, x0, row_bytes);
+    if (PAIR)
+      _tile_stream_loadd(6, x0, row_bytes);  // many rows would drive the weights out of L1
+    else
+      _tile_loadd(6, x0, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(5, w1, stride);
     _tile_dpbf16ps(1, 5, 6);
     if (PAIR) {
-      _tile_loadd(7, x1, row_bytes);
+      _tile_stream_loadd(7, x1, row_bytes);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
     prefetch(next0, bytes, kAskedEvery);
     prefetch(next1, bytes, kAskedEvery);
+    if (GATED) due.advance(pace);
     next0 += bytes, next1 += bytes;
     w0 += 64, w1 += 64;
     x0 += 16 * row_bytes, x1 += 16 * row_bytes;
   }
 }
-
-typedef float TileSums[kTile][kTile];  // [output][row]
 
 // Take up the sums of earlier inputs, if there are any.
 inline void load_sums(const TileSums* sums, bool pair, bool started) {
@@ -134,84 +117,20 @@ inline void store_sums(TileSums* sums, bool pair) {
   _tile_stored(3, sums[3], 64);
 }
 
-// Rows of 32 results in bfloat16: lane pair p of rows[r] holds results 2 p and 2 p + 1 of row r.
+// All rows of the block times one panel; sums [groups][2] wait between chunks of the inputs. If gated, the results of the
+// panel before are finished meanwhile, and those of this one are due afterwards.
 template <bool GATED>
-inline void round_tiles(const Layer<bf16>& l, const Panel& panel, const TileSums* sums, __m512i* rows) {
-  alignas(64) float bias[2][kTile] = {};
-  for (int i = 0; l.bias && i < 2; i++) store(bias[i], load(l.bias + panel.output[i] + (GATED && i ? l.out : 0)));
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
-                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  auto sum = [&](int tile, int output) { return load(sums[tile][output]) + bias[tile][output]; };
-  for (int pair = 0; pair < 16; pair++) {
-    const int output = 2 * pair % kTile;
-    Vec v[2] = {};
-    for (int i = 0; i < 2; i++) {
-      if (!GATED)
-        v[i] = sum(pair / 8, output + i);
-      else if (pair < 8)
-        v[i] = rounded<bf16>(silu(rounded<bf16>(sum(0, output + i)))) * rounded<bf16>(sum(1, output + i));
-    }
-    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
-    rows[pair] = _mm512_permutexvar_epi16(interleave, (__m512i)both);
-  }
-  transpose_words(rows);
-}
-
-// 16 results of one row in bfloat16. One by one, 4 rows take as long as 16 together, or 6 where SiLU has its share.
-template <bool GATED>
-inline __m256i round_row(const Layer<bf16>& l, const Panel& panel, const TileSums* sums, long row, int tile) {
-  const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                            _mm512_set1_epi32(kTile));
-  auto sum = [&](int i) {
-    const Vec v = (Vec)_mm512_i32gather_ps(places, &sums[i][0][row], sizeof(float));
-    return l.bias ? v + load(l.bias + panel.output[i] + (GATED && i ? l.out : 0)) : v;
-  };
-  const Vec v = GATED ? rounded<bf16>(silu(rounded<bf16>(sum(0)))) * rounded<bf16>(sum(1)) : sum(tile);
-  return (__m256i)_mm512_cvtneps_pbh((__m512)v);
-}
-
-// Residual and store of a row's results in one tile.
-inline void store_results(const Layer<bf16>& l, const Panel& panel, long row, int tile, __m256i results) {
-  const long n = panel.output[tile];
-  if (l.residual || l.wide_y) {
-    Vec v = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(results), 16);
-    if (l.residual) v += load(l.residual + row * l.residual_stride + n);
-    if (l.wide_y) {
-      _mm512_mask_storeu_ps(l.wide_y + row * l.y_stride + n, panel.stored[tile], (__m512)v);
-      return;
-    }
-    results = (__m256i)_mm512_cvtneps_pbh((__m512)v);
-  }
-  _mm256_mask_storeu_epi16(l.y + row * l.y_stride + n, panel.stored[tile], results);
-}
-
-// Bias, activation, residual and store of one group of rows.
-template <bool GATED>
-inline void finish_group(const TileJob& job, const Panel& panel, const TileSums* sums, long row, long count) {
-  const Layer<bf16>& l = job.layer;
-  constexpr int kTiles = GATED ? 1 : 2;
-  if (count <= (GATED ? 6 : 4)) {
-    for (long r = 0; r < count; r++)
-      for (int i = 0; i < kTiles; i++) store_results(l, panel, row + r, i, round_row<GATED>(l, panel, sums, r, i));
-    return;
-  }
-  __m512i rows[16];
-  round_tiles<GATED>(l, panel, sums, rows);
-  for (long r = 0; r < count; r++)
-    for (int i = 0; i < kTiles; i++) {
-      const __m256i results = i ? _mm512_extracti64x4_epi64(rows[r], 1) : _mm512_castsi512_si256(rows[r]);
-      store_results(l, panel, row + r, i, results);
-    }
-}
-
-// All rows of the block times one panel; sums [groups][2] wait between chunks of the inputs.
-template <bool GATED>
-inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& next, TileSums* sums) {
+inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& next, TileSums* sums,
+                          Results<GATED>& due) {
   const Layer<bf16>& l = job.layer;
   const long stride = l.in * sizeof(bf16), row_bytes = 4 * job.wide, groups = (job.count + kTile - 1) / kTile;
-  const long chunk = groups > 2 ? kInputChunk : l.in;  // two groups of rows use each weight only once
+  // Chunks of one size; two groups of rows use each weight only once.
+  const long most = groups <= 2 ? l.in : l.in > kLongInputs ? kLongInputChunk : kInputChunk;
+  const long chunks = (l.in + most - 1) / most;
+  const long chunk = (l.in / kTileInputs + chunks - 1) / chunks * kTileInputs;
   // The next panel's weights, 1 KiB per step of each tile, are asked for in equal parts by the pairs of groups.
   const long pairs = (groups + 1) / 2, ahead = (kTile + pairs - 1) / pairs * 64;
+  const long turns = pairs * (l.in / kTileInputs), pace = (Results<GATED>::steps(groups) + turns - 1) / turns;
   for (long start = 0; start < l.in; start += chunk) {
     const long length = l.in - start < chunk ? l.in - start : chunk, steps = length / kTileInputs;
     const char *w0 = panel.weight[0] + start * sizeof(bf16), *w1 = panel.weight[1] + start * sizeof(bf16);
@@ -225,17 +144,19 @@ inline void compute_panel(const TileJob& job, const Panel& panel, const Panel& n
       const char *next0 = next.weight[0] + asked, *next1 = next.weight[1] + asked;
       load_sums(sum, pair, start);
       if (pair)
-        multiply_tiles<true>(w0, w1, stride, x0, x1, row_bytes, steps, next0, next1, bytes);
+        multiply_tiles<true>(w0, w1, stride, x0, x1, row_bytes, steps, next0, next1, bytes, due, pace);
       else
-        multiply_tiles<false>(w0, w1, stride, x0, x0, row_bytes, steps, next0, next1, bytes);
+        multiply_tiles<false>(w0, w1, stride, x0, x0, row_bytes, steps, next0, next1, bytes, due, pace);
       store_sums(sum, pair);
-      if (start + length < l.in) continue;
-      for (long group = g; group < g + 2 && group < groups; group++) {
-        const long rest = job.count - group * kTile;
-        finish_group<GATED>(job, panel, sums + 2 * group, job.row + group * kTile, rest < kTile ? rest : kTile);
-      }
+      if (GATED || start + length < l.in) continue;
+      const long row = g * kTile, rest = job.count - row;  // these take a fifth of the time of gated ones
+      due.begin(panel, sum, job.row + row, rest < 2 * kTile ? rest : 2 * kTile);
+      due.finish();
     }
   }
+  if (!GATED) return;
+  due.finish();
+  due.begin(panel, sums, job.row, job.count);
 }
 
 // Tiles 0 .. 3 hold sums, 4 and 5 weights, 6 and 7 rows.
@@ -259,35 +180,53 @@ struct RowShares {
     block = fitting < kLeastRows ? kLeastRows : fitting;
     block = block > rows ? rows : block;
   }
+
+  // Rows of all teams' blocks, with as many threads or fewer.
+  static long most_rows(const Layer<bf16>& l, long threads) {
+    const long fitting = kPackedBytes / (l.in * (long)sizeof(bf16)), block = fitting < kLeastRows ? kLeastRows : fitting;
+    const long possible = l.rows / kLeastRows, teams = possible < 1 ? 1 : possible < threads ? possible : threads;
+    const long rows = whole_tiles(l.rows + (teams - 1) * kTile);
+    return teams * block < rows ? teams * whole_tiles(block) : rows;
+  }
+
+ private:
+  static long whole_tiles(long rows) { return (rows + kTile - 1) / kTile * kTile; }
 };
 
 template <bool GATED>
 void run_tiles(const Layer<bf16>& l, int threads) {
   static thread_local KeptMemory packed_memory;
-  char* packed = nullptr;
   const long outputs = (GATED ? 1 : 2) * kTile, panels = (l.out + outputs - 1) / outputs;
   const long wide = l.rows < kTile ? l.rows : kTile, steps = l.in / kTileInputs, group_bytes = steps * 64 * wide;
+  const bool lone = l.rows == 1;  // lies as it would be packed
+  char* const packed =
+      lone ? (char*)l.x : (char*)packed_memory.get(RowShares::most_rows(l, threads) / kTile * group_bytes);
 #pragma omp parallel num_threads(threads)
   {
     const RowShares shares(l, omp_get_num_threads());  // may be fewer than were asked for
     const long groups = shares.block / kTile;
-#pragma omp master
-    packed = (char*)packed_memory.get(shares.teams * groups * group_bytes);
-#pragma omp barrier
     static thread_local KeptMemory sums_memory;
-    TileSums* sums = (TileSums*)sums_memory.get(groups * 2 * sizeof(TileSums));
+    TileSums* sums = (TileSums*)sums_memory.get(2 * groups * 2 * sizeof(TileSums));
     const long team = omp_get_thread_num() / shares.members, member = omp_get_thread_num() % shares.members;
     const long begin = panels * member / shares.members, end = panels * (member + 1) / shares.members;
     const long first = team * shares.rows, last = first + shares.rows < l.rows ? first + shares.rows : l.rows;
     configure_linear(wide);
+    Results<GATED> due(l);
     for (long row = first; row < first + shares.rows; row += shares.block) {
       const long count = last - row < shares.block ? last - row : shares.block;  // not above 0: others still work
       const TileJob job{l, packed + team * groups * group_bytes, group_bytes, 64 * wide, row, count, wide};
-      pack_rows(job, steps, member, shares.members);
+      if (row > first) {  // all have read the block before
 #pragma omp barrier
-      for (long i = begin; i < end && count > 0; i++)
-        compute_panel<GATED>(job, panel_at<GATED>(l, i), panel_at<GATED>(l, i + 1 < end ? i + 1 : i), sums);
+      }
+      if (!lone) {
+        pack_rows(job, steps, member, shares.members);
 #pragma omp barrier
+      }
+      for (long i = begin; i < end && count > 0; i++) {
+        const Panel panel = panel_at<GATED>(l, i), next = panel_at<GATED>(l, i + 1 < end ? i + 1 : i);
+        compute_panel(job, panel, next, sums + i % 2 * groups * 2, due);
+      }
+      due.finish();
     }
     _tile_release();
   }

@@ -82,6 +82,7 @@ def test_many_rows(inputs: int, outputs: int) -> None:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             assert torch.equal(linear(x, weight, bias, residual=residual, backend="cpu"), whole)
+            assert torch.equal(gated_linear(x, weight, bias, backend="cpu"), gated)
     finally:
         torch.set_num_threads(threads)
 
