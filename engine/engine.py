@@ -229,9 +229,12 @@ class Engine:
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
+        foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds, recorded)
+        return StepOutput(
+            outputs, *times, decoded, kept, seconds, *copied, launched.draft_seconds, recorded, *foresight
+        )
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]

@@ -10,12 +10,12 @@ from .cost_curve import CostCurve
 from .draft_source import Offers
 
 _ROUNDS = 2
-"""How often each of two sources is fitted to what is asked of the other."""
+"""How often each of several sources is fitted to what is asked of the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """Of a step with these offers of one source or more. A choice is an offer of each; see `draft_length`."""
+    """Of a step with these offers, each to other sequences. A choice is one of each source; see `draft_length`."""
 
     offers: Sequence[Offers]
     costs: CostCurve
@@ -41,12 +41,9 @@ class Goodput:
         drafts = part.drafts
         for other, offer in zip(self.offers, choice, strict=True):
             if other is not part:
-                tokens, rows, seconds = (
-                    tokens + other.tokens[offer],
-                    rows + other.rows[offer],
-                    seconds + other.seconds[offer],
-                )
-                asked, drafts = np.maximum(asked, other.asked[offer]), np.maximum(drafts, other.drafts[offer])
+                tokens, rows = tokens + other.tokens[offer], rows + other.rows[offer]
+                seconds, asked = seconds + other.seconds[offer], asked + other.asked[offer]
+                drafts = drafts + other.drafts[offer]
         # What else the step computes takes its time either way.
         seconds = seconds + self.costs.at(rows) + (self.costs.one(self.decoding) - self.costs.one(self.rows))
         scores = tokens / np.maximum(seconds + asked * self.asking, 1e-9)

@@ -105,8 +105,9 @@ def test_text_is_the_same_and_the_old_draft_is_gone(models: dict[str, Path], pre
     assert answer.draft.name == f"{prefix}{models['target']}" and answer.draft.method == held.method
     assert answer.draft.num_bytes == drafter.num_bytes > held.num_bytes
     assert answer.draft.costs.rows == held.costs.rows and answer.draft.costs.drafts
-    assert scheduled.lengths._model is not None and scheduled.lengths.costs.rows is rows
-    assert not scheduled.lengths._model.acceptance._all_tried.any(), "nothing of the old one counts"
+    model_source = scheduled.lengths.sources.model
+    assert model_source is not None and scheduled.lengths.costs.rows is rows
+    assert not model_source.acceptance._all_tried.any(), "nothing of the old one counts"
     assert served.to_the_end() == alone
     after = loop.stats().speculation
     assert after.accepted_tokens - before.accepted_tokens > 0.5 * (after.draft_tokens - before.draft_tokens)

@@ -10,7 +10,8 @@ import pytest
 
 from quire.core.plan import IntArray
 from quire.core.speculation import DraftInfo, DraftMethod, StepCosts
-from quire.scheduler.draft_length import Candidates, DraftLengths, Outcome
+from quire.scheduler.draft_batch import Candidates, Outcome
+from quire.scheduler.draft_length import DraftLengths
 
 MOST = 8
 
@@ -59,6 +60,11 @@ class Run:
     steps: int = 0
     drafting: list[int] = field(default_factory=list)
     """Draft tokens of each step."""
+    matched: Callable[[int, int], int] = lambda sequence, step: 2 * MOST
+    """(sequence, step) -> tokens that n-grams have."""
+    foreseen: IntArray | None = None
+    first_arrival: int = 0
+    """Of the sequence in slot 0; others follow."""
 
     def step(self, size: int) -> None:
         """One step of so many sequences."""
@@ -85,12 +91,15 @@ class Run:
         size = len(slots)
         if self.lengths is None:
             return np.full(size, self.fixed, np.int32)
-        if self.lengths.idle(size):
+        foreseen, self.foreseen = self.foreseen, None
+        if self.lengths.foresees(size):
+            self.foreseen = np.array([self.matched(slot, self.steps + 1) for slot in slots.tolist()], np.int32)
+        if self.lengths.idle(size) or (self.lengths.only_foreseen and not (foreseen is not None and foreseen.any())):
             return np.zeros(size, np.int32)
         known = np.full(size, 50 + self.steps, np.int32)
-        full = np.full(size, MOST, np.int32)
+        full, arrivals = np.full(size, MOST, np.int32), slots + self.first_arrival
         return self.lengths.choose(
-            Candidates(slots, slots.astype(np.int64), known, known, full, decoding=size, rows=size, budget=2048)
+            Candidates(slots, arrivals, known, known, full, decoding=size, rows=size, budget=2048, foreseen=foreseen)
         ).most
 
     def _accepted(self, sequence: int, count: int) -> int:
@@ -143,7 +152,7 @@ def test_no_fixed_length_gives_notably_more(machine, size):
         run = chosen(machine, rates, size, 1000 if size < 64 else 300)
         shares.append(run.goodput / best_fixed(machine, rates, size))
     # A single run is off by about 2 %.
-    assert min(shares) >= 0.95 and np.mean(shares) >= 0.98
+    assert min(shares) >= 0.97 and np.mean(shares) >= 0.985
 
 
 @pytest.mark.parametrize("distortion", [0.3, 3.0])
