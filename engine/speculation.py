@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 
 from ..core.ids import SlotId
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
+from ..core.speculation import MAX_DRAFT_TOKENS
 from ..kernels import sampling
 from ..kernels.draft_chain_cpu import DrawRules
-from ..core.speculation import MAX_DRAFT_TOKENS
 from ..speculation.drafter import Drafter, Foresight, Proposals
 from ..speculation.history import TokenHistory
 from .chain_rules import chain_rules

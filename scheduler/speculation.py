@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core.plan import BatchPlan, Decodes, SequenceOutput, SequencePlan, StepOutput
+from ..core.plan import BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan, StepOutput
 from ..core.speculation import DraftInfo, SpeculationCounts
 from .batch import BatchDraft
 from .config import SchedulerConfig

@@ -125,4 +125,4 @@ def test_what_is_foreseen_is_proposed(exhaustive, monkeypatch, vocab):
         again = many.propose(history, slots, most, NeverDraw())
         assert (again.tokens == proposed.tokens).all()
         exact, total = exact + int((foreseen == proposed.counts).sum()), total + len(slots)
-    assert exact > 0.8 * total
+    assert exact > 0.5 * total
