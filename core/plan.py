@@ -314,7 +314,7 @@ class StepOutput:
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
     foreseen: IntArray | None = None
     """[D + S], if asked for: of the rows of `BatchPlan.decodes` and of its sequences, how many tokens the drafter would
-    propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; as many as may be, if it cannot tell."""
+    propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""
     foresight_seconds: float = 0.0
     """Time that this took."""
 

@@ -22,7 +22,7 @@ same too, in code and prose that quire-mini samples; after three, two of three."
 
 
 class HybridDrafter:
-    """Fulfils `Drafter` and `Foresight`. Which of the two proposes depends on known tokens alone; the model falls behind
+    """Fulfils `Drafter` and `Foresight`. Which of the two proposes depends on known tokens alone; the model lags behind
     meanwhile."""
 
     method: DraftMethod = "hybrid"
