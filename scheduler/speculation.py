@@ -54,6 +54,10 @@ class Speculation:
         if self._since is not None:
             self._since = self._clock()  # the exchange is no part of a step
 
+    def pause(self) -> None:
+        """What passes until the next plan is no part of a step; none is in flight."""
+        self._since = None
+
     def counts(self) -> SpeculationCounts:
         """Totals so far."""
         return SpeculationCounts(
