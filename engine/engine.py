@@ -177,7 +177,10 @@ class Engine:
     def replace_draft(self, folder: str, config: EngineConfig) -> None:
         """Draft with the model in a folder from now on, see `draft_swap.replace_draft`; between steps."""
         drafter = None if self._speculation is None else self._speculation.drafter
-        draft = draft_swap.replace_draft(folder, drafter, self.info, config, self._runner, self._place)
+        known = self.info, config, self._runner, self.cache, self._place
+        drafter, draft = draft_swap.replace_draft(folder, drafter, *known)
+        assert self._speculation is not None, "else there is nobody to replace"
+        self._speculation.drafter = drafter
         self.info = msgspec.structs.replace(self.info, draft=draft)
 
     @property
