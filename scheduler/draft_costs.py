@@ -20,28 +20,24 @@ class DraftCosts:
         """Share of a step's time by which it takes longer if all its sequences are asked for drafts, even if none has
         any: such a step is planned, computed and taken in another way."""
 
-    def learn_plain(self, rows: int, seconds: float, fresh: bool) -> None:
-        """A step without drafts; fresh: those with drafts have just been measured, so they do not seem any dearer."""
-        before = self.rows.one(rows)
+    def learn_plain(self, rows: int, seconds: float) -> None:
+        """A step without drafts."""
         self.rows.learn(rows, seconds)
-        if fresh and before > 0.0:
-            self._ask((1.0 + self.asking) * before / self.rows.one(rows) - 1.0)
 
     def learn_asked(self, asked: int, decoding: int, rows: int, seconds: float) -> None:
         """A step of so many rows that asked so many of its `decoding` sequences: where further rows are few it teaches
-        what asking takes, else what rows do."""
+        what asking takes, else, or if that seems to be less than nothing, what rows do."""
         plain, share = self.rows.one(decoding), asked / decoding
-        if rows > _FEW_MORE * decoding or plain <= 0.0:
-            self.rows.learn(rows, seconds - self.asking * share * plain)
+        known = self.asking * share * plain
+        change = (seconds - self.rows.one(rows)) - known
+        if rows > _FEW_MORE * decoding or plain <= 0.0 or self.asking <= 0.0 > change:
+            self.rows.learn(rows, max(seconds - known, 0.0))
             return
-        change = (seconds - self.rows.one(rows)) / plain - share * self.asking
-        self._ask(self.asking + _ASKING_RATE * share * min(max(change, -_MOST_ASKING), _MOST_ASKING))
+        change = min(max(change / plain, -_MOST_ASKING), _MOST_ASKING)
+        self.asking = min(max(self.asking + _ASKING_RATE * share * change, 0.0), _MOST_ASKING)
 
     def learn_passes(self, sequences: int, depth: int, seconds: float, behind: bool) -> None:
         """So many sequences drew so many tokens; behind: their drafter may have had to catch up as well."""
         # One that had to took no less than it would have.
         if sequences and (not behind or seconds / depth < self.passes.one(sequences)):
             self.passes.learn(sequences, seconds / depth)
-
-    def _ask(self, share: float) -> None:
-        self.asking = min(max(share, -_MOST_ASKING), _MOST_ASKING)

@@ -22,7 +22,7 @@ from .acceptance import Floats
 from .draft_batch import Candidates, Lengths, Outcome
 from .draft_sources import DraftSources
 
-_ENTRY, _SLACK = 0.03, 0.01
+_ENTRY, _SLACK = 0.02, 0.005
 """What drafts must gain over none for drafting to begin; what a step's must for the step to draft, or may lose if the
 last one drafted. Shares of a step."""
 _LEAST_GAIN, _GAIN_RATE, _MOST_GAIN = 0.005, 1 / 32, 0.1
@@ -172,7 +172,7 @@ class DraftLengths:
         if outcome is None:
             self._last_plain = self._steps
             if telling:
-                self.costs.learn_plain(rows, step_seconds, fresh)
+                self.costs.learn_plain(rows, step_seconds)
             return
         turns, drew = self.sources.turns(outcome), outcome.model_drafted > 0
         decoding = rows - int(outcome.drafted.sum())
