@@ -6,7 +6,7 @@ Using Goodput"):
 
     sum over sequences, places  chance that all draft tokens up to there are accepted,  + 1 per sequence
     ------------------------------------------------------------------------------------------------------
-    step(rows + draft tokens)  +  asking  +  sum over places  draft(sequences that draft so far)  +  catching up
+    step(rows + draft tokens)  +  sum over places  draft(sequences that draft so far)  +  catching up
 
 What is best `DraftSources` says; whether it is worth it, what is tried to find out, and when, is decided here. Whether
 n-grams have something to propose for a sequence the engine foresees, so a step in which nobody has anything is one
@@ -90,9 +90,11 @@ class DraftLengths:
         that it was thought to lose."""
         self._trying = False
         """Whether in the step in flight a model drafts to find out how good it is, while n-grams are what pays."""
-        self._next_plain, self._plain_pause, self._plain_turn, self._without_until = _PLAIN, _PLAIN, 0, 0
+        self._next_plain, self._plain_pause, self._plain_turn, self._without_until = _PLAIN, _PLAIN, 0, -1
         self._last_plain = 0
         """When a step had no drafts, while others had."""
+        self._last_draft = -_FRESH
+        """When a step had some."""
 
     def idle(self, decoding: int) -> bool:
         """Whether nothing is to be drafted in a step that decodes so many sequences, as far as can be told for free."""
@@ -114,10 +116,12 @@ class DraftLengths:
         """Draft tokens for each of the candidates [S], within their limits; who calls sees to it that some are > 0."""
         self._probing = self._trying = False
         limits, nothing = self.sources.limits(batch), Lengths.none(len(batch.slots))
+        if self._info.fixed and limits:
+            return self.sources.together(limits, batch)
+        if self._without_until < 0:  # what is measured at start is less than a whole step
+            self._without_until = self._steps + _WITHOUT
         if not limits or (self._steps < self._without_until and self.on) or self._waits(batch, limits):
             return nothing
-        if self._info.fixed:
-            return self.sources.together(limits, batch)
         who = (batch.slots.tobytes(), batch.arrivals.tobytes(), batch.decoding)
         holds = who == self._who and self._steps < min(self._next_choice, self._next_plain)
         if self.on and holds and self.sources.covers(limits):
@@ -172,18 +176,18 @@ class DraftLengths:
         if outcome is None:
             self._last_plain = self._steps
             if telling:
-                self.costs.learn_plain(rows, step_seconds)
+                self.costs.learn_plain(rows, step_seconds, self._steps - self._last_draft <= _FRESH)
             return
+        self._last_draft = self._steps
         turns, drew = self.sources.turns(outcome), outcome.model_drafted > 0
         decoding = rows - int(outcome.drafted.sum())
         if telling:
-            # Without a pass, proposing is part of what asking takes.
-            seconds = step_seconds if turns.any() else step_seconds + draft_seconds
-            self.costs.learn_asked(len(outcome.slots), decoding, rows, seconds)
+            # Without a pass, proposing is part of what such a step takes.
+            self.costs.learn_drafting(rows, step_seconds if turns.any() else step_seconds + draft_seconds)
             depth = int(outcome.asked_model[drew].max(initial=1))
             self.costs.learn_passes(int(drew.sum()), depth, draft_seconds, self._behind)
         if self._probing:
-            gained = self.costs.rows.one(decoding) * (1 + outcome.accepted.sum() / self._looked_at)
+            gained = self.costs.plain.one(decoding) * (1 + outcome.accepted.sum() / self._looked_at)
             self._pay(step_seconds + draft_seconds - float(gained) - self._estimate)
             self._probed(outcome)
         elif self._trying and turns.any():
@@ -248,7 +252,7 @@ class DraftLengths:
         """[S]: short drafts by the model, of as many sequences as it can catch up with for little of the time since it
         was tried last, those first where that takes least."""
         whole = self.sources.catching_up(batch, limits)
-        allowed = 3 * self._plain_pause * _PROBE_SHARE * self.costs.rows.one(batch.decoding)
+        allowed = 3 * self._plain_pause * _PROBE_SHARE * self.costs.plain.one(batch.decoding)
         order = whole.argsort(kind="stable")
         order = order[whole[order].cumsum() <= allowed]
         lengths = np.zeros(len(batch.slots), np.int32)
@@ -276,7 +280,7 @@ class DraftLengths:
     def _look(self, batch: Candidates, limits: list[IntArray], lengths: Lengths) -> Lengths:
         """No drafts are worth it, as far as known, not even the best, `lengths`. Perhaps try these all the same, or a
         short one of the sequence where that is cheapest: as far as probes may cost."""
-        self.costs.rows.relax(batch.decoding, _RELAXED)
+        self.costs.relax(batch.decoding, _RELAXED)
         hopeless = not self.sources.may_pay(batch, limits, _ENTRY)
         self._next_look = self._steps + (_LONGEST if hopeless else self._pause)
         if hopeless:
@@ -288,7 +292,7 @@ class DraftLengths:
             count = int(lengths.most.max())
             more = self.costs.rows.one(batch.rows + count) - self.costs.rows.one(batch.rows)
             # A pass that takes longer than a step is more likely to have been measured badly.
-            passes = min(self.costs.passes.one(1), self.costs.rows.one(1))
+            passes = min(self.costs.passes.one(1), self.costs.plain.one(1))
             loss = int(lengths.model.max()) * passes + more + float(whole[lengths.most > 0].sum())
         if loss > self._credit:
             return Lengths.none(len(batch.slots))
@@ -299,7 +303,7 @@ class DraftLengths:
         return lengths
 
     def _pay(self, seconds: float) -> None:
-        self._credit = max(self._credit - seconds, -_MOST_CREDIT * self.costs.rows.one(self._looked_at))
+        self._credit = max(self._credit - seconds, -_MOST_CREDIT * self.costs.plain.one(self._looked_at))
 
     def _probed(self, outcome: Outcome) -> None:
         """A draft that was all right, where few would have been, calls for another one soon."""

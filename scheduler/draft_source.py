@@ -37,8 +37,6 @@ class Offers:
     """[O]: expected to be verified."""
     seconds: Floats
     """[O]: for proposing."""
-    asked: Floats
-    """[O]: sequences."""
     drafts: Floats
     """[O]: most tokens, what is asked for."""
 
@@ -69,9 +67,8 @@ class DraftSource:
         seconds = np.zeros(counts.shape) if self._passes is None else np.cumsum(self._passes.at(counts), axis=1)
         if extra is not None:
             seconds += (above[:, :, 0] @ extra)[:, None]
-        asked = np.broadcast_to(counts[:, :1], counts.shape)
         rows, drafts = np.cumsum(self._proposed * counts, axis=1), np.cumsum(counts, axis=1)
-        columns = map(_after_none, (np.cumsum(gains, axis=1), rows, seconds, asked, drafts))
+        columns = map(_after_none, (np.cumsum(gains, axis=1), rows, seconds, drafts))
         return Offers(chances, limits, *columns)
 
     def learn(

@@ -106,11 +106,10 @@ class DraftSources:
 
         steady: stay with the last choice if it is not much worse.
         """
-        plain = self.costs.rows.one(batch.decoding) / batch.decoding
-        caps = self._caps(batch, limits, plain)
+        plain = self.costs.plain.one(batch.decoding)
+        caps = self._caps(batch, limits, plain / batch.decoding)
         offers = self._offers(batch, limits, caps)
-        asking = self.costs.asking * plain
-        step = Goodput([*offers.values()], self.costs.rows, batch.decoding, batch.rows, batch.budget, asking)
+        step = Goodput([*offers.values()], self.costs.rows, plain, batch.decoding, batch.rows, batch.budget)
         before = [self._choice[number] for number in offers]
         choice, goodput = step.best(before)
         if steady and choice != before:
@@ -146,13 +145,12 @@ class DraftSources:
 
     def may_pay(self, batch: Candidates, limits: list[IntArray], gain: float) -> bool:
         """Whether drafts of one, or of all whose turn it is, would gain that share if they were as good as can be."""
-        plain, depth = self.costs.rows.one(batch.decoding), np.arange(1, self._most + 1)
+        plain, depth = self.costs.plain.one(batch.decoding), np.arange(1, self._most + 1)
         for source, limit in zip(self._sources, limits, strict=True):
             some = int(np.count_nonzero(limit))
             for count in {1, some} if some else ():
                 tokens = batch.decoding + count * np.cumsum(_CEILING**depth)
                 seconds = self.costs.rows.at(batch.rows + count * depth) - self.costs.rows.one(batch.rows) + plain
-                seconds = seconds + self.costs.asking * plain * count / batch.decoding
                 # A pass that takes longer than a step is more likely to have been measured badly.
                 if source is self.model and self.costs.passes.one(count) < plain:
                     seconds = seconds + depth * self.costs.passes.one(count)
@@ -171,7 +169,7 @@ class DraftSources:
         those of one. Only a draft model of its own has a cache to fill."""
         if not self._has_cache:
             return np.zeros(len(batch.slots))
-        scale = min(self.costs.passes.one(1) / max(self.costs.rows.one(1), 1e-9), 1.0)
+        scale = min(self.costs.passes.one(1) / max(self.costs.plain.one(1), 1e-9), 1.0)
         return np.asarray(self.lag(batch) * (scale * self.costs.rows.slope) * (limits[-1] > 0), np.float64)
 
     def _spread(self, batch: Candidates) -> Floats:

@@ -19,34 +19,33 @@ class Goodput:
 
     offers: Sequence[Offers]
     costs: CostCurve
-    """Seconds by rows."""
+    """Seconds by rows, if somebody drafts."""
+    plain: float
+    """Seconds, if nobody does, but for what else the step computes."""
     decoding: int
     """Sequences that get a token."""
     rows: int
     """Of the step, without drafts."""
     budget: int
     """Draft tokens that it can take."""
-    asking: float
-    """Seconds that it takes to ask a sequence for drafts."""
 
     @property
     def without(self) -> float:
         """If nobody drafts."""
-        return self.decoding / max(self.costs.one(self.decoding), 1e-9)
+        return self.decoding / max(self.plain, 1e-9)
 
     def of(self, choice: Sequence[int], number: int = 0) -> Floats:
         """[O]: by the offer of source `number`, with those chosen of the others; 0 where that is not to be had."""
         part = self.offers[number]
-        tokens, rows, seconds, asked = part.tokens + self.decoding, part.rows + self.rows, part.seconds, part.asked
+        tokens, rows, seconds = part.tokens + self.decoding, part.rows + self.rows, part.seconds
         drafts = part.drafts
         for other, offer in zip(self.offers, choice, strict=True):
             if other is not part:
                 tokens, rows = tokens + other.tokens[offer], rows + other.rows[offer]
-                seconds, asked = seconds + other.seconds[offer], asked + other.asked[offer]
-                drafts = drafts + other.drafts[offer]
+                seconds, drafts = seconds + other.seconds[offer], drafts + other.drafts[offer]
         # What else the step computes takes its time either way.
         seconds = seconds + self.costs.at(rows) + (self.costs.one(self.decoding) - self.costs.one(self.rows))
-        scores = tokens / np.maximum(seconds + asked * self.asking, 1e-9)
+        scores = tokens / np.maximum(seconds, 1e-9)
         return np.where((drafts > 0) & (drafts <= self.budget), scores, 0.0)
 
     def best(self, start: Sequence[int]) -> tuple[list[int], float]:

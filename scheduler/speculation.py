@@ -47,9 +47,9 @@ class Speculation:
     def renew(self, info: DraftInfo) -> None:
         """Another model drafts from now on, of the same method: what was learnt of drafts is void. What rows of the
         target cost still holds."""
-        rows = self.lengths.costs.rows
+        known = self.lengths.costs
         self.lengths = DraftLengths(info, self._num_slots)
-        self.lengths.costs.rows = rows
+        self.lengths.costs.rows, self.lengths.costs.plain = known.rows, known.plain
         self._foreseen = None
         if self._since is not None:
             self._since = self._clock()  # the exchange is no part of a step

@@ -136,9 +136,14 @@ def best_fixed(machine: Machine, rates: Callable[[int, int], list[float]], size:
 
 
 def chosen(
-    machine: Machine, rates: Callable[[int, int], list[float]], size: int, steps: int, distortion: float = 1.0
+    machine: Machine,
+    rates: Callable[[int, int], list[float]],
+    size: int,
+    steps: int,
+    distortion: float = 1.0,
+    seed: int = 1,
 ) -> Run:
-    run = Run(machine, rates, DraftLengths(machine.info(distortion), 64))
+    run = Run(machine, rates, DraftLengths(machine.info(distortion), 64), rng=random.Random(seed))
     for _ in range(steps):
         run.step(size)
     return run
@@ -149,9 +154,11 @@ def chosen(
 def test_no_fixed_length_gives_notably_more(machine, size):
     shares = []
     for rates in (flat(0.15), flat(0.6), flat(0.9), falling, unlike):
-        run = chosen(machine, rates, size, 1000 if size < 64 else 300)
-        shares.append(run.goodput / best_fixed(machine, rates, size))
-    # A single run is off by about 2 %.
+        runs = [
+            chosen(machine, rates, size, 1000 if size < 64 else 300, seed=seed) for seed in range(3 if size == 1 else 1)
+        ]
+        shares.append(np.mean([run.goodput for run in runs]) / best_fixed(machine, rates, size))
+    # A single run is off by about 2 %, of a single sequence more.
     assert min(shares) >= 0.96 and np.mean(shares) >= 0.985
 
 
@@ -212,18 +219,26 @@ def test_fixed_lengths_obey_only_the_limits():
     assert lengths.choose(candidates([8, 3, 0, 8], budget=9)).most.tolist() == [8, 1, 0, 0]
 
 
-def test_chosen_lengths_obey_the_limits_too():
+def ready() -> DraftLengths:
+    """Has seen a few steps without drafts."""
     lengths = DraftLengths(MEMORY_BOUND.info(), 64)
-    found = lengths.choose(candidates([8, 2, 0, 8])).most
+    for _ in range(4):
+        assert not lengths.choose(candidates([8])).most.any()
+        lengths.learn(None, 1, MEMORY_BOUND.step(1), 0.0, pure=True)
+    return lengths
+
+
+def test_chosen_lengths_obey_the_limits_too():
+    found = ready().choose(candidates([8, 2, 0, 8])).most
     assert found[0] == found[3] > 2 and found[1:3].tolist() == [2, 0]
-    assert DraftLengths(MEMORY_BOUND.info(), 64).choose(candidates([8] * 4, budget=6)).most.sum() <= 6
+    assert 0 < ready().choose(candidates([8] * 4, budget=6)).most.sum() <= 6
 
 
 def test_a_long_prompt_that_the_draft_must_read_first_is_not_worth_a_few_tokens():
     batch = candidates([8])
     for known, left, drafts in ((50, 50, True), (50_000, 20, False)):
         asked = replace(batch, known=np.array([known], np.int32), left=np.array([left], np.int32))
-        assert (DraftLengths(MEMORY_BOUND.info(), 64).choose(asked).most.sum() > 0) == drafts
+        assert (ready().choose(asked).most.sum() > 0) == drafts
 
 
 def test_passes_measured_far_too_dear_at_start_are_tried_all_the_same():
@@ -235,20 +250,13 @@ def test_passes_measured_far_too_dear_at_start_are_tried_all_the_same():
     assert np.mean(run.drafting[-200:]) > 2
 
 
-def test_asking_is_not_free_even_if_nothing_is_proposed():
-    """Of eight sequences one or none has a proposal, and to ask takes a tenth of a step; so it does not pay."""
-    lengths, rng, late = DraftLengths(LOOKUP.info(), 64), random.Random(2), list[int]()
-    for step in range(3000):
-        batch = replace(candidates([8] * 8), known=np.full(8, 50 + step, np.int32))
-        asked = np.zeros(8, np.int32) if lengths.idle(8) else lengths.choose(batch).most
-        drafted = np.where(asked > 0, [rng.random() < 0.1 for _ in range(8)], 0).astype(np.int32)
-        rows, some = 8 + int(drafted.sum()), asked > 0
-        slots, known, right = batch.slots[some], batch.known[some], drafted[some]
-        outcome = Outcome(slots, asked[some], 0 * right, right, 0 * right, right, known)
-        seconds = LOOKUP.step(rows) * (1 + 0.1 * some.mean()) * rng.uniform(0.95, 1.05)
-        lengths.learn(outcome if some.any() else None, rows, seconds, 0.0001 * some.any(), pure=True)
-        late.append(int(some.sum()))
-    assert np.mean(late[1000:]) < 1
+def test_what_a_step_with_drafts_takes_besides_is_found_out():
+    """A sequence of eight has a token, which is right; but a step with drafts takes a third longer, however few."""
+    machine = replace(LOOKUP, step=lambda rows: LOOKUP.step(rows) * (1.0 if rows == 8 else 1.33))
+    run = Run(machine, flat(1.0), DraftLengths(LOOKUP.info(), 64), matched=lambda sequence, _: 2 * (sequence == 0))
+    for _ in range(1500):
+        run.step(8)
+    assert np.mean(np.array(run.drafting[200:]) > 0) < 0.05
 
 
 @pytest.mark.parametrize("told", [True, False])
