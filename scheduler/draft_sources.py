@@ -73,7 +73,7 @@ class DraftSources:
 
     def together(self, lengths: list[IntArray], batch: Candidates) -> Lengths:
         """Lengths [S] by source, each of other sequences, as far as the step has room."""
-        most = np.sum(lengths, axis=0, dtype=np.int32)
+        most: IntArray = np.asarray(np.sum(lengths, axis=0), np.int32)
         model = np.zeros_like(most) if self.model is None else lengths[-1].astype(np.int32)
         return Lengths(most, model).within(batch.limits, batch.budget)
 
