@@ -8,10 +8,9 @@ costs what a model of --preset costs. Then quire-mini itself is a drafter that i
 Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 too, or take a model of your own.
 
 An engine that drafts is loaded per drafter and length, beside one that does not (`--draft none`). They run the batch
-of prompts in turns, the order changing from round to round; the first round is not counted. What counts are the steps
-at whose beginning all sequences generate, so prompts and the thinning out at the end do not. A round gives one ratio
-of tokens per second. The machine's own pace changes within seconds: short rounds (--output) and many of them see least
-of it.
+of prompts side by side, in turns of a few steps, because the machine's own pace changes within seconds; the first round
+is not counted. What counts are the steps at whose beginning all sequences generate, so prompts and the thinning out at
+the end do not. A round gives one ratio of tokens per second.
 
 * x off: generated tokens per second, relative to no drafter: the median of the rounds' ratios. Behind it, where this
   lies with a probability of 95 % (bootstrap over the rounds), and how that is to `--floor`: above, below, or across it.
@@ -52,6 +51,9 @@ from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
 from quire.scheduler.loop import EngineLoop
 from quire.server.drafting import draft_settings, parse_draft_tokens
 from quire.server.text import Tokenizer
+
+_SLICE = 0.05
+"""Seconds of a turn."""
 
 
 @dataclass(slots=True)
@@ -205,34 +207,46 @@ class Engines:
     """Has none."""
 
 
-def run(
-    loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace
-) -> tuple[list[list[int]], Steady, SpeculationCounts]:
-    """The batch from the first prompt to the last token: what each said, times, and what was drafted."""
-    before = loop.stats().speculation
-    watcher = Watcher(len(prompts), before)
-    seeds = SeedSource()
-    requests = [request(one, args.output, args.temperature, seeds) for one in prompts]
-    for one in requests:
-        loop.submit(one)
-    while loop.has_work:
-        started = time.perf_counter()
-        report = loop.step()
-        watcher.watch(report, time.perf_counter() - started)
-    said = [watcher.tokens[one.id] for one in requests]
-    return said, watcher.steady, difference(loop.stats().speculation, before)
+class Run:
+    """A batch on its way from the first prompt to the last token."""
+
+    def __init__(self, loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
+        self._loop, self._before = loop, loop.stats().speculation
+        self._watcher = Watcher(len(prompts), self._before)
+        seeds = SeedSource()
+        self._requests = [request(one, args.output, args.temperature, seeds) for one in prompts]
+        for one in self._requests:
+            loop.submit(one)
+
+    def advance(self) -> bool:
+        """Run on for `_SLICE` seconds; whether there is more to do."""
+        end = time.perf_counter() + _SLICE
+        while self._loop.has_work and (started := time.perf_counter()) < end:
+            report = self._loop.step()
+            self._watcher.watch(report, time.perf_counter() - started)
+        if self._loop.scheduler.speculation is not None:
+            self._loop.scheduler.speculation.pause()
+        return self._loop.has_work
+
+    def result(self) -> tuple[list[list[int]], Steady, SpeculationCounts]:
+        """What each said, times, and what was drafted."""
+        said = [self._watcher.tokens[one.id] for one in self._requests]
+        return said, self._watcher.steady, difference(self._loop.stats().speculation, self._before)
 
 
 def measure(engines: Engines, cell: Cell, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
     """Fill the cell with rounds."""
     for number in range(args.rounds + 1):
         order = (engines.on, engines.off) if number % 2 else (engines.off, engines.on)
-        results = {id(loop): run(loop, prompts, args) for loop in order}
+        runs = {id(loop): Run(loop, prompts, args) for loop in order}
+        going = list(runs.values())
+        while going:
+            going = [one for one in going if one.advance()]
         if number:  # the first one warms up: kernels, prefixes, measured acceptance
-            (said, on, counts), (plain, off, _) = results[id(engines.on)], results[id(engines.off)]
-            if not (on.tokens and off.tokens):
+            (said, steady, counts), (plain, without, _) = runs[id(engines.on)].result(), runs[id(engines.off)].result()
+            if not (steady.tokens and without.tokens):
                 sys.exit("error: some answers ended before all prompts were computed: ask for a longer --output")
-            cell.rounds.append(Round(on, off, counts, agreement(said, plain)))
+            cell.rounds.append(Round(steady, without, counts, agreement(said, plain)))
 
 
 def agreement(said: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> float:

@@ -236,6 +236,8 @@ class BatchPlan:
     """Pages that a pruned prefix and its users would both fill up: each gets its own."""
     compactions: tuple[Compaction, ...] = ()
     prunes: tuple[PruneOrder, ...] = ()
+    foresee: bool = False
+    """Whether `StepOutput.foreseen` is wanted."""
 
     def parts(self) -> Iterator[SequencePlan]:
         """All sequences of the batch in the order of their rows, decodes too."""
@@ -318,6 +320,11 @@ class StepOutput:
     """Time in computing what grammars allow, a part of the others, since the last step was finished."""
     recorded: Mapping[int, bytes] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
+    foreseen: IntArray | None = None
+    """[D + S], if asked for: of the rows of `BatchPlan.decodes` and of its sequences, how many tokens the drafter would
+    propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""
+    foresight_seconds: float = 0.0
+    """Time that this took."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Another draft model for an engine that is serving: loaded, tried and timed before it is believed."""
+"""Another draft model, or none, for an engine that is serving: loaded, tried and timed before it is believed."""
 
 import logging
 from pathlib import Path
@@ -16,12 +16,16 @@ from ..models.placement import Placement
 from ..models.runner import ModelRunner
 from ..speculation.drafter import Drafter
 from ..speculation.hybrid import HybridDrafter
-from ..speculation.loading import load_draft
+from ..speculation.loading import load_draft, make_drafter
 from ..speculation.model import ModelDrafter
+from ..speculation.ngram import NgramDrafter
+from ..speculation.target import TargetCache
 from .sampler import Sampler
 from .speculation import Speculation
 from .step_costs import CostProbe
 
+NGRAMS = "ngram"
+"""In place of a folder: no model. A folder of that name is `./ngram`."""
 _CHUNK = 2**24
 """Bytes read at a time."""
 log = logging.getLogger("quire")
@@ -29,8 +33,10 @@ log = logging.getLogger("quire")
 
 def fetch(folder: str) -> None:
     """Read a draft's files from wherever they lie, on any thread: loading them, for which steps wait, then finds them
-    in the system's cache. Raises `InvalidRequestError` where the folder holds no whole checkpoint.
+    in the system's cache. Raises `InvalidRequestError` where the folder holds no whole checkpoint. N-grams have none.
     """
+    if folder == NGRAMS:
+        return
     if not Path(folder).is_dir():
         raise InvalidRequestError(f"{folder} is not a folder on the server", param="draft")
     try:
@@ -43,23 +49,39 @@ def fetch(folder: str) -> None:
 
 
 def replace_draft(
-    folder: str, drafter: Drafter | None, info: EngineInfo, config: EngineConfig, target: ModelRunner, place: Placement
-) -> DraftInfo:
-    """Let the draft model in `folder` take the place of the drafter's; what there is to know of it.
+    folder: str,
+    drafter: Drafter | None,
+    info: EngineInfo,
+    config: EngineConfig,
+    target: ModelRunner,
+    cache: TargetCache,
+    place: Placement,
+) -> tuple[Drafter, DraftInfo]:
+    """Let the draft model in `folder` take the place of the drafter's, or join its n-grams; or let these draft alone
+    again (`NGRAMS`). Who drafts then, and what there is to know of it.
 
     Between steps only, which wait meanwhile. Sequences go on: the new model computes what its cache lacks of them when
-    it drafts. Raises `InvalidRequestError` where the drafter has no model or the new one cannot be used; then the old
-    one goes on.
+    it drafts. Raises `InvalidRequestError` where the drafter is of another kind or the new model cannot be used; then
+    the old one goes on.
     """
-    model = drafter.model if isinstance(drafter, HybridDrafter) else drafter
-    if drafter is None or info.draft is None or not isinstance(model, ModelDrafter):
+    if drafter is None or info.draft is None or info.draft.method == "layerskip":
         now = "nobody drafts" if info.draft is None else f"{info.draft.method} drafts"
-        raise InvalidRequestError(f"no draft model can be replaced: {now} on this server", param="draft")
-    name = DraftChoice(info.draft.method, model=str(Path(folder).resolve())).name
+        raise InvalidRequestError(f"no draft model can be used: {now} on this server", param="draft")
+    if folder == NGRAMS:
+        return _ngrams_alone(drafter, info.draft, info, config)
+    name = DraftChoice("model" if info.draft.method == "model" else "hybrid", model=str(Path(folder).resolve())).name
+    wanted = msgspec.structs.replace(config, draft=name)
     try:
-        runner = load_draft(msgspec.structs.replace(config, draft=name), target, place, lambda phase, done, total: None)
+        runner = load_draft(wanted, target, place, lambda phase, done, total: None)
         assert runner is not None, "the name is a model's"
-        old = model.replace(runner)
+        new, old = drafter, None
+        if isinstance(drafter, NgramDrafter):
+            lengths = {"max_model_len": info.max_model_len, "num_slots": config.max_num_seqs}
+            new = make_drafter(wanted, target, runner, cache, place, **lengths) or drafter
+        model = new.model if isinstance(new, HybridDrafter) else new
+        assert isinstance(model, ModelDrafter)
+        if new is drafter:
+            old = model.replace(runner)
     except ConfigError as error:
         raise InvalidRequestError(error.message, param="draft") from error
     except (RuntimeError, MemoryError, OSError) as error:  # no memory, or a file that changes as it is read
@@ -69,10 +91,24 @@ def replace_draft(
     # Whatever a model's code raises: what cannot run must not be met by the next step.
     except Exception as error:
         log.exception("the draft %s failed its trial", folder)
-        model.replace(old)
+        if old is not None:
+            model.replace(old)
         raise InvalidRequestError(f"the draft cannot be run: {_first_line(error)}", param="draft") from error
     log.info("drafts by %s from now on", name)
-    return msgspec.structs.replace(info.draft, name=name, num_bytes=drafter.num_bytes, costs=costs)
+    known = {"method": new.method, "name": name, "num_bytes": new.num_bytes, "costs": costs}
+    return new, msgspec.structs.replace(info.draft, **known)
+
+
+def _ngrams_alone(
+    drafter: Drafter, draft: DraftInfo, info: EngineInfo, config: EngineConfig
+) -> tuple[Drafter, DraftInfo]:
+    if draft.method == "model":
+        raise InvalidRequestError("no n-grams draft on this server: its model has nobody to leave it to", param="draft")
+    if isinstance(drafter, HybridDrafter):
+        drafter = NgramDrafter(config.max_num_seqs, info.max_stream_len)
+        log.info("n-grams draft alone from now on")
+    known = {"method": drafter.method, "name": NGRAMS, "num_bytes": drafter.num_bytes}
+    return drafter, msgspec.structs.replace(draft, **known, costs=StepCosts(rows=draft.costs.rows))
 
 
 @torch.inference_mode()

@@ -186,7 +186,10 @@ class Engine:
     def replace_draft(self, folder: str, config: EngineConfig) -> None:
         """Draft with the model in a folder from now on, see `draft_swap.replace_draft`; between steps."""
         drafter = None if self._speculation is None else self._speculation.drafter
-        draft = draft_swap.replace_draft(folder, drafter, self.info, config, self._runner, self._place)
+        known = self.info, config, self._runner, self.cache, self._place
+        drafter, draft = draft_swap.replace_draft(folder, drafter, *known)
+        assert self._speculation is not None, "else there is nobody to replace"
+        self._speculation.drafter = drafter
         self.info = msgspec.structs.replace(self.info, draft=draft)
 
     @property
@@ -239,10 +242,11 @@ class Engine:
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
+        foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        drafting, masking = launched.draft_seconds, self.sampler.grammars.spent()
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, drafting, masking, recorded)
+        spent = (launched.draft_seconds, self.sampler.grammars.spent())
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, *foresight)
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]

@@ -17,9 +17,10 @@ from torch.nn.functional import pad
 
 from ..core.ids import SlotId
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
+from ..core.speculation import MAX_DRAFT_TOKENS
 from ..kernels import sampling
 from ..kernels.draft_chain_cpu import DrawRules
-from ..speculation.drafter import Drafter, Proposals
+from ..speculation.drafter import Drafter, Foresight, Proposals
 from ..speculation.history import TokenHistory
 from .chain_rules import chain_rules
 from .rows import DraftDistributions, Rows
@@ -117,6 +118,19 @@ class Speculation:
             self._enter_decoded()
         for slot, token_ids in accepted:
             self._history.extend(slot, token_ids)
+
+    def foresee(self, plan: BatchPlan) -> tuple[IntArray | None, float]:
+        """`StepOutput.foreseen` of a step that was noted, if its plan asks for it, and the seconds that it took."""
+        if not plan.foresee:
+            return None, 0.0
+        started = time.perf_counter()
+        self._enter_decoded()
+        slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
+        if isinstance(self.drafter, Foresight):
+            foreseen = self.drafter.foresee(self._history, slots)
+        else:
+            foreseen = np.full(len(slots), MAX_DRAFT_TOKENS, np.int32)
+        return foreseen, time.perf_counter() - started
 
     def _enter_decoded(self) -> None:
         # A failed one's NO_TOKEN enters too: that sequence is over, and its slot's next one begins a history anew.

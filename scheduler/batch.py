@@ -45,6 +45,8 @@ class BatchDraft:
         """Pages for which sequences wait that were promised them."""
         self.compactions: dict[SequenceState, Compaction] = {}
         self.prunes: dict[SequenceState, PruneOrder] = {}
+        self.foresee = False
+        """Whether to find out what n-grams would propose after it."""
         self.waiting: set[SequenceState] = set()
         """Who runs, but lacks pages for this step."""
         self.entered: dict[SequenceState, SlotAssignment] = {}
@@ -148,6 +150,7 @@ class BatchDraft:
             duplicates=duplicates,
             compactions=tuple(self.compactions.values()),
             prunes=tuple(self.prunes.values()),
+            foresee=self.foresee,
         )
 
 

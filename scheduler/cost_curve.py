@@ -79,10 +79,15 @@ class CostCurve:
         self._values = np.where(below, np.minimum(self._values, level), np.maximum(self._values, level))
         self._refresh()
 
-    def relax(self, count: int, share: float) -> None:
-        """Return by `share` to the shape measured at start, through what `count` costs now: for what is long unseen."""
+    def scale(self, factor: float) -> None:
+        """All takes so many times as long."""
+        self._values *= factor
+        self._refresh()
+
+    def relax(self, count: int, seconds: float, share: float) -> None:
+        """Return by `share` to the shape measured at start, if `count` takes `seconds`: for what is long unseen."""
         if self._seed[0] > 0.0:
-            scale = self.one(count) / float(np.interp(count, self._nodes, self._seed))
+            scale = seconds / float(np.interp(count, self._nodes, self._seed))
             self._values += share * (scale * self._seed - self._values)
             self._refresh()
 

@@ -3,45 +3,40 @@
 from ..core.speculation import DraftInfo
 from .cost_curve import CostCurve
 
-_ASKING_RATE, _MOST_ASKING, _FEW_MORE = 0.1, 0.5, 1.25
-"""What asking for drafts costs: how fast it is learned, its most as a share of a step, and the most rows, as a multiple
-of those without drafts, of steps that teach it."""
-
 
 class DraftCosts:
-    """In seconds. Refined by `learn_*`, step by step."""
+    """In seconds. Refined by `learn_*`, step by step.
+
+    Steps with drafts are planned, computed and taken in another way, which takes the host longer: so they and those
+    without have curves of their own. A draft that seems to be free because both share one is the dearest mistake.
+    """
 
     def __init__(self, info: DraftInfo, num_slots: int) -> None:
+        self.plain = CostCurve(info.costs.rows, num_slots)
+        """Of a step without drafts, by its rows."""
         self.rows = CostCurve(info.costs.rows, num_slots * (1 + info.most))
-        """Of a step by its rows, without proposing and asking."""
+        """Of a step with drafts by its rows, without proposing."""
         self.passes = CostCurve(() if info.method == "ngram" else info.costs.drafts, num_slots)
         """Of one more draft token by a model, for so many sequences together."""
-        self.asking = 0.0
-        """Share of a step's time by which it takes longer if all its sequences are asked for drafts, even if none has
-        any: such a step is planned, computed and taken in another way."""
 
     def learn_plain(self, rows: int, seconds: float, fresh: bool) -> None:
-        """A step without drafts; fresh: those with drafts have just been measured, so they do not seem any dearer."""
-        before = self.rows.one(rows)
-        self.rows.learn(rows, seconds)
-        if fresh and before > 0.0:
-            self._ask((1.0 + self.asking) * before / self.rows.one(rows) - 1.0)
+        """A step without drafts. Unless steps with drafts were measured lately (fresh), they change alike."""
+        before = self.plain.one(rows)
+        self.plain.learn(rows, seconds)
+        if not fresh and before > 0.0:
+            self.rows.scale(self.plain.one(rows) / before)
 
-    def learn_asked(self, asked: int, decoding: int, rows: int, seconds: float) -> None:
-        """A step of so many rows that asked so many of its `decoding` sequences: where further rows are few it teaches
-        what asking takes, else what rows do."""
-        plain, share = self.rows.one(decoding), asked / decoding
-        if rows > _FEW_MORE * decoding or plain <= 0.0:
-            self.rows.learn(rows, seconds - self.asking * share * plain)
-            return
-        change = (seconds - self.rows.one(rows)) / plain - share * self.asking
-        self._ask(self.asking + _ASKING_RATE * share * min(max(change, -_MOST_ASKING), _MOST_ASKING))
+    def learn_drafting(self, rows: int, seconds: float) -> None:
+        """A step with drafts."""
+        self.rows.learn(rows, seconds)
+
+    def relax(self, rows: int, share: float) -> None:
+        """Return by `share` to what a step with drafts would take if it took no longer than others of so many rows: for
+        what is long unseen."""
+        self.rows.relax(rows, self.plain.one(rows), share)
 
     def learn_passes(self, sequences: int, depth: int, seconds: float, behind: bool) -> None:
         """So many sequences drew so many tokens; behind: their drafter may have had to catch up as well."""
         # One that had to took no less than it would have.
         if sequences and (not behind or seconds / depth < self.passes.one(sequences)):
             self.passes.learn(sequences, seconds / depth)
-
-    def _ask(self, share: float) -> None:
-        self.asking = min(max(share, -_MOST_ASKING), _MOST_ASKING)

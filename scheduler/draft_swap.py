@@ -1,4 +1,5 @@
-"""A draft model takes another's place while requests are served: fetched beside the steps, exchanged between two."""
+"""A draft model takes another's place, joins n-grams or leaves them, while requests are served: fetched beside the
+steps, exchanged between two."""
 
 import threading
 from collections.abc import Callable
@@ -13,14 +14,15 @@ from .loop import EngineLoop
 
 @runtime_checkable
 class DraftReplacer(Protocol):
-    """An engine whose draft model can be replaced."""
+    """An engine whose draft model can be replaced, added or taken away."""
 
     def fetch_draft(self, folder: str) -> None:
         """Bring a draft's files near, on any thread; raises `QuireError`."""
         ...
 
     def replace_draft(self, folder: str, config: EngineConfig) -> None:
-        """Draft with that model from now on, and say so in `info`; raises `QuireError`, then nothing has changed."""
+        """Draft with that model, or without one, from now on, and say so in `info`; raises `QuireError`, then nothing
+        has changed."""
         ...
 
 

@@ -10,46 +10,42 @@ from .cost_curve import CostCurve
 from .draft_source import Offers
 
 _ROUNDS = 2
-"""How often each of two sources is fitted to what is asked of the other."""
+"""How often each of several sources is fitted to what is asked of the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """Of a step with these offers of one source or more. A choice is an offer of each; see `draft_length`."""
+    """Of a step with these offers, each to other sequences. A choice is one of each source; see `draft_length`."""
 
     offers: Sequence[Offers]
     costs: CostCurve
-    """Seconds by rows."""
+    """Seconds by rows, if somebody drafts."""
+    plain: float
+    """Seconds, if nobody does, but for what else the step computes."""
     decoding: int
     """Sequences that get a token."""
     rows: int
     """Of the step, without drafts."""
     budget: int
     """Draft tokens that it can take."""
-    asking: float
-    """Seconds that it takes to ask a sequence for drafts."""
 
     @property
     def without(self) -> float:
         """If nobody drafts."""
-        return self.decoding / max(self.costs.one(self.decoding), 1e-9)
+        return self.decoding / max(self.plain, 1e-9)
 
     def of(self, choice: Sequence[int], number: int = 0) -> Floats:
         """[O]: by the offer of source `number`, with those chosen of the others; 0 where that is not to be had."""
         part = self.offers[number]
-        tokens, rows, seconds, asked = part.tokens + self.decoding, part.rows + self.rows, part.seconds, part.asked
+        tokens, rows, seconds = part.tokens + self.decoding, part.rows + self.rows, part.seconds
         drafts = part.drafts
         for other, offer in zip(self.offers, choice, strict=True):
             if other is not part:
-                tokens, rows, seconds = (
-                    tokens + other.tokens[offer],
-                    rows + other.rows[offer],
-                    seconds + other.seconds[offer],
-                )
-                asked, drafts = np.maximum(asked, other.asked[offer]), np.maximum(drafts, other.drafts[offer])
+                tokens, rows = tokens + other.tokens[offer], rows + other.rows[offer]
+                seconds, drafts = seconds + other.seconds[offer], drafts + other.drafts[offer]
         # What else the step computes takes its time either way.
         seconds = seconds + self.costs.at(rows) + (self.costs.one(self.decoding) - self.costs.one(self.rows))
-        scores = tokens / np.maximum(seconds + asked * self.asking, 1e-9)
+        scores = tokens / np.maximum(seconds, 1e-9)
         return np.where((drafts > 0) & (drafts <= self.budget), scores, 0.0)
 
     def best(self, start: Sequence[int]) -> tuple[list[int], float]:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core.plan import BatchPlan, Decodes, SequenceOutput, SequencePlan, StepOutput
+from ..core.plan import BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan, StepOutput
 from ..core.speculation import DraftInfo, SpeculationCounts
 from .batch import BatchDraft
 from .config import SchedulerConfig
 from .decodes import DecodeBatch
-from .draft_length import Candidates, DraftLengths, Lengths, Outcome
+from .draft_batch import Candidates, Lengths, Outcome
+from .draft_length import DraftLengths
 from .growth import Growth
 from .sequence import SequenceState
 
@@ -35,6 +36,8 @@ class Speculation:
         self._growth = growth
         self._num_slots = config.max_num_seqs
         self.lengths = DraftLengths(info, config.max_num_seqs)
+        self._foreseen: IntArray | None = None
+        """[N]: what n-grams would propose in the next step, 0: nothing; None: it was not asked for in the last one."""
         self._asked = [0] * (1 + info.most)
         """How often each length was planned."""
         self._accepted_per_position = [0] * info.most
@@ -44,11 +47,16 @@ class Speculation:
     def renew(self, info: DraftInfo) -> None:
         """Another model drafts from now on, of the same method: what was learnt of drafts is void. What rows of the
         target cost still holds."""
-        rows = self.lengths.costs.rows
+        known = self.lengths.costs
         self.lengths = DraftLengths(info, self._num_slots)
-        self.lengths.costs.rows = rows
+        self.lengths.costs.rows, self.lengths.costs.plain = known.rows, known.plain
+        self._foreseen = None
         if self._since is not None:
             self._since = self._clock()  # the exchange is no part of a step
+
+    def pause(self) -> None:
+        """What passes until the next plan is no part of a step; none is in flight."""
+        self._since = None
 
     def counts(self) -> SpeculationCounts:
         """Totals so far."""
@@ -74,10 +82,17 @@ class Speculation:
     def plan(self, draft: BatchDraft) -> None:
         """Let members of the step, which is otherwise complete, draft."""
         if draft.entered:
-            self.lengths.forget([assignment.slot for assignment in draft.entered.values()])
+            entered = [assignment.slot for assignment in draft.entered.values()]
+            self.lengths.forget(entered)
+            if self._foreseen is not None:
+                self._foreseen[entered] = 0
         others = [place for place, part in enumerate(draft.plans) if _may_draft(draft.members[place], part)]
         may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), list[int]()
-        if may_draft and not self.lengths.idle(len(draft.decoders) + len(others)):
+        decoding = len(draft.decoders) + len(others)
+        draft.foresee = self.lengths.foresees(decoding) and (
+            may_draft > 0 or any(member.request.speculate for member in draft.members)
+        )
+        if may_draft and not self.lengths.idle(decoding) and not self._nothing_foreseen():
             batch = self._candidates(draft, others)
             if batch.budget and batch.limits.any():
                 chosen = self._let_draft(draft, others, self.lengths.choose(batch))
@@ -85,6 +100,9 @@ class Speculation:
         for length in chosen:
             self._asked[length] += 1
         self._begin()
+
+    def _nothing_foreseen(self) -> bool:
+        return self.lengths.only_foreseen and (self._foreseen is None or not self._foreseen.any())
 
     def _begin(self) -> None:
         if self._since is None:
@@ -96,7 +114,12 @@ class Speculation:
         seconds = now - (now if self._since is None else self._since)
         self._since = now if goes_on else None
         self._step_seconds += seconds
-        self._draft_seconds += output.draft_seconds
+        self._draft_seconds += output.draft_seconds + output.foresight_seconds
+        self._foreseen = None
+        if output.foreseen is not None:
+            slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
+            self._foreseen = np.zeros(self._num_slots, np.int32)
+            self._foreseen[slots] = output.foreseen
         results = zip(plan.sequences, output.sequences, strict=True)
         drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
         rows, outcome = plan.num_tokens, None
@@ -107,7 +130,8 @@ class Speculation:
             outcome = _outcome(drafts)
             rows += int(outcome.drafted.sum())
             self._count(outcome)
-        self.lengths.learn(outcome, rows, max(seconds - output.draft_seconds, 0.0), output.draft_seconds, pure)
+        rest = max(seconds - output.draft_seconds - output.foresight_seconds, 0.0)
+        self.lengths.learn(outcome, rows, rest, output.draft_seconds, pure, output.foresight_seconds)
 
     def _count(self, outcome: Outcome) -> None:
         self._drafts += int(np.count_nonzero(outcome.drafted))
@@ -133,7 +157,8 @@ class Speculation:
             members = [*draft.decoders, *(draft.members[place] for place in others)]
             limits[[member in draft.prunes for member in members]] = 0
         rows = len(decodes) + sum(len(part.token_ids) for part in draft.plans)
-        return Candidates(slots, arrivals, known, left, limits, len(slots), rows, draft.budget)
+        foreseen = None if self._foreseen is None else self._foreseen[slots]
+        return Candidates(slots, arrivals, known, left, limits, len(slots), rows, draft.budget, foreseen)
 
     def _let_draft(self, draft: BatchDraft, others: list[int], lengths: Lengths) -> list[int]:
         """Let the candidates draft as far as pages allow; returns the lengths that are left."""

@@ -85,7 +85,8 @@ async def detokenize(request: Request) -> Response:
 
 @router.post("/draft", openapi_extra=body_schema(DraftBody))
 async def draft(request: Request) -> Response:
-    """Let another draft model take the present one's place, while requests are served; answers when it is in use."""
+    """Let another draft model take the present one's place, join n-grams or leave them, while requests are served;
+    answers when that is so."""
     service: Service = request.app.state.service
     body = parse_body(DraftBody, await request.body())
     service.served_name(body.model)

@@ -313,7 +313,7 @@ class DraftBody(Body):
     """`POST /draft`."""
 
     draft: str = Field(min_length=1)
-    """Folder of a draft model, on the server."""
+    """Folder of a draft model, on the server; `ngram`: n-grams draft alone again."""
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)

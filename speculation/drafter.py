@@ -2,13 +2,13 @@
 
 A drafter sees the tokens of every slot (`TokenHistory`) and proposes up to a few more. It need not be right, only often
 enough, and it never decides what is said: verification does. Its own state (a cache, an index) may lag behind the
-history: it catches up when it is asked to propose, so that a sequence which never speculates costs it nothing.
+history: it catches up when it is asked, so that a sequence which never speculates costs it nothing.
 Letters: S sequences asked, N slots, V vocabulary, k most tokens of a proposal.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -85,4 +85,14 @@ class Drafter(Protocol):
 
     def clear(self) -> None:
         """Forget all slots."""
+        ...
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """A drafter that can tell next to for free who has something to propose, so that others need not be asked."""
+
+    def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """[S]: how many tokens it would propose without drawing any, at least, to follow all known tokens of each of
+        the slots [S], which are distinct; 0 to `MAX_DRAFT_TOKENS`."""
         ...

@@ -14,6 +14,7 @@ from ..core.speculation import DraftMethod
 from ..kernels.draft_chain_cpu import DrawRules
 from .drafter import Drafter, Draw, Proposals
 from .history import TokenHistory
+from .ngram import NgramDrafter
 
 SHORTEST_MATCH = 4
 """Tokens that must be the same before n-grams are believed rather than a model: then four of five next tokens are the
@@ -21,11 +22,12 @@ same too, in code and prose that quire-mini samples; after three, two of three."
 
 
 class HybridDrafter:
-    """Fulfils `Drafter`. Which of the two proposes depends on known tokens alone; the model falls behind meanwhile."""
+    """Fulfils `Drafter` and `Foresight`. Which of the two proposes depends on known tokens alone; the model lags behind
+    meanwhile."""
 
     method: DraftMethod = "hybrid"
 
-    def __init__(self, ngram: Drafter, model: Drafter) -> None:
+    def __init__(self, ngram: NgramDrafter, model: Drafter) -> None:
         self._ngram, self.model = ngram, model
 
     @property
@@ -42,6 +44,10 @@ class HybridDrafter:
         """See `Drafter`."""
         self._ngram.clear()
         self.model.clear()
+
+    def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """See `Foresight`."""
+        return self._ngram.foresee(history, slots)
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. The model proposes no more than `Draw.limits` tokens."""

@@ -92,8 +92,9 @@ def make_drafter(
         return None
     if choice.method == "layerskip":
         return LayerskipDrafter(_skippable(target, choice.layers), choice.layers, cache, place)
+    stream = max(max_model_len, config.max_stream_len or 0)
     if draft is None:
-        return NgramDrafter(num_slots, max(max_model_len, config.max_stream_len or 0))
+        return NgramDrafter(num_slots, stream)
     # As many tokens as the target's own pages hold: what the draft lacks beyond that, pruning has freed above.
     heads = target.spec.num_layers * target.spec.num_kv_heads
     num_pages, page_size = cache.entry_positions.shape
@@ -106,7 +107,7 @@ def make_drafter(
         ) from error
     if choice.method == "model":
         return model
-    return HybridDrafter(NgramDrafter(num_slots, max_model_len, SHORTEST_MATCH), model)
+    return HybridDrafter(NgramDrafter(num_slots, stream, SHORTEST_MATCH), model)
 
 
 def cache_share(draft: ModelRunner, target: ModelRunner) -> float:

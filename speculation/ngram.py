@@ -9,14 +9,17 @@ look-up compares at most a few candidates, whatever the length of the history.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.plan import NO_TOKEN, IntArray
-from ..core.speculation import DraftMethod
+from ..core.speculation import MAX_DRAFT_TOKENS, DraftMethod
 from .drafter import Draw, Proposals
 from .history import TokenHistory
 
-ORDERS = (6, 2)
-"""Grams that are indexed, longest first; the last is the shortest match that can be found."""
+Places = npt.NDArray[np.int64]
+
+SHORTEST, _LONG = 2, 6
+"""Tokens of the grams that are indexed: those of the shortest match that counts, if nobody says otherwise, and more."""
 _CANDIDATES = 8
 """Of one gram, newest first, that a look-up compares."""
 _ENOUGH = 32
@@ -25,91 +28,137 @@ _BUCKETS = 1 << 15
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SHIFT = 64 - 15
 _MASK = (1 << 64) - 1
-_FEW = 48
+_FEW = 24
 """New tokens that are added one by one; more are worth the dozen calls of adding them together."""
+_FEW_SLOTS = 24
+"""The same for slots to be looked up."""
 
 
 class NgramDrafter:
-    """Fulfils `Drafter`; draws from no distribution. N slots of up to `max_length` tokens."""
+    """Fulfils `Drafter` and `Foresight`; draws from no distribution. N slots of up to `max_length` tokens."""
 
     method: DraftMethod = "ngram"
 
-    def __init__(self, num_slots: int, max_length: int, shortest: int = ORDERS[-1]) -> None:
-        """shortest: tokens of a match that counts, at least those of the shortest gram."""
-        self._max_length, self._shortest = max_length, shortest
-        self._indices: list[GramIndex | None] = [None] * num_slots
+    def __init__(self, num_slots: int, max_length: int, shortest: int = SHORTEST) -> None:
+        """shortest: tokens of a match that counts."""
+        self._index = GramIndex(num_slots, max_length, shortest)
 
     @property
     def num_bytes(self) -> int:
         """Of the indices of slots that have drafted."""
-        return sum(index.num_bytes for index in self._indices if index is not None)
+        return self._index.num_bytes
 
     def assign(self, slot: int) -> None:
         """See `Drafter`."""
-        index = self._indices[slot]
-        if index is not None:
-            index.clear()
+        self._index.enter(slot)
 
     def clear(self) -> None:
         """See `Drafter`."""
-        self._indices = [None] * len(self._indices)
+        self._index.clear()
+
+    def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """See `Foresight`."""
+        self._index.extend(history, slots)
+        return np.minimum(self._index.matched(history, slots), MAX_DRAFT_TOKENS).astype(np.int32)
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. A proposal is at most as long as the match it rests on."""
+        self._index.extend(history, slots)
         tokens: IntArray = np.full((len(slots), int(most.max(initial=1))), NO_TOKEN, np.int32)
         counts: IntArray = np.zeros(len(slots), np.int32)
         for row, (slot, limit) in enumerate(zip(slots.tolist(), most.tolist(), strict=True)):
-            index = self._indices[slot]
-            if index is None:
-                index = self._indices[slot] = GramIndex(self._max_length, self._shortest)
-            found = index.continuation(history.of(slot), limit)
+            found = self._index.continuation(history, slot, limit)
             tokens[row, : len(found)] = found
             counts[row] = len(found)
         return Proposals(tokens, counts)
 
 
 class GramIndex:
-    """Where the grams of one growing token sequence occurred."""
+    """Where the grams of N growing token sequences occurred. Memory is taken from the system as it is written."""
 
-    def __init__(self, max_length: int, shortest: int = ORDERS[-1]) -> None:
+    def __init__(self, num_slots: int, max_length: int, shortest: int = SHORTEST) -> None:
         """shortest: as in `NgramDrafter`."""
-        self._shortest = shortest
-        self._newest = np.full((len(ORDERS), _BUCKETS), -1, np.int32)
-        self._older = np.empty((len(ORDERS), max_length), np.int32)
+        assert shortest < _LONG
+        self._orders, self._num_slots, self._max_length = (_LONG, shortest), num_slots, max_length
+        # A hash whose sum of products is the same as token after token multiplied in.
+        self._powers = np.array([pow(_MULTIPLIER, _LONG - i, 1 << 64) for i in range(_LONG)], np.uint64)
+        self._reach, self._back = np.arange(1 - _LONG, 1), np.arange(MAX_DRAFT_TOKENS + 1)
+        firsts = np.arange(len(self._orders))[:, None] * num_slots
+        self._heads, self._tails = firsts * _BUCKETS, firsts * max_length
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all slots."""
+        num_slots, max_length, orders = self._num_slots, self._max_length, len(self._orders)
+        self._newest = np.zeros((orders, num_slots, _BUCKETS), np.int32)
+        """Position of a gram's last token, counted from 1; 0: none."""
+        self._older = np.zeros((orders, num_slots, max_length), np.int32)
+        self._size: IntArray = np.zeros(num_slots, np.int32)
+        """[N]: tokens that are indexed."""
+        self._used = np.zeros(num_slots, np.bool_)
         # Single elements through memoryviews: several times faster than through the arrays.
         self._chains = [
-            (order, newest.data, older.data)
-            for order, newest, older in zip(ORDERS, self._newest, self._older, strict=True)
+            [(order, self._newest[i, slot].data, self._older[i, slot].data) for i, order in enumerate(self._orders)]
+            for slot in range(num_slots)
         ]
-        self._size = 0
 
     @property
     def num_bytes(self) -> int:
-        """Of both tables."""
-        return self._newest.nbytes + self._older.nbytes
+        """Of both tables, of slots that were ever asked for."""
+        whole = self._newest.nbytes + self._older.nbytes
+        return whole // len(self._used) * int(np.count_nonzero(self._used))
 
-    def clear(self) -> None:
-        """Another sequence begins."""
-        self._newest.fill(-1)
-        self._size = 0
+    def enter(self, slot: int) -> None:
+        """Another sequence begins in the slot."""
+        if self._size[slot]:
+            self._newest[:, slot] = 0
+            self._size[slot] = 0
 
-    def continuation(self, tokens: IntArray, most: int) -> Sequence[int]:
-        """Up to `most` tokens that may follow `tokens` [n] int32, which begin with all tokens of earlier calls."""
-        self._extend(tokens)
-        view, end = tokens.data, len(tokens)
-        start, length = self._longest_match(view)
+    def extend(self, history: TokenHistory, slots: IntArray) -> None:
+        """Take in what is new of the distinct slots [S]."""
+        first, known = self._size[slots], history.known[slots]
+        counts = known - first
+        total = int(counts.sum())
+        self._size[slots] = known
+        if total <= _FEW:
+            for slot, start, end in zip(slots.tolist(), first.tolist(), known.tolist(), strict=True):
+                self._add_few(slot, history.of(slot).data, start, end)
+        else:
+            self._used[slots] = True
+            begins = (np.cumsum(counts) - counts - first).repeat(counts)
+            self._add_many(history.tokens, slots.repeat(counts).astype(np.int64), np.arange(total) - begins)
+
+    def matched(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """[S]: how many of the newest tokens stood together before, up to `MAX_DRAFT_TOKENS` at least; 0: too few.
+
+        Of many slots only the newest occurrence of each gram is looked at: then it may be more.
+        """
+        if len(slots) <= _FEW_SLOTS:
+            return np.array([self._longest_match(slot, history.of(slot).data)[1] for slot in slots.tolist()], np.int32)
+        last = history.known[slots] - 1
+        places = np.concatenate([last[None], self._older[:, slots, last] - 1])[:, :, None] - self._back
+        tokens = history.tokens[slots[:, None], places]
+        alike = (tokens[1:] == tokens[0]) & (places[1:] >= 0)
+        alike[:, :, -1] = False
+        best = alike.argmin(axis=2).max(axis=0)
+        return np.where(best >= self._orders[-1], best, 0).astype(np.int32)
+
+    def continuation(self, history: TokenHistory, slot: int, most: int) -> Sequence[int]:
+        """Up to `most` tokens that may follow those of the slot, which have been taken in."""
+        view = history.of(slot).data
+        start, length = self._longest_match(slot, view)
         # A match that reaches into its own continuation repeats with the distance as its period.
-        distance = end - start
+        distance = len(view) - start
         return [view[start + i % distance] for i in range(min(most, length))]
 
-    def _longest_match(self, view: memoryview) -> tuple[int, int]:
+    def _longest_match(self, slot: int, view: memoryview) -> tuple[int, int]:
         """Where the longest, among equals the newest, match of the last tokens ends, and its length; 0: none."""
         last = len(view) - 1
         best, start = 0, 0
-        for order, _, older in self._chains:
+        for order, _, older in self._chains[slot]:
             if last + 1 < order:
                 continue
-            candidate = older[last]
+            candidate = older[last] - 1
             for _ in range(_CANDIDATES):
                 if candidate < 0:
                     break
@@ -118,19 +167,15 @@ class GramIndex:
                     length = _common(view, candidate, last)
                     if length > best:
                         best, start = length, candidate + 1
-                candidate = older[candidate]
+                candidate = older[candidate] - 1
             if best >= order:
                 break
-        return (start, best) if best >= self._shortest else (0, 0)
+        return (start, best) if best >= self._orders[-1] else (0, 0)
 
-    def _extend(self, tokens: IntArray) -> None:
-        first, self._size = self._size, len(tokens)
-        if len(tokens) - first > _FEW:
-            self._add_many(tokens, first)
-            return
-        view = tokens.data
-        for end in range(first, len(tokens)):
-            for order, newest, older in self._chains:
+    def _add_few(self, slot: int, view: memoryview, first: int, known: int) -> None:
+        self._used[slot] = True
+        for end in range(first, known):
+            for order, newest, older in self._chains[slot]:
                 if end + 1 < order:
                     continue
                 key = 0
@@ -138,28 +183,31 @@ class GramIndex:
                     key = (key + token + 1) * _MULTIPLIER & _MASK
                 key >>= _SHIFT
                 older[end] = newest[key]
-                newest[key] = end
+                newest[key] = end + 1
 
-    def _add_many(self, tokens: IntArray, first: int) -> None:
-        """The same for all tokens from `first` on at once."""
-        for row, order in enumerate(ORDERS):
-            begin = max(first, order - 1)
-            ends = np.arange(begin, len(tokens))
-            keys = np.zeros(len(ends), np.uint64)
-            for offset in range(order - 1, -1, -1):
-                keys += tokens[begin - offset : len(tokens) - offset].astype(np.uint64) + np.uint64(1)
-                keys *= np.uint64(_MULTIPLIER)
-            keys >>= np.uint64(_SHIFT)
-            by_key = keys.argsort(kind="stable")
-            ordered = keys[by_key]
-            fresh = np.ones(len(ordered), np.bool_)
-            np.not_equal(ordered[1:], ordered[:-1], out=fresh[1:])
-            before = np.empty(len(ordered), np.int32)
-            before[1:] = ends[by_key[:-1]]
-            before[fresh] = self._newest[row, ordered[fresh]]
-            self._older[row, ends[by_key]] = before
-            latest = np.append(fresh[1:], True)
-            self._newest[row, ordered[latest]] = ends[by_key[latest]]
+    def _add_many(self, tokens: IntArray, slots: Places, ends: Places) -> None:
+        """The same for the tokens at `ends` [T] of `slots` [T], each slot's together and ascending.
+
+        Grams that begin before the first token are entered too, as whatever lies there: no look-up believes them.
+        """
+        grams = tokens[slots[:, None], ends[:, None] + self._reach].astype(np.uint64)
+        grams += np.uint64(1)
+        grams *= self._powers
+        keys = np.stack([grams[:, -order:].sum(axis=1) for order in self._orders])
+        keys >>= np.uint64(_SHIFT)
+        buckets = (keys.astype(np.int64) + slots * _BUCKETS + self._heads).reshape(-1)
+        places = (slots * self._max_length + ends + self._tails).reshape(-1)
+        newest, older, ends = self._newest.reshape(-1), self._older.reshape(-1), np.concatenate([ends, ends])
+        if len(slots) > 1 and (slots[1:] == slots[:-1]).any():
+            by_bucket = buckets.argsort(kind="stable")
+            buckets, places, ends = buckets[by_bucket], places[by_bucket], ends[by_bucket]
+            before = newest[buckets]
+            again = np.flatnonzero(buckets[1:] == buckets[:-1])
+            before[again + 1] = ends[again] + 1
+            older[places] = before
+        else:
+            older[places] = newest[buckets]
+        newest[buckets] = ends + 1  # of several ends in one bucket the last one stays
 
 
 def _common(view: memoryview, first: int, second: int) -> int:

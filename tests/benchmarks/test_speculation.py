@@ -3,6 +3,7 @@
 import argparse
 import re
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,6 +88,7 @@ class FakeLoop:
     requests: list[Request] = field(default_factory=list)
     said: int = 0
     counts: SpeculationCounts = field(default_factory=SpeculationCounts)
+    scheduler: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(speculation=None))
 
     def submit(self, request: Request) -> None:
         self.requests.append(request)

@@ -105,8 +105,9 @@ def test_text_is_the_same_and_the_old_draft_is_gone(models: dict[str, Path], pre
     assert answer.draft.name == f"{prefix}{models['target']}" and answer.draft.method == held.method
     assert answer.draft.num_bytes == drafter.num_bytes > held.num_bytes
     assert answer.draft.costs.rows == held.costs.rows and answer.draft.costs.drafts
-    assert scheduled.lengths._model is not None and scheduled.lengths.costs.rows is rows
-    assert not scheduled.lengths._model.acceptance._all_tried.any(), "nothing of the old one counts"
+    model_source = scheduled.lengths.sources.model
+    assert model_source is not None and scheduled.lengths.costs.rows is rows
+    assert not model_source.acceptance._all_tried.any(), "nothing of the old one counts"
     assert served.to_the_end() == alone
     after = loop.stats().speculation
     assert after.accepted_tokens - before.accepted_tokens > 0.5 * (after.draft_tokens - before.draft_tokens)
@@ -152,8 +153,64 @@ def _fails(*_: object) -> Any:
     raise RuntimeError("too bad\nand more")
 
 
-@pytest.mark.parametrize("draft", ["ngram", "none", "layerskip:1"])
-def test_there_must_be_one_to_replace(models: dict[str, Path], draft: str) -> None:
+@pytest.mark.parametrize("draft", ["ngram", "auto"])
+def test_n_grams_take_up_a_model_and_give_it_back(models: dict[str, Path], draft: str) -> None:
+    """`auto` finds no model here. The cycle of the prompt is one that n-grams know."""
     config = config_of(models, draft)
-    answer = swap(loop_of(config), config, models["poor"])
-    assert isinstance(answer, DraftRefused) and "no draft model can be replaced" in answer.error.message
+    loop = loop_of(config)
+    alone = Served(loop, asked(speculate=False)).to_the_end()
+    engine: Any = loop.engine
+    held = engine.info.draft
+    assert (held.method, held.name) == ("ngram", "ngram")
+    served = Served(loop, asked())
+    served.steps(6)
+    added = swap(loop, config, models["target"])
+    assert isinstance(added, DraftReplaced) and added.draft == engine.info.draft and added.draft.costs.drafts
+    assert (added.draft.method, added.draft.name) == ("hybrid", f"ngram+{models['target']}")
+    model = weakref.ref(engine._speculation.drafter.model)
+    before = loop.stats().speculation
+    served.steps(4)
+    after = loop.stats().speculation
+    assert after.accepted_tokens - before.accepted_tokens > 0.5 * (after.draft_tokens - before.draft_tokens) > 0
+    assert all(len(text) < 40 for text in served.texts.values())
+    given_back = swap(loop, config, "ngram")
+    gc.collect()
+    assert isinstance(given_back, DraftReplaced) and model() is None, "its memory is given back"
+    assert (given_back.draft.method, given_back.draft.name, given_back.draft.costs.drafts) == ("ngram", "ngram", [])
+    assert served.to_the_end() == alone
+    assert isinstance(swap(loop, config, "ngram"), DraftReplaced), "nothing to give back"
+    assert Served(loop, asked()).to_the_end() == alone
+
+
+def test_a_model_that_n_grams_cannot_take_up_changes_nothing(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(models, "ngram")
+    loop = loop_of(config)
+    alone, held = Served(loop, asked(speculate=False)).to_the_end(), loop.engine.info.draft
+    served = Served(loop, asked())
+    served.steps(3)
+    for folder, why in ((models["foreign"], "50 tokens"), (models["poor"], "cannot be run: too bad")):
+        with monkeypatch.context() as patch:
+            patch.setattr(draft_swap, "_costs", _fails)
+            answer = swap(loop, config, folder)
+        assert isinstance(answer, DraftRefused) and why in answer.error.message and loop.engine.info.draft == held
+        served.steps(1)
+    monkeypatch.setattr(drafting, "DraftCache", _fails)
+    answer = swap(loop, config, models["poor"])
+    assert isinstance(answer, DraftRefused) and "could not be allocated: too bad" in answer.error.message
+    assert served.to_the_end() == alone
+
+
+@pytest.mark.parametrize("draft", ["none", "layerskip:1"])
+def test_there_must_be_a_drafter_that_takes_one(models: dict[str, Path], draft: str) -> None:
+    config = config_of(models, draft)
+    for folder in (models["poor"], "ngram"):
+        answer = swap(loop_of(config), config, folder)
+        assert isinstance(answer, DraftRefused) and "no draft model can be used" in answer.error.message
+
+
+def test_a_model_alone_cannot_be_given_back(models: dict[str, Path]) -> None:
+    config = config_of(models, str(models["poor"]))
+    answer = swap(loop_of(config), config, "ngram")
+    assert isinstance(answer, DraftRefused) and "no n-grams draft" in answer.error.message

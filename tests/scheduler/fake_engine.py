@@ -27,6 +27,7 @@ from quire.core.plan import (
     StepOutput,
     TokenLogprob,
 )
+from quire.core.speculation import MAX_DRAFT_TOKENS
 from quire.scheduler.scheduler import SchedulerConfig
 
 from .fake_text import next_token
@@ -123,6 +124,7 @@ class FakeEngine:
             kept=kept,
             prune_seconds=seconds,
             recorded={row: result.recorded[0] for row, result in enumerate(steady) if result.recorded},
+            foreseen=np.full(len(results), MAX_DRAFT_TOKENS, np.int32) if plan.foresee else None,
         )
 
     is_asynchronous = False

@@ -9,7 +9,8 @@ import pytest
 
 from quire.core.plan import IntArray
 from quire.core.speculation import DraftInfo, StepCosts
-from quire.scheduler.draft_length import Candidates, DraftLengths, Lengths, Outcome
+from quire.scheduler.draft_batch import Candidates, Lengths, Outcome
+from quire.scheduler.draft_length import DraftLengths
 
 MOST, BUDGET = 8, 4096
 
@@ -78,11 +79,12 @@ class Run:
     """Tokens that the model drew in each step."""
     proposed: list[int] = field(default_factory=list)
     """All draft tokens."""
+    foreseen: IntArray | None = None
 
     def step(self, size: int) -> None:
         slots, known = np.arange(size, dtype=np.int32), np.full(size, 50 + self.steps, np.int32)
+        drew = self.foreseen == 0 if self.foreseen is not None else self._draw(size) == 0
         asked = self._asked(slots, known)
-        drew = np.array([self.rng.random() >= self.scene.found(slot) for slot in range(size)])
         drafted = np.where(drew, asked.model, asked.most).astype(np.int32)
         rates = [self.scene.model if one else self.scene.ngram for one in drew]
         accepted = np.array([self._accepted(*draft) for draft in zip(rates, drafted, strict=True)], np.int32)
@@ -105,11 +107,19 @@ class Run:
     def _asked(self, slots: IntArray, known: IntArray) -> Lengths:
         if isinstance(self.lengths, Lengths):
             return self.lengths
+        foreseen, self.foreseen = self.foreseen, None
+        if self.lengths.foresees(len(slots)):
+            self.foreseen = self._draw(len(slots))
         if self.lengths.idle(len(slots)):
             return Lengths.none(len(slots))
         full = np.full(len(slots), MOST, np.int32)
         arrivals = slots.astype(np.int64)
-        return self.lengths.choose(Candidates(slots, arrivals, known, known, full, len(slots), len(slots), BUDGET))
+        size = len(slots)
+        return self.lengths.choose(Candidates(slots, arrivals, known, known, full, size, size, BUDGET, foreseen))
+
+    def _draw(self, size: int) -> IntArray:
+        """What n-grams have for each sequence."""
+        return np.array([16 * (self.rng.random() < self.scene.found(slot)) for slot in range(size)], np.int32)
 
     def _accepted(self, rate: float, count: int) -> int:
         return next((place for place in range(count) if self.rng.random() >= rate), count)

@@ -16,6 +16,7 @@ from quire.scheduler.scheduler import Scheduler
 from .fake_text import expected_output
 from .world import World, make_config, make_request
 
+ALL = np.array([4], np.int32)
 FIXED = DraftInfo(method="ngram", name="ngram", most=4, fixed=True)
 
 
@@ -42,14 +43,14 @@ def decoding(**params: Any) -> tuple[Scheduler, BatchPlan]:
     scheduler.add(make_request("a", max_tokens=12, **params))
     plan = scheduler.plan()
     assert plan is not None and drafts(plan) == [0], "a prompt does not draft"
-    scheduler.commit(plan, StepOutput((SequenceOutput((9,)),)))
+    scheduler.commit(plan, StepOutput((SequenceOutput((9,)),), foreseen=ALL))
     plan = scheduler.plan()
     assert plan is not None
     return scheduler, plan
 
 
 def commit(scheduler: Scheduler, plan: BatchPlan, *results: SequenceOutput) -> list[Any]:
-    events = scheduler.commit(plan, StepOutput(results, draft_seconds=0.5))
+    events = scheduler.commit(plan, StepOutput(results, draft_seconds=0.5, foreseen=ALL))
     scheduler.check_integrity()
     return events
 

@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 
 from quire.speculation import ngram
-from quire.speculation.ngram import GramIndex, NgramDrafter
+from quire.speculation.history import TokenHistory
+from quire.speculation.ngram import SHORTEST, GramIndex, NgramDrafter
 
 from .world import NeverDraw, World, lists
 
-SHORTEST = ngram.ORDERS[-1]
+
+class Index:
+    """An index of one sequence, in the second of two slots."""
+
+    def __init__(self, max_length: int) -> None:
+        self.history, self.index = TokenHistory(2, max_length), GramIndex(2, max_length)
+
+    def continuation(self, tokens: list[int], most: int) -> list[int]:
+        self.history.extend(1, tuple(tokens[self.history.known[1] :]))
+        self.index.extend(self.history, np.array([1], np.int32))
+        return list(self.index.continuation(self.history, 1, most))
 
 
 def brute_force(tokens: list[int], most: int) -> list[int]:
@@ -42,11 +53,11 @@ def test_finds_what_brute_force_finds(exhaustive, monkeypatch, vocab, few):
     """Whether tokens come one by one, by the handful, or in pieces that are indexed at once."""
     monkeypatch.setattr(ngram, "_FEW", few)
     draw = random.Random(vocab)
-    index, proposed = GramIndex(600), 0
+    index, proposed = Index(600), 0
     tokens: list[int] = []
     while len(tokens) < 400:
         tokens += [draw.randrange(vocab) for _ in range(draw.choice([1, 1, 1, 2, 7, 40]))]
-        got = list(index.continuation(np.array(tokens, np.int32), 9))
+        got = index.continuation(tokens, 9)
         assert got == brute_force(tokens, 9)
         proposed += len(got)
     assert proposed
@@ -56,9 +67,9 @@ def test_few_candidates_still_give_a_real_match():
     """The bound on candidates may cost length, never truth: the match ends with the newest tokens."""
     draw = random.Random(0)
     tokens = [draw.randrange(3) for _ in range(500)]
-    index = GramIndex(500)
+    index = Index(500)
     for end in range(10, 500, 7):
-        got = list(index.continuation(np.array(tokens[:end], np.int32), 8))
+        got = index.continuation(tokens[:end], 8)
         suffix = tokens[end - SHORTEST : end]
         found = [i for i in range(end - SHORTEST) if tokens[i : i + SHORTEST] == suffix]
         assert bool(got) == bool(found)
@@ -67,14 +78,15 @@ def test_few_candidates_still_give_a_real_match():
 
 
 def test_a_run_is_continued_past_its_own_end():
-    index = GramIndex(50)
-    assert list(index.continuation(np.array([9, 1, 2, 1, 2, 1, 2], np.int32), 4)) == [1, 2, 1, 2]
+    assert Index(50).continuation([9, 1, 2, 1, 2, 1, 2], 4) == [1, 2, 1, 2]
 
 
 def test_nothing_known_nothing_proposed():
-    index = GramIndex(50)
     for tokens in ([], [5], [5, 5], [5, 6, 7], [5, 6, 7, 6]):
-        assert not index.continuation(np.array(tokens, np.int32), 4)
+        index = Index(50)
+        assert not tokens or not index.continuation(tokens, 4)
+        if tokens:
+            assert index.index.matched(index.history, np.array([1], np.int32)).tolist() == [0]
 
 
 def test_slots_are_apart_and_forgotten_when_they_change_hands():
@@ -92,3 +104,25 @@ def test_slots_are_apart_and_forgotten_when_they_change_hands():
     drafter.clear()
     assert drafter.num_bytes == 0
     assert world.propose([2], [4]) == [[9, 9]]
+
+
+@pytest.mark.parametrize("vocab", [3, 30])
+def test_what_is_foreseen_is_proposed(exhaustive, monkeypatch, vocab):
+    """For a few slots exactly, for many at least; tokens that come to many slots together are indexed as one by one."""
+    slots = np.arange(40, dtype=np.int32)
+    history = TokenHistory(len(slots), 300)
+    few, many = (NgramDrafter(len(slots), 300) for _ in range(2))
+    draw, most = random.Random(vocab), np.full(len(slots), 16, np.int32)
+    exact = total = 0
+    for _ in range(25):
+        for slot in slots.tolist():
+            history.extend(slot, tuple(draw.randrange(vocab) for _ in range(draw.choice([1, 1, 2, 9]))))
+        proposed = few.propose(history, slots, most, NeverDraw())
+        for part in np.split(slots, 5):
+            assert (few.foresee(history, part) == proposed.counts[part]).all()
+        foreseen = many.foresee(history, slots)
+        assert ((foreseen > 0) == (proposed.counts > 0)).all() and (foreseen <= proposed.counts).all()
+        again = many.propose(history, slots, most, NeverDraw())
+        assert (again.tokens == proposed.tokens).all()
+        exact, total = exact + int((foreseen == proposed.counts).sum()), total + len(slots)
+    assert exact > 0.5 * total
