@@ -47,7 +47,7 @@ def interpreter(name: str, cache: Path) -> Path:
     if not done.exists() or done.read_text().split() != list(peer.requirements):
         print(f"installing {peer.title}", file=sys.stderr)
         venv.create(folder, with_pip=True)
-        pip = [python, "-m", "pip"]
+        pip = [str(python), "-m", "pip"]
         subprocess.run(
             [*pip, "install", "--quiet", *peer.requirements], check=True, env=os.environ | {"CMAKE_ARGS": peer.cmake}
         )
