@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -60,6 +60,13 @@ def start(name: str, model: Path, cells: Sequence[Cell], cache: Path) -> Residen
     return Resident(interpreter(name, cache), ADAPTERS / f"{name}.py", settings, log, START_LIMIT)
 
 
+def leave_out(name: str, error: PeerFailed) -> None:
+    """Say so; without Quire there is nothing to compare."""
+    if name == "quire":
+        raise SystemExit(f"Quire: {error}")
+    print(f"{PEERS[name].title} is left out: {error}", file=sys.stderr)
+
+
 def one_round(engines: dict[str, Resident], cells: Sequence[Cell], vocabulary: int, number: int) -> Round:
     """Cell by cell, each engine in turn; one that fails is left out from then on."""
     results: Round = {}
@@ -73,13 +80,13 @@ def one_round(engines: dict[str, Resident], cells: Sequence[Cell], vocabulary: i
                     engines[name].generate(prompts.take(WARM_UP), WARM_UP.output, ANSWER_LIMIT)
                     results.setdefault(name, {})[cell] = play(engines[name], cell, prompts, ANSWER_LIMIT)
             except PeerFailed as error:
-                print(f"{PEERS[name].title}: {error}", file=sys.stderr)
+                leave_out(name, error)
                 engines.pop(name).end()
     return results
 
 
 def compare(model: str, cells: Sequence[Cell], args: argparse.Namespace) -> Comparison:
-    """Start all engines, play the rounds and one uncounted before them."""
+    """Start all engines and play the rounds, after an uncounted one of two tokens: what is made once is made then."""
     folder = checkpoint(model, args.cache / "models")
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     engines: dict[str, Resident] = {}
@@ -88,15 +95,16 @@ def compare(model: str, cells: Sequence[Cell], args: argparse.Namespace) -> Comp
             try:
                 engines[name] = start(name, folder, cells, args.cache)
             except PeerFailed as error:
-                print(f"{PEERS[name].title}: {error}", file=sys.stderr)
+                leave_out(name, error)
                 continue
             running.callback(engines[name].end)
         facts = {name: engine.facts for name, engine in engines.items()}
-        played = []
-        for number in range(args.rounds + 1):
+        one_round(engines, [replace(cell, output=min(cell.output, 2)) for cell in cells], vocabulary, 0)
+        rounds = []
+        for number in range(1, args.rounds + 1):
             print(f"{model}: round {number} of {args.rounds}", file=sys.stderr)
-            played.append(one_round(engines, cells, vocabulary, number))
-    return Comparison(model, facts, played[1:])
+            rounds.append(one_round(engines, cells, vocabulary, number))
+    return Comparison(model, facts, rounds)
 
 
 def report(comparison: Comparison, cells: Sequence[Cell], names: Sequence[str]) -> str:

@@ -30,7 +30,10 @@ class Engine:
             "INFERENCE_NUM_THREADS": settings["threads"],
         }
         self._pipeline = genai.ContinuousBatchingPipeline(settings["model"], scheduler, "CPU", hints)
-        self.facts = {"version": genai.__version__, "types": f"fp16 weights, computed in {kind}, KV cache {kind}"}
+        self.facts = {
+            "version": genai.__version__.split("-")[0],
+            "types": f"fp16 weights, computed in {kind}, KV cache {kind}",
+        }
 
     def generate(self, prompts: list[list[int]], output: int) -> list[list[int]]:
         """Greedy, past any end token."""
