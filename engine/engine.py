@@ -1,7 +1,7 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +27,7 @@ from ..core.plan import (
 )
 from ..core.request import SamplingParams
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
+from ..kernels.decode_step_cpu import DecodeStepCPU
 from ..models.context import PageSelector
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
@@ -39,37 +40,21 @@ from .allocation import allocate, allocate_host
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs, graph_sizes
 from .inputs import LogitLayout, build_inputs, logit_layout
+from .launched import LaunchedStep
 from .observe import StepObserver
 from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
-from .recording import Drawn
 from .sampler import Sampler, with_drafts
 from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
 from .speculation import Proposed, Speculation, unspeculative, without_proposals
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
-from .timer import Moment, StepTimer
+from .timer import StepTimer
 from .trees import staying_rows
+from .whole_decodes import decode_step
 
 _WARM_UP_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchedStep:
-    """A step on its way through the device. One that computes no token is nothing but its plan."""
-
-    plan: BatchPlan
-    layout: LogitLayout | None = None
-    logits: Tensor | None = None
-    """[R, V] float32; overwritten when another step is launched."""
-    drawn: Drawn | None = None
-    """None if nothing is sampled or scored."""
-    moments: tuple[Moment, Moment, Moment] | None = None
-    """Start and end of the forward pass, and the end of sampling."""
-    observer: StepObserver | None = None
-    """Who waits to hear which draft tokens were right."""
-    draft_seconds: float = 0.0
 
 
 class Engine:
@@ -111,6 +96,7 @@ class Engine:
             sizes = graph_sizes(config.max_num_seqs)
             drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
             self._graphs = DecodeGraphs(runner, self.cache, sizes, place.backend, CudaCapture(), drafts)
+        self._decode_step = decode_step(runner, self.cache, self.sampler.table)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
@@ -228,6 +214,9 @@ class Engine:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
+        elif launched.decoded is not None:
+            decoded = launched.decoded
+            self._settle(launched, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
@@ -279,13 +268,26 @@ class Engine:
         plan = proposed.plan
         started = self._timer.now()
         watchers = (self._pruner.observer(plan), self._selection.selector(plan))
-        # What a graph computes nobody looks into.
+        # What a graph or one call computes nobody looks into.
+        if watchers == (None, None) and not plan.sequences and self._decode_step is not None:
+            return self._decode_at_once(plan, self._decode_step)
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
         drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
+
+    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
+        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits."""
+        decodes, started = plan.decodes, time.perf_counter()
+        step = compute(decodes.slots, decodes.starts, decodes.token_ids)
+        computed = started + step.forward_seconds
+        if step.tokens is not None:
+            return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
+        layout = logit_layout(plan)
+        drawn = self.sampler.draw(plan, layout, step.logits)
+        return LaunchedStep(plan, layout, step.logits, drawn, (started, computed, time.perf_counter()))
 
     def _forward(
         self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None
