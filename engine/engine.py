@@ -180,12 +180,15 @@ class Engine:
         """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
         return self.finish(self.launch(plan))
 
-    @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Queue page changes, forward pass and sampling."""
-        self._change_hands(plan)
+        if plan.changes_hands:
+            self._change_hands(plan)
+        if self._decode_step is not None and plan.only_decodes and self._watchers(plan) == (None, None):
+            return self._decode_at_once(plan, self._decode_step)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
+    @torch.inference_mode()
     def _change_hands(self, plan: BatchPlan) -> None:
         """All that a plan changes before the forward pass, in the order it promises."""
         self.parking.leave(plan)
@@ -208,15 +211,15 @@ class Engine:
     def finish(self, launched: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
-        decoded, outputs = np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
+        decoded = np.empty(0, np.int32) if launched.decoded is None else launched.decoded
+        outputs = tuple(SequenceOutput() for _ in plan.sequences)
         recorded: dict[int, bytes] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
-        elif launched.decoded is not None:
-            decoded = launched.decoded
-            self._settle(launched, decoded, outputs)
+        elif len(decoded) and self._speculation is not None:
+            self._speculation.note(plan, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
@@ -260,6 +263,11 @@ class Engine:
             for index, part in enumerate(plan.sequences)
         )
 
+    def _watchers(self, plan: BatchPlan) -> tuple[StepObserver | None, PageSelector | None]:
+        """Who looks on, and who picks pages, while layers attend."""
+        return self._pruner.observer(plan), self._selection.selector(plan)
+
+    @torch.inference_mode()
     def _compute(self, plan: BatchPlan) -> LaunchedStep:
         """Proposals, forward pass and sampling."""
         proposed = Proposed(plan)
@@ -267,10 +275,8 @@ class Engine:
             proposed = Proposed(unspeculative(plan)) if self._speculation is None else self._speculation.propose(plan)
         plan = proposed.plan
         started = self._timer.now()
-        watchers = (self._pruner.observer(plan), self._selection.selector(plan))
-        # What a graph or one call computes nobody looks into.
-        if watchers == (None, None) and not plan.sequences and self._decode_step is not None:
-            return self._decode_at_once(plan, self._decode_step)
+        watchers = self._watchers(plan)
+        # What a graph computes nobody looks into.
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
@@ -279,15 +285,19 @@ class Engine:
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
 
     def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
-        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits."""
+        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.
+
+        That takes no operation of torch's, so it does without the mode that those want: entering it would show.
+        """
         decodes, started = plan.decodes, time.perf_counter()
         step = compute(decodes.slots, decodes.starts, decodes.token_ids)
         computed = started + step.forward_seconds
         if step.tokens is not None:
             return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
-        layout = logit_layout(plan)
-        drawn = self.sampler.draw(plan, layout, step.logits)
-        return LaunchedStep(plan, layout, step.logits, drawn, (started, computed, time.perf_counter()))
+        with torch.inference_mode():
+            layout, logits = logit_layout(plan), compute.logits(len(decodes))
+            drawn = self.sampler.draw(plan, layout, logits)
+        return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()))
 
     def _forward(
         self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None

@@ -6,6 +6,7 @@ slot's page table. Bytes: the weights, head included, once, and the cache of D s
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,14 +55,11 @@ class SlotTables:
     """[N] int64: the token that each drew last; written."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
+class Decoded(NamedTuple):
     """What a step of D rows gave."""
 
     tokens: npt.NDArray[np.int32] | None
-    """[D]: -1 where a row's logits are not finite; None: some row is not unaltered, so whoever draws reads `logits`."""
-    logits: Tensor
-    """[D, V] float32: overwritten where tokens were drawn from them, and by the next step."""
+    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, so who draws needs `logits`."""
     forward_seconds: float
     sample_seconds: float
 
@@ -86,10 +84,10 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).ctypes.data for name in arrays},
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
-        self._numbers = np.empty((3, len(heads)), np.int32)
-        self._rows = DecodeRowsArgs()
-        first = self._numbers.ctypes.data
-        self._rows.slots, self._rows.starts, self._rows.ids = (first + i * self._numbers.strides[0] for i in range(3))
+        self._numbers = np.empty((4, len(heads)), np.int32)
+        self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
+        columns = (row.ctypes.data for row in self._numbers)
+        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens = columns
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
 
@@ -110,9 +108,7 @@ class DecodeStepCPU:
         if len(self._logits) < count:
             self._logits = torch.empty(count, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()
-        tokens = np.empty(count, np.int32)
-        rows.tokens = tokens.__array_interface__["data"][0]
-        rows.count, rows.threads = count, torch.get_num_threads()
+        rows.count = count
         found = self._call(self._decoder.args, self._attention, self._slots, rows)
         if found > 0:
             self._set_angles(found)
@@ -120,5 +116,8 @@ class DecodeStepCPU:
         if found == _NO_TOKEN:
             raise IndexError(f"an id is not below {self._decoder.vocab}")
         assert found == 0, "a head outgrows its page table"
-        drawn = tokens if rows.drawn else None
-        return Decoded(drawn, self._logits[:count], rows.forward_seconds, rows.sample_seconds)
+        return Decoded(numbers[3, :count].copy() if rows.drawn else None, rows.forward_seconds, rows.sample_seconds)
+
+    def logits(self, count: int) -> Tensor:
+        """[count, V] float32 of the last call, of so many rows; the next one overwrites them."""
+        return self._logits[:count]
