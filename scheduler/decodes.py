@@ -44,7 +44,7 @@ class DecodeBatch:
         self._stops: IntArray = np.full((num_slots + 1, 0), NO_TOKEN, np.int32)
         """[N + 1, widest]: end tokens, padded with what is none."""
         self._whole: list[Decodes] = []
-        """Plans on their way that have a row of each member, in their order."""
+        """What is on its way, or was thought of, with a row of each member in their order."""
 
     def __len__(self) -> int:
         return len(self.members)
@@ -82,8 +82,10 @@ class DecodeBatch:
 
     def _places(self, decodes: Decodes) -> Rows | slice:
         """Where the rows' sequences are in the columns; the last place if they left."""
-        if self._is_whole(decodes):
-            return slice(len(self.members))
+        return slice(len(self.members)) if self._is_whole(decodes) else self._found(decodes)
+
+    def _found(self, decodes: Decodes) -> Rows:
+        """The same, one by one."""
         return np.array([self._rows.get(slot, self._nobody) for slot in decodes.slots.tolist()], np.intp)
 
     def _is_whole(self, decodes: Decodes) -> bool:
@@ -100,7 +102,7 @@ class DecodeBatch:
         Without those whose length ends or wakes them before. Others may turn out to have ended all the same.
         """
         whole = self._is_whole(decodes)
-        places = np.arange(len(self.members)) if whole else self._places(decodes)
+        places = self._found(decodes)
         going = (places != self._nobody) & (decodes.starts + 2 < self._ends[places])
         places, slots, starts = places[going], decodes.slots[going], decodes.starts[going] + 1
         members = [self.members[place] for place in places.tolist()]
@@ -114,7 +116,7 @@ class DecodeBatch:
         """Whether all members have a row in `decodes`."""
         if self._is_whole(decodes):
             return True
-        return int(np.count_nonzero(self._places(decodes) != self._nobody)) == len(self.members)
+        return int(np.count_nonzero(self._found(decodes) != self._nobody)) == len(self.members)
 
     def grown(self, sequence: SequenceState) -> None:
         """The member got pages."""
@@ -131,8 +133,9 @@ class DecodeBatch:
         able = self._room[:count] > 0
         if count <= budget and able.all():
             decodes = Decodes(self._slots[:count].copy(), self._lengths[:count] - 1, self._tokens[:count].copy())
-            self._whole.append(decodes)
+            self._whole = [decodes]  # nothing else is on its way
             return decodes, members
+        self._whole = []
         promised = np.array([member.in_flight > 0 for member in members], np.bool_)
         rows = np.lexsort((self._arrivals[:count], ~promised))
         rows = np.sort(rows[able[rows]][: budget + np.count_nonzero(promised)])
