@@ -78,7 +78,7 @@ def counting(engine: Engine) -> list[int]:
         sizes.append(compute._rows.count)
         return int(original(*arguments))
 
-    compute._call = call
+    compute._call = call  # type: ignore[assignment]
     return sizes
 
 
