@@ -184,7 +184,8 @@ class Engine:
         """Queue page changes, forward pass and sampling."""
         if plan.changes_hands:
             self._change_hands(plan)
-        if self._decode_step is not None and plan.only_decodes and self._watchers(plan) == (None, None):
+        unwatched = not (self._pruner.looks_on or self._selection.picks)
+        if self._decode_step is not None and plan.only_decodes and unwatched:
             return self._decode_at_once(plan, self._decode_step)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
@@ -263,10 +264,6 @@ class Engine:
             for index, part in enumerate(plan.sequences)
         )
 
-    def _watchers(self, plan: BatchPlan) -> tuple[StepObserver | None, PageSelector | None]:
-        """Who looks on, and who picks pages, while layers attend."""
-        return self._pruner.observer(plan), self._selection.selector(plan)
-
     @torch.inference_mode()
     def _compute(self, plan: BatchPlan) -> LaunchedStep:
         """Proposals, forward pass and sampling."""
@@ -275,8 +272,10 @@ class Engine:
             proposed = Proposed(unspeculative(plan)) if self._speculation is None else self._speculation.propose(plan)
         plan = proposed.plan
         started = self._timer.now()
-        watchers = self._watchers(plan)
-        # What a graph computes nobody looks into.
+        watchers = self._pruner.observer(plan), self._selection.selector(plan)
+        # What a graph or one call computes nobody looks into.
+        if self._decode_step is not None and plan.only_decodes and watchers == (None, None):
+            return self._decode_at_once(plan, self._decode_step)
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()

@@ -125,6 +125,11 @@ class Pruner:
         """Whether the slot's policy looks on while layers attend."""
         return slot in self._seen
 
+    @property
+    def looks_on(self) -> bool:
+        """Whether any slot's policy does."""
+        return bool(self._seen)
+
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
         if not self._seen:
