@@ -6,6 +6,7 @@ as columns (`Decodes`), so that a step costs no Python object per sequence. Lett
 others, L layers, K kv heads, B entries of a page.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -80,6 +81,7 @@ class PageCopies:
     """Page ids of the host pool."""
 
     @staticmethod
+    @functools.cache
     def none() -> "PageCopies":
         """Nothing travels."""
         empty = np.empty(0, np.int32)
@@ -94,6 +96,7 @@ class PageDuplicates:
     targets: IntArray
 
     @staticmethod
+    @functools.cache
     def none() -> "PageDuplicates":
         """Nothing is copied."""
         empty = np.empty(0, np.int32)
@@ -112,6 +115,7 @@ class PageGrants:
     pages: IntArray
 
     @staticmethod
+    @functools.cache
     def none() -> "PageGrants":
         """No page changes hands."""
         empty = np.empty(0, np.int32)
@@ -199,6 +203,7 @@ class Decodes:
         return len(self.slots)
 
     @staticmethod
+    @functools.cache
     def none() -> "Decodes":
         """No rows."""
         empty = np.empty(0, np.int32)
@@ -245,6 +250,18 @@ class BatchPlan:
         for slot, start, token in zip(*(column.tolist() for column in columns), strict=True):
             yield SequencePlan(SlotId(slot), start, (token,), sample=True)
         yield from self.sequences
+
+    @property
+    def changes_hands(self) -> bool:
+        """Whether anything is to be done before the forward pass."""
+        lists = self.parks or self.unparked or self.compactions or self.assignments or self.drops
+        copies = len(self.swap_outs.host) or len(self.swap_ins.host) or len(self.duplicates.targets)
+        return bool(lists or copies or len(self.shares.pages) or len(self.grants.pages))
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the batch is `decodes` and nothing else."""
+        return not self.sequences and len(self.decodes) > 0
 
     @property
     def num_tokens(self) -> int:

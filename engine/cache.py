@@ -49,7 +49,7 @@ class KVCache:
         """[N]: columns of the slot's table that its sequence may have used."""
         self.computed = np.zeros(heads[0], np.int64)
         """[N]: tokens computed, the position of the slot's next one."""
-        self._closes_up = np.zeros(heads[0], np.bool_)
+        self.closes_up = np.zeros(heads[0], np.bool_)
         """[N]: whether the slot's entries are rotated to their places in the cache (`PruneParams.positions`)."""
 
     @property
@@ -94,7 +94,7 @@ class KVCache:
         self.kept[indices] = counts[:, None, None].to(self.kept.dtype)
         for assignment in assignments:
             prune = assignment.prune
-            self._closes_up[assignment.slot] = prune is not None and prune.positions == "cache"
+            self.closes_up[assignment.slot] = prune is not None and prune.positions == "cache"
             restored, kept = assignment.restored, assignment.kept
             if restored is not None:
                 kept, self.computed[assignment.slot] = restored.kept, restored.computed
@@ -130,7 +130,7 @@ class KVCache:
 
         In a slot that closes up all heads keep equally many entries, entry i rotated to position i.
         """
-        return np.where(self._closes_up[slots], self._kept_host[slots, 0], starts)
+        return np.where(self.closes_up[slots], self._kept_host[slots, 0], starts)
 
     def counts(self, slot: SlotId) -> IntArray:
         """Entries of each head of the slot, int32 [R]."""

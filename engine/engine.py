@@ -1,7 +1,7 @@
 """`Engine`: computes one step. The scheduler says what, a runner knows the network; here are tensors and order."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,15 +18,14 @@ from ..core.model_spec import ModelSpec
 from ..core.plan import (
     BatchPlan,
     IntArray,
-    PageGrants,
     SequenceOutput,
     SequencePlan,
-    SlotAssignment,
     StepOutput,
     StoredBlock,
 )
-from ..core.request import Grammar, SamplingParams
+from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
+from ..kernels.decode_step_cpu import DecodeStepCPU
 from ..models.checkpoint import open_checkpoint
 from ..models.context import PageSelector
 from ..models.loading import load_runner
@@ -40,37 +39,20 @@ from .allocation import allocate, allocate_host
 from .device import choose_placement
 from .graphs import CudaCapture, DecodeGraphs
 from .inputs import LogitLayout, build_inputs, logit_layout
+from .launched import LaunchedStep
 from .observe import StepObserver
 from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
-from .recording import Drawn
 from .sampler import Sampler, with_drafts
 from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
 from .speculation import Proposed, Speculation, unspeculative, without_proposals
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
-from .timer import Moment, StepTimer
+from .timer import StepTimer
 from .trees import staying_rows
-
-_WARM_UP_TOKENS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchedStep:
-    """A step on its way through the device. One that computes no token is nothing but its plan."""
-
-    plan: BatchPlan
-    layout: LogitLayout | None = None
-    logits: Tensor | None = None
-    """[R, V] float32; overwritten when another step is launched."""
-    drawn: Drawn | None = None
-    """None if nothing is sampled or scored."""
-    moments: tuple[Moment, Moment, Moment] | None = None
-    """Start and end of the forward pass, and the end of sampling."""
-    observer: StepObserver | None = None
-    """Who waits to hear which draft tokens were right."""
-    draft_seconds: float = 0.0
+from .warm_up import first_chunk
+from .whole_decodes import decode_step
 
 
 class Engine:
@@ -111,6 +93,7 @@ class Engine:
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
             drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
             self._graphs = DecodeGraphs(runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts)
+        self._decode_step = decode_step(runner, self.cache, self.sampler.table)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
         self._max_lengths = np.full(config.max_num_seqs, layout.max_model_len, np.int64)
@@ -206,12 +189,16 @@ class Engine:
         """Compute one batch: page changes, forward pass, sampling, prunes. Outputs are aligned with the plan."""
         return self.finish(self.launch(plan))
 
-    @torch.inference_mode()
     def launch(self, plan: BatchPlan) -> LaunchedStep:
         """Queue page changes, forward pass and sampling."""
-        self._change_hands(plan)
+        if plan.changes_hands:
+            self._change_hands(plan)
+        unwatched = not (self._pruner.looks_on or self._selection.picks)
+        if self._decode_step is not None and plan.only_decodes and unwatched:
+            return self._decode_at_once(plan, self._decode_step)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
+    @torch.inference_mode()
     def _change_hands(self, plan: BatchPlan) -> None:
         """All that a plan changes before the forward pass, in the order it promises."""
         self.parking.leave(plan)
@@ -235,12 +222,15 @@ class Engine:
     def finish(self, launched: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
-        decoded, outputs = np.empty(0, np.int32), (SequenceOutput(),) * len(plan.sequences)
+        decoded = np.empty(0, np.int32) if launched.decoded is None else launched.decoded
+        outputs = tuple(SequenceOutput() for _ in plan.sequences)
         recorded: dict[int, bytes] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             outputs = self._settle(launched, decoded, outputs)
+        elif len(decoded) and self._speculation is not None:
+            self._speculation.note(plan, decoded, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
@@ -286,6 +276,7 @@ class Engine:
             for index, part in enumerate(plan.sequences)
         )
 
+    @torch.inference_mode()
     def _compute(self, plan: BatchPlan) -> LaunchedStep:
         """Proposals, forward pass and sampling."""
         proposed = Proposed(plan)
@@ -293,14 +284,31 @@ class Engine:
             proposed = Proposed(unspeculative(plan)) if self._speculation is None else self._speculation.propose(plan)
         plan = proposed.plan
         started = self._timer.now()
-        watchers = (self._pruner.observer(plan), self._selection.selector(plan))
-        # What a graph computes nobody looks into.
+        watchers = self._pruner.observer(plan), self._selection.selector(plan)
+        # What a graph or one call computes nobody looks into.
+        if self._decode_step is not None and plan.only_decodes and watchers == (None, None):
+            return self._decode_at_once(plan, self._decode_step)
         replayed = self._decode(plan) if watchers == (None, None) else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
         drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
+
+    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
+        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.
+
+        That takes no operation of torch's, so it does without the mode that those want: entering it would show.
+        """
+        decodes, started = plan.decodes, time.perf_counter()
+        step = compute(decodes.slots, decodes.starts, decodes.token_ids)
+        computed = started + step.forward_seconds
+        if step.tokens is not None:
+            return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
+        with torch.inference_mode():
+            layout, logits = logit_layout(plan), compute.logits(len(decodes))
+            drawn = self.sampler.draw(plan, layout, logits)
+        return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()))
 
     def _forward(
         self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None
@@ -351,19 +359,10 @@ class Engine:
 
         Leaves no trace in cache or sampler. Raises `ModelLoadError` if the model gives values that are not finite.
         """
-        heads = self.spec.num_layers * self.spec.num_kv_heads
-        fits = self.info.page_size * (self.cache.num_pages // heads)
-        count = min(_WARM_UP_TOKENS, min(self.info.max_model_len, fits) - 1)
-        ids = tuple(i % self.spec.vocab_size for i in range(count))
-        pages = -(-(count + 1) // self.info.page_size) * heads
-        assignment = SlotAssignment(
-            SlotId(0), SamplingParams(), 0, (), prompt_ids=ids, output_ids=(), max_length=self.info.max_model_len
-        )
-        page_ids = np.arange(pages, dtype=np.int32)
-        grants = PageGrants(np.zeros(pages, np.int32), page_ids % heads, page_ids // heads, page_ids)
-        chunk = BatchPlan((SequencePlan(SlotId(0), 0, ids, sample=True),), (assignment,), grants=grants)
+        chunk, pages = first_chunk(self.info, self.cache.num_pages)
         (first,) = self.step(chunk).sequences
-        decode = BatchPlan((SequencePlan(SlotId(0), count, first.token_ids or (0,), sample=True),))
+        known = len(chunk.sequences[0].token_ids)
+        decode = BatchPlan((SequencePlan(SlotId(0), known, first.token_ids or (0,), sample=True),))
         (second,) = self.step(decode).sequences
         if first.error or second.error:
             raise ModelLoadError(

@@ -60,6 +60,11 @@ class PageSelection:
         """Whether the slot's rows read pages of their own choice."""
         return slot in self._choosers
 
+    @property
+    def picks(self) -> bool:
+        """Whether any slot's rows do."""
+        return bool(self._choosers)
+
     def selector(self, plan: BatchPlan) -> "StepSelector | None":
         """Who picks pages in this step; None if everybody reads everything."""
         if not self._choosers:

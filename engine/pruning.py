@@ -125,6 +125,11 @@ class Pruner:
         """Whether the slot's policy looks on while layers attend."""
         return slot in self._seen
 
+    @property
+    def looks_on(self) -> bool:
+        """Whether any slot's policy does."""
+        return bool(self._seen)
+
     def observer(self, plan: BatchPlan) -> StepObserver | None:
         """Who looks on in this step; None if nothing is to be seen."""
         if not self._seen:
@@ -137,7 +142,7 @@ class Pruner:
         self._scorings.update(scorings)
 
     def compact(self, compactions: Sequence[Compaction]) -> None:
-        """Move what was chosen in the last step; what of it is not asked for now is forgotten."""
+        """Move what was chosen in the last step."""
         for compaction in compactions:
             chosen = self._chosen[compaction.slot]
             self._cache.compact(compaction, self._layers, chosen.keep, self._backend)
@@ -147,7 +152,6 @@ class Pruner:
             if seen is not None:
                 for layer, index, counts in zip(self._layers, chosen.keep, chosen.counts, strict=True):
                     seen.keep(layer, index, counts)
-        self._chosen.clear()
 
     def _close_up(self, slot: SlotId, chosen: Selection) -> None:
         """Rotate the slot's keys, which were rotated to their places before, to those that they have now.
@@ -166,7 +170,11 @@ class Pruner:
             self._cache.pool[of_layer, 0, offsets] = turned.transpose(0, 1)
 
     def choose(self, orders: Sequence[PruneOrder]) -> tuple[tuple[IntArray, ...], tuple[float, ...]]:
-        """Per order, entries that each head would keep, int32 [R], and the seconds it took to say."""
+        """Per order, entries that each head would keep, int32 [R], and the seconds it took to say.
+
+        What the step before this chose is forgotten: it was moved with this step's plan, or never will be.
+        """
+        self._chosen.clear()
         kept: list[IntArray] = []
         seconds: list[float] = []
         for order in orders:

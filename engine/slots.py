@@ -51,13 +51,15 @@ class SlotTable:
         self.device = device
         self.states: dict[int, SlotState] = {}
         self.kinds = np.zeros(num_slots, np.int8)
-        """[N], on the host as the next six: which of `DRAW_KINDS`."""
+        """[N], on the host as the next seven: which of `DRAW_KINDS`."""
         self.penalised = np.zeros(num_slots, np.bool_)
         """[N]"""
         self.biased = np.zeros(num_slots, np.bool_)
         """[N]: whether its state has a bias, or a grammar binds it."""
+        self.unaltered = np.zeros(num_slots, np.bool_)
+        """[N]: draws from the logits as they are, from `min_ends` on, and is not recorded."""
         self.likeliest = np.zeros(num_slots, np.bool_)
-        """[N]: gets the likeliest token of the logits as they are, from `min_ends` on, and is not recorded."""
+        """[N]: so, and gets the likeliest token."""
         self.free = np.zeros(num_slots, np.bool_)
         """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
         how likely each is."""
@@ -107,8 +109,8 @@ class SlotTable:
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
         self.biased[slot] = bound or bool(state.bias)
-        plain = not penalised and not self.biased[slot] and not assignment.record
-        self.likeliest[slot] = plain and draw_kind(params) == "greedy"
+        self.unaltered[slot] = not penalised and not self.biased[slot] and not assignment.record
+        self.likeliest[slot] = self.unaltered[slot] and draw_kind(params) == "greedy"
         # The kernel that draws all rows together knows greedy ones by a temperature of 0.
         temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature
         strengths = [temperature, params.top_p, params.min_p]

@@ -28,6 +28,8 @@ class StepTimer:
 
     def seconds(self, started: Moment, computed: Moment, sampled: Moment) -> tuple[float, float]:
         """(forward, sampling) of the step that ends now, and of steps that had not ended when they were asked for."""
+        if not self._cuda:
+            return _between(started, computed), _between(computed, sampled)
         steps = [*self._late, (started, computed, sampled)]
         self._late = []
         ended: list[tuple[Moment, Moment, Moment]] = []

@@ -81,6 +81,27 @@ class DraftChainArgs(ctypes.Structure):
     )
 
 
+class SlotTablesArgs(ctypes.Structure):
+    """`quire::SlotTables` of cpu_decode_step.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("page_table", "kept", "computed", "closes_up", "unaltered", "min_ends")),
+        *((name, _POINTER) for name in ("strengths", "keys", "newest")),
+        *((name, _LONG) for name in ("columns", "strength_columns")),
+    )
+
+
+class DecodeRowsArgs(ctypes.Structure):
+    """`quire::DecodeRows` of cpu_decode_step.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("slots", "starts", "ids", "cos", "sin", "tokens", "logits")),
+        *((name, _LONG) for name in ("count", "half", "positions")),
+        *((name, _INT) for name in ("threads", "drawn")),
+        *((name, ctypes.c_double) for name in ("forward_seconds", "sample_seconds")),
+    )
+
+
 class PagesArgs(ctypes.Structure):
     """`quire::Pages` of cpu_entries.h."""
 
@@ -116,6 +137,9 @@ class CpuLibrary:
         self.forward.argtypes = [ctypes.POINTER(kind) for kind in (DecoderArgs, DecoderStepArgs, AttentionArgs)]
         self.draft_chain = library.quire_draft_chain
         self.draft_chain.argtypes = [*self.forward.argtypes, ctypes.POINTER(DraftChainArgs)]
+        self.decode_step = library.quire_decode_step
+        decoding = (DecoderArgs, AttentionArgs, SlotTablesArgs, DecodeRowsArgs)
+        self.decode_step.argtypes = [ctypes.POINTER(kind) for kind in decoding]
         self.survey_rows = library.quire_survey_rows
         self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows
@@ -173,6 +197,7 @@ class CpuLibrary:
         for function in (*layers, *choices, self.compact, *scores, *means, *ranking):
             function.restype = None
         self.forward.restype = ctypes.c_int
+        self.decode_step.restype = _LONG
 
 
 def load_library(folder: Path) -> CpuLibrary:

@@ -64,8 +64,8 @@ class DecoderCPU:
         first = layers[0]
         self._hidden, self._feed_forward = first.down[0].shape
         self._heads_width = first.qkv[0].shape[0]
-        self._num_heads = first.output[0].shape[1] // head_dim
-        self._num_kv_heads, self._head_dim = num_kv_heads, head_dim
+        self.num_heads = first.output[0].shape[1] // head_dim
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self._call = loaded_library().forward
         self.dtype = first.down[0].dtype
         self.vocab = ends.head.shape[0]
@@ -93,7 +93,7 @@ class DecoderCPU:
 
         Completes `step.args`. Raises `ValueError` where shapes disagree.
         """
-        args, heads, kv_heads, width = step.args, self._num_heads, self._num_kv_heads, self._head_dim
+        args, heads, kv_heads, width = step.args, self.num_heads, self.num_kv_heads, self.head_dim
         half = angles.check(rows, self.dtype, width)
         if (args.kv_heads, args.width) != (kv_heads, width):
             raise ValueError(f"the cache must have {kv_heads} heads of {width}, has {args.kv_heads} of {args.width}")

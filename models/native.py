@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from ..core.errors import ModelLoadError
 from ..core.model_spec import ModelSpec
+from ..kernels.decode_step_cpu import DecodeStepCPU, SlotTables
 from .checkpoint import Checkpoint, TensorReader
 from .context import AttentionContext
 from .native_layers import ACTIVATIONS, Chain, Decoder, DecoderLayer, LayerShape, Linear, TokenWeights
@@ -104,6 +105,15 @@ class NativeRunner:
         """
         angles = self.rotary.table(context.positions, depth, self.decoder.embedding.dtype)
         return None if angles is None else self.decoder.chain(angles, context)
+
+    def decode_step(self, tables: SlotTables, max_length: int) -> DecodeStepCPU | None:
+        """What computes decodes of these slots, rotated to positions below `max_length`, as `forward` of one row each
+        would; None where no kernel does it in one piece.
+        """
+        if not self.rotary.has_table(max_length):
+            return None
+        dtype = self.decoder.embedding.dtype
+        return self.decoder.decode_step(tables, lambda count: self.rotary.first(count, dtype))
 
 
 def native_widths(config: PretrainedConfig, spec: ModelSpec) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..kernels.append_rotated import Rotation
 from ..kernels.attention_cpu import PagedStep
 from ..kernels.backend import TRITON_BACKENDS
+from ..kernels.decode_step_cpu import Cosines, DecodeStepCPU, SlotTables
 from ..kernels.decoder_cpu import DecoderCPU, EndWeights, LayerWeights
 from ..kernels.draft_chain_cpu import DrawRules, draft_chain_cpu
 from ..kernels.linear import gated_linear, linear
@@ -240,6 +241,12 @@ class Decoder:
         """`draft_chain_cpu` in this context, if that can be done here."""
         step = self._whole_step(context)
         return None if step is None else partial(draft_chain_cpu, self._fused, angles=angles, step=step)
+
+    def decode_step(self, tables: SlotTables, cosines: Cosines) -> DecodeStepCPU | None:
+        """What computes decodes of these slots in one call, if that can be done here."""
+        if not self._fusible or tables.pool.dtype != self.embedding.dtype:
+            return None
+        return DecodeStepCPU(self._fused, tables, cosines)
 
     def _whole_step(self, context: AttentionContext) -> PagedStep | None:
         """For `_fused`, where it can compute the step."""

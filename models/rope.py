@@ -145,15 +145,21 @@ class RotaryEmbedding:
         """
         # On a CPU a table costs two look-ups a step where computing costs ten operations; a GPU would have to be asked
         # for the largest position.
-        if positions.device.type != "cpu" or self.settings.kind in LENGTH_DEPENDENT or not len(positions):
+        if positions.device.type != "cpu" or not len(positions):
             return None
         needed = int(positions.numpy().max()) + 1 + ahead
-        if needed > _MOST_TABLE:
-            return None
-        if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) < needed:
-            rows = max(_LEAST_TABLE, 1 << (needed - 1).bit_length())
+        return Angles(*self.first(needed, dtype), positions) if self.has_table(needed) else None
+
+    def has_table(self, count: int) -> bool:
+        """Whether the angles of the first `count` positions are the same for all sequences, and few enough to keep."""
+        return self.settings.kind not in LENGTH_DEPENDENT and count <= _MOST_TABLE
+
+    def first(self, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the first `count` positions or more, [rows, dim / 2] each, where `has_table` says so."""
+        if self._table is None or self._table[0].dtype != dtype or len(self._table[0]) < count:
+            rows = max(_LEAST_TABLE, 1 << (count - 1).bit_length())
             self._table = self._compute(torch.arange(rows), self._frequencies, dtype)
-        return Angles(*self._table, positions)
+        return self._table
 
     def turned(self, heads: Tensor, steps: Tensor, length: int) -> Tensor:
         """`heads` [T, N, D], rotated already, as if they stood `steps` [T] positions later; computed in float32.

@@ -15,6 +15,11 @@ import zmq.asyncio
 from ..core.config import EngineConfig
 from ..core.messages import ClientMessage, EngineMessage
 
+SPIN_COUNT = "5000"
+"""Looks of a waiting OpenMP thread, some 50 ns each, before it sleeps: longer than what lies between two steps of a
+small model. libgomp's own 300,000 are for a machine that has nothing else to do: where the server or anybody else wants
+a processor, they keep it from the thread that all wait for, at every one of a step's hundred meetings."""
+
 
 class EngineProcess:
     """One engine process and the local sockets to it. A restarted engine is a new object with new sockets, so that
@@ -31,7 +36,7 @@ class EngineProcess:
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "quire.scheduler.process", address],
             stdin=subprocess.PIPE,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(),
         )
         assert self._popen.stdin is not None
         self._popen.stdin.write(msgspec.json.encode(config))
@@ -75,3 +80,10 @@ class EngineProcess:
         self._down.close()
         self._context.term()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _environment() -> dict[str, str]:
+    """Of the engine process. How long its threads wait for each other before they sleep is the operator's to say."""
+    said = os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+    waiting = {} if said else {"GOMP_SPINCOUNT": SPIN_COUNT}
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false", **waiting}

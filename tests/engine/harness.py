@@ -1,7 +1,7 @@
 """A minimal scheduler for engine tests: it lends pages, drops what windows no longer see, and feeds tokens."""
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,17 @@ import torch
 
 from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
-from quire.core.plan import BatchPlan, PageDrop, PageGrants, SequenceOutput, SequencePlan, SlotAssignment
+from quire.core.plan import (
+    NO_TOKEN,
+    BatchPlan,
+    Decodes,
+    PageDrop,
+    PageGrants,
+    SequenceOutput,
+    SequencePlan,
+    SlotAssignment,
+    StepOutput,
+)
 from quire.core.pruning import PruneParams
 from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
@@ -153,3 +163,21 @@ class Harness:
                     del sequence.pages[row][:unseen]
                     sequence.kept[row] -= unseen * self.engine.info.page_size
         return drops
+
+
+def in_columns(engine: Engine, known: bool) -> None:
+    """Pure decode steps reach the engine as columns, as the scheduler sends them; with their tokens only if `known`."""
+    step = engine.step
+
+    def convert(plan: BatchPlan) -> StepOutput:
+        if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
+            return step(plan)
+        columns = [
+            (part.slot, part.start, part.token_ids[0] if known or not part.start else NO_TOKEN)
+            for part in plan.sequences
+        ]
+        decodes = Decodes(*np.array(columns, np.int32).T)
+        output = step(replace(plan, sequences=(), decodes=decodes))
+        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
+
+    engine.step = convert  # type: ignore[method-assign]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from quire.core.ids import SlotId
-from quire.core.plan import NO_TOKEN, BatchPlan, Decodes, PageGrants, SequenceOutput, SequencePlan, StepOutput
+from quire.core.plan import BatchPlan, Decodes, PageGrants, SequencePlan
 from quire.core.request import SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.graphs import DecodeGraphs, graph_sizes
 from quire.engine.inputs import build_inputs
 
 from .fake_model import FakeRunner
-from .harness import Harness, Sequence, make_engine
+from .harness import Harness, Sequence, in_columns, make_engine
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3, 5, 8, 9, 7], [9], [3, 2, 3, 8]]
 MIXED = [SamplingParams(temperature=0.0), SamplingParams(temperature=0.9), SamplingParams(top_p=0.7)]
@@ -46,24 +46,6 @@ def with_graphs(
     engine = make_engine(runner)
     engine._graphs = DecodeGraphs(runner, engine.cache, 6, backend, capture)
     return engine
-
-
-def in_columns(engine: Engine, known: bool) -> None:
-    """Pure decode steps reach the engine as columns, as the scheduler sends them; with their tokens only if `known`."""
-    step = engine.step
-
-    def convert(plan: BatchPlan) -> StepOutput:
-        if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
-            return step(plan)
-        columns = [
-            (part.slot, part.start, part.token_ids[0] if known or not part.start else NO_TOKEN)
-            for part in plan.sequences
-        ]
-        decodes = Decodes(*np.array(columns, np.int32).T)
-        output = step(replace(plan, sequences=(), decodes=decodes))
-        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
-
-    engine.step = convert  # type: ignore[method-assign]
 
 
 def run(engine: Engine, count: int = 9) -> list[list[int]]:

@@ -1,0 +1,183 @@
+// A step in which every sequence computes one token and samples the next, in one call: inputs from the tables of all
+// slots, forward pass, choice of tokens, and the count of new entries. The functions are those of a step put together
+// in Python, so the tokens are the same; Python's share of such a step would be as long as a small model's arithmetic.
+#include "cpu_distributions.h"
+#include "cpu_kernels.h"
+#include "cpu_rows.h"
+
+#include <chrono>
+
+namespace quire {
+namespace {
+
+// What is known of N slots, from step to step.
+struct SlotTables {
+  const int32_t* page_table;  // [N, L, K, columns]
+  int32_t* kept;              // [N, L, K]
+  int64_t* computed;          // [N]
+  const uint8_t* closes_up;   // [N]: whether entries are rotated to their places in the cache
+  const uint8_t* unaltered;       // [N]: whether tokens are drawn from the logits as they are, from min_ends on
+  const int64_t* min_ends;    // [N]
+  const float* strengths;     // [N, strength_columns]: temperature (0: the likeliest token), top-p, min-p
+  const int64_t* keys;        // [N, 2]: seed, top-k
+  int64_t* newest;            // [N]: the token that each sampled last
+  long columns, strength_columns;
+};
+
+// One step of D sequences.
+struct DecodeRows {
+  const int32_t *slots, *starts, *ids;  // [D]: distinct; logical positions; tokens, -1: the slot's newest
+  const void *cos, *sin;                // [positions, half]
+  int32_t* tokens;                      // [D]: what is drawn; -1 where logits are not finite
+  float* logits;                        // [D, V]
+  long count, half, positions;
+  int threads, drawn;                   // drawn: whether tokens were; if not, the logits wait for who draws
+  double forward_seconds, sample_seconds;
+};
+
+enum Refusal { kNoToken = -1, kOutgrown = -2 };
+
+constexpr float kLeastTemperature = 1e-30f;
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Pieces of one buffer, one after another, each aligned.
+class Pieces {
+ public:
+  explicit Pieces(char* memory) : next_(memory) {}
+  char* take(long bytes) {
+    char* piece = next_;
+    next_ += (bytes + 63) / 64 * 64;
+    return piece;
+  }
+  long used(const char* memory) const { return next_ - memory; }
+
+ private:
+  char* next_;
+};
+
+// Lays out what a step needs besides, from `memory` on; returns its bytes.
+long lay_out(const Decoder& d, const DecodeRows& r, long pages, char* memory, DecoderStep& s, Args& a) {
+  const long item = d.is_bf16 ? 2 : 4, rows = r.count, heads = d.count * a.kv_heads;
+  Pieces pieces(memory);
+  s.x = pieces.take(rows * d.hidden * item);
+  s.heads = pieces.take(rows * a.query_stride * item);
+  a.output = pieces.take(rows * a.heads * a.width * item);
+  s.gated = pieces.take(rows * d.feed_forward * item);
+  s.turns = pieces.take(2 * rows * r.half * item);
+  s.normed = pieces.take(rows * d.hidden * item);
+  s.ids = (int64_t*)pieces.take(rows * 8);
+  s.angle_rows = (int64_t*)pieces.take(rows * 8);
+  a.positions = (int64_t*)pieces.take(rows * 8);
+  a.query_start = (int32_t*)pieces.take((rows + 1) * 4);
+  a.kept = (int32_t*)pieces.take(rows * heads * 4);
+  a.page_table = (int32_t*)pieces.take(rows * heads * pages * 4);
+  return pieces.used(memory);
+}
+
+// Rows that are rotated to positions of which there are no angles yet: how many there should be; else 0.
+long lacking_angles(const SlotTables& t, const DecodeRows& r, long heads) {
+  long most = 0;
+  for (long i = 0; i < r.count; i++) {
+    const long slot = r.slots[i];
+    most = std::max<long>(most, (t.closes_up[slot] ? t.kept[slot * heads] : r.starts[i]) + 1);
+  }
+  return most > r.positions ? most : 0;
+}
+
+// Pages that hold the longest head once it has got an entry more.
+long longest_head(const SlotTables& t, const DecodeRows& r, long heads, long page_size) {
+  int32_t most = 0;
+  for (long i = 0; i < r.count; i++) {
+    const int32_t* kept = t.kept + r.slots[i] * heads;
+    most = std::max(most, *std::max_element(kept, kept + heads));
+  }
+  return most / page_size + 1;
+}
+
+// The rows' numbers, from the slots' tables.
+void fill(const SlotTables& t, const DecodeRows& r, long heads, long pages, const DecoderStep& s, const Args& a) {
+  for (long i = 0; i < r.count; i++) {
+    const long slot = r.slots[i];
+    const int32_t *kept = t.kept + slot * heads, *table = t.page_table + slot * heads * t.columns;
+    ((int64_t*)s.ids)[i] = r.ids[i] < 0 ? t.newest[slot] : r.ids[i];
+    ((int64_t*)s.angle_rows)[i] = t.closes_up[slot] ? kept[0] : r.starts[i];
+    ((int64_t*)a.positions)[i] = r.starts[i];
+    ((int32_t*)a.query_start)[i] = i;
+    memcpy((int32_t*)a.kept + i * heads, kept, heads * 4);
+    for (long head = 0; head < heads; head++)
+      memcpy((int32_t*)a.page_table + (i * heads + head) * pages, table + head * t.columns, pages * 4);
+  }
+  ((int32_t*)a.query_start)[r.count] = r.count;
+}
+
+// The token drawn from the slot's logits [V], which may be overwritten; -1 if they are not finite.
+int64_t draw(const SlotTables& t, const DecodeRows& r, long i, long vocab, CutBuffers& buffers) {
+  const long slot = r.slots[i];
+  const float* strengths = t.strengths + slot * t.strength_columns;
+  float* logits = r.logits + i * vocab;
+  if (strengths[0] == 0) {
+    int64_t token;
+    return std::isfinite(likeliest(logits, vocab, &token)) ? token : -1;
+  }
+  const Cuts cuts{std::max(strengths[0], kLeastTemperature), strengths[1], logf(strengths[2]), (long)t.keys[2 * slot + 1]};
+  shape_row(logits, logits, vocab, cuts, buffers);
+  if (logits[0] != logits[0]) return -1;
+  return draw_row(logits, vocab, NoiseKey(t.keys[2 * slot], r.starts[i] + 1));
+}
+
+void draw_all(const SlotTables& t, DecodeRows& r, long vocab) {
+  for (long i = 0; i < r.count; i++)
+    if (!t.unaltered[r.slots[i]] || r.starts[i] + 1 < t.min_ends[r.slots[i]]) return;
+  r.drawn = true;
+#pragma omp parallel num_threads(r.count < r.threads ? r.count : r.threads)
+  {
+    CutBuffers buffers;
+#pragma omp for schedule(dynamic, 1)
+    for (long i = 0; i < r.count; i++) {
+      r.tokens[i] = draw(t, r, i, vocab, buffers);
+      t.newest[r.slots[i]] = std::max(r.tokens[i], 0);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quire
+
+// `attention` says what all steps share: pool, entry positions, sizes and scale. Returns 0; or, with nothing done, what
+// is in the way: that many positions need angles, or a `Refusal`.
+extern "C" long quire_decode_step(const quire::Decoder* decoder, const quire::Args* attention,
+                                  const quire::SlotTables* tables, quire::DecodeRows* rows) {
+  using namespace quire;
+  const double started = now();
+  const Decoder& d = *decoder;
+  const SlotTables& t = *tables;
+  DecodeRows& r = *rows;
+  Args a = *attention;
+  const long heads = d.count * a.kv_heads, pages = longest_head(t, r, heads, a.page_size);
+  if (pages > t.columns) return kOutgrown;
+  if (const long lacking = lacking_angles(t, r, heads)) return lacking;
+  DecoderStep s{};
+  a.query_stride = a.key_stride = a.value_stride = (a.heads + 2 * a.kv_heads) * a.width;
+  static thread_local KeptMemory memory;
+  lay_out(d, r, pages, (char*)memory.get(lay_out(d, r, pages, nullptr, s, a)), s, a);
+  fill(t, r, heads, pages, s, a);
+  const long item = d.is_bf16 ? 2 : 4;
+  a.query = s.heads;
+  a.key = (char*)s.heads + a.heads * a.width * item;
+  a.value = (char*)a.key + a.kv_heads * a.width * item;
+  a.sequences = s.rows = s.wanted = r.count;
+  a.table_head = pages, a.table_sequence = heads * pages, a.kept_sequence = heads;
+  s.table_layer = a.kv_heads * pages, s.kept_layer = a.kv_heads;
+  s.cos = r.cos, s.sin = r.sin, s.half = r.half, s.logits = r.logits, s.threads = r.threads;
+  if (!quire_forward(decoder, &s, &a)) return kNoToken;
+  for (long i = 0; i < r.count; i++) {
+    for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head]++;
+    t.computed[r.slots[i]]++;
+  }
+  const double computed = now();
+  r.drawn = false;
+  draw_all(t, r, d.vocab);
+  r.forward_seconds = computed - started, r.sample_seconds = now() - computed;
+  return 0;
+}

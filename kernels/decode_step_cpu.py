@@ -1,0 +1,123 @@
+"""A step of decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
+
+Letters as in `kernels.decoder_cpu`; N slots, D of which bring a token, L layers, B entries of a page, M columns of a
+slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .cpu_library import AttentionArgs, DecodeRowsArgs, SlotTablesArgs, loaded_library
+from .decoder_cpu import DecoderCPU
+
+_NO_TOKEN, _OUTGROWN = -1, -2
+"""What the kernel returns where an id is no token, and where a head has more entries than its pages."""
+
+Cosines = Callable[[int], tuple[Tensor, Tensor]]
+"""Cosines and sines [P, R / 2] of the positions from 0 on, P at least as many as asked for; contiguous, in the weights'
+type."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTables:
+    """What is known of all slots: read where it lies, step after step, so it may change in place but not move.
+
+    All contiguous.
+    """
+
+    pool: Tensor
+    """[P, 2, B, D] in the weights' type. Mutated, as the next."""
+    entry_positions: Tensor
+    """[P, B] int32"""
+    page_table: Tensor
+    """[N, L, K, M] int32"""
+    kept: Tensor
+    """[N, L, K] int32: entries of each head; counted up."""
+    computed: npt.NDArray[np.int64]
+    """[N]: tokens computed; counted up."""
+    closes_up: npt.NDArray[np.bool_]
+    """[N]: whether entries are rotated to their places in the cache."""
+    unaltered: npt.NDArray[np.bool_]
+    """[N]: whether tokens are drawn from the logits as they are,"""
+    min_ends: npt.NDArray[np.int64]
+    """[N]: from this position on."""
+    strengths: Tensor
+    """[N, at least 3] float32: temperature (0: the likeliest token, and nothing of the rest matters), top-p, min-p."""
+    keys: Tensor
+    """[N, 2] int64: seed, top-k."""
+    newest: Tensor
+    """[N] int64: the token that each drew last; written."""
+
+
+class Decoded(NamedTuple):
+    """What a step of D rows gave."""
+
+    tokens: npt.NDArray[np.int32] | None
+    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, so who draws needs `logits`."""
+    forward_seconds: float
+    sample_seconds: float
+
+
+class DecodeStepCPU:
+    """Computes decodes of some of the slots; keeps weights and tables alive."""
+
+    def __init__(self, decoder: DecoderCPU, tables: SlotTables, cosines: Cosines) -> None:
+        self._call = loaded_library().decode_step
+        self._decoder, self._tables, self._cosines = decoder, tables, cosines
+        pool, heads = tables.pool, tables.page_table
+        if pool.dtype != decoder.dtype or (heads.shape[2], pool.shape[3]) != (decoder.num_kv_heads, decoder.head_dim):
+            raise ValueError(f"the cache must have {decoder.num_kv_heads} heads of {decoder.head_dim} {decoder.dtype}")
+        self._attention = AttentionArgs(
+            pool=pool.data_ptr(), entry_positions=tables.entry_positions.data_ptr(), heads=decoder.num_heads,
+            kv_heads=decoder.num_kv_heads, width=decoder.head_dim, value_width=decoder.head_dim,
+            page_size=pool.shape[2], scale=decoder.head_dim**-0.5,
+        )  # fmt: skip
+        arrays, tensors = ("computed", "closes_up", "unaltered", "min_ends"), ("kept", "strengths", "keys", "newest")
+        self._slots = SlotTablesArgs(
+            page_table=heads.data_ptr(), columns=heads.shape[3], strength_columns=tables.strengths.shape[1],
+            **{name: getattr(tables, name).ctypes.data for name in arrays},
+            **{name: getattr(tables, name).data_ptr() for name in tensors},
+        )  # fmt: skip
+        self._numbers = np.empty((4, len(heads)), np.int32)
+        self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
+        columns = (row.ctypes.data for row in self._numbers)
+        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens = columns
+        self._logits = torch.empty(0, decoder.vocab)
+        self._set_angles(1)
+
+    def _set_angles(self, positions: int) -> None:
+        self._angles = cos, sin = self._cosines(positions)
+        self._rows.cos, self._rows.sin = cos.data_ptr(), sin.data_ptr()
+        self._rows.positions, self._rows.half = cos.shape
+
+    def __call__(
+        self, slots: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]
+    ) -> Decoded:
+        """Compute token_ids [D] (-1: the slot's newest) at the logical positions starts [D] of the distinct slots [D].
+
+        Raises `IndexError` where an id is no token.
+        """
+        count, rows, numbers = len(slots), self._rows, self._numbers
+        numbers[0, :count], numbers[1, :count], numbers[2, :count] = slots, starts, token_ids
+        if len(self._logits) < count:
+            self._logits = torch.empty(count, self._decoder.vocab)
+            rows.logits = self._logits.data_ptr()
+        rows.count = count
+        found = self._call(self._decoder.args, self._attention, self._slots, rows)
+        if found > 0:
+            self._set_angles(found)
+            found = self._call(self._decoder.args, self._attention, self._slots, rows)
+        if found == _NO_TOKEN:
+            raise IndexError(f"an id is not below {self._decoder.vocab}")
+        assert found == 0, "a head outgrows its page table"
+        return Decoded(numbers[3, :count].copy() if rows.drawn else None, rows.forward_seconds, rows.sample_seconds)
+
+    def logits(self, count: int) -> Tensor:
+        """[count, V] float32 of the last call, of so many rows; the next one overwrites them."""
+        return self._logits[:count]
