@@ -378,7 +378,7 @@ class Engine:
         """Of steps and of the drafter."""
         probe = CostProbe(self.info, draft.most, self.sampler.table.num_slots, self._max_rows)
         self._speculation = Speculation(AnyTokens(), self.sampler, self.info.max_stream_len)
-        rows = probe.rows(self.step)
+        rows = probe.rows(self.step, rehearse=self._place.device.type == "cuda")
         self._speculation = speculation
         costs = StepCosts(rows=rows, drafts=probe.drafts(self.step, speculation.propose))
         self._forget_all(probe.num_pages)

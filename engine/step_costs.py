@@ -1,7 +1,7 @@
 """What steps cost on this machine, found by a few steps of short sequences before the first request."""
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -66,8 +66,11 @@ class CostProbe:
         of_slot = pages % (heads * columns)
         self._grants = PageGrants(pages // (heads * columns), of_slot // columns, of_slot % columns, pages)
 
-    def rows(self, step: Callable[[BatchPlan], StepOutput]) -> list[tuple[int, float]]:
-        """(rows, seconds) of steps, ascending; sequences bring as many draft tokens as they may (`AnyTokens`)."""
+    def rows(self, step: Callable[[BatchPlan], StepOutput], rehearse: bool) -> list[tuple[int, float]]:
+        """(rows, seconds) of steps, ascending; sequences bring as many draft tokens as they may (`AnyTokens`).
+
+        rehearse: whether the first step of each size is another one, because kernels are compiled and graphs captured.
+        """
         if self.num_pages == 0:
             return []
 
@@ -77,7 +80,10 @@ class CostProbe:
             return output.forward_seconds + output.sample_seconds
 
         step(BatchPlan((), self._assignments, grants=self._grants))
-        return _measure((count for count in _COUNTS if count <= self._max_rows), seconds, _ROW_SECONDS)
+        counts = [count for count in _COUNTS if count <= self._max_rows]
+        for count in counts if rehearse else ():
+            seconds(count)
+        return _measure(counts, seconds, _ROW_SECONDS)
 
     def drafts(
         self, step: Callable[[BatchPlan], object], propose: Callable[[BatchPlan], Proposed]
@@ -95,7 +101,7 @@ class CostProbe:
         step(BatchPlan((), self._assignments))
         slots = len(self._assignments)
         propose(self._plan(slots * (1 + depth), 1 + depth))  # the drafter reads what is known
-        return _measure((count for count in _COUNTS if count <= slots), seconds, _DRAFT_SECONDS)
+        return _measure([count for count in _COUNTS if count <= slots], seconds, _DRAFT_SECONDS)
 
     def _plan(self, rows: int, width: int) -> BatchPlan:
         """A step of so many rows, at most `width` a sequence."""
@@ -109,7 +115,7 @@ class CostProbe:
         )
 
 
-def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
+def _measure(counts: Sequence[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:
     """Least `seconds` by count, ascending: of the first two counts, and of more while the budget lasts.
 
     All counts are tried in turn, so that a machine that is busy for a while spoils one time of each; the first two
@@ -118,7 +124,6 @@ def _measure(counts: Iterable[int], seconds: Callable[[int], float], budget: flo
     """
     times: dict[int, float] = {}
     spent = 0.0
-    counts = list(counts)
     for turn, count in itertools.product(range(_REPEATS), counts):
         if spent > budget and (turn > 1 or count not in counts[:2]):
             continue
