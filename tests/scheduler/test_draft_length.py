@@ -97,7 +97,7 @@ class Run:
         if self.lengths.idle(size) or (self.lengths.only_foreseen and not (foreseen is not None and foreseen.any())):
             return np.zeros(size, np.int32)
         known = np.full(size, 50 + self.steps, np.int32)
-        full, arrivals = np.full(size, MOST, np.int32), slots + self.first_arrival
+        full, arrivals = np.full(size, MOST, np.int32), slots.astype(np.int64) + self.first_arrival
         return self.lengths.choose(
             Candidates(slots, arrivals, known, known, full, decoding=size, rows=size, budget=2048, foreseen=foreseen)
         ).most
@@ -294,12 +294,12 @@ def test_a_change_of_what_is_asked_costs_a_large_batch_little(method: DraftMetho
 
 
 def test_where_nobody_has_anything_steps_are_as_without_drafts():
-    run = Run(LOOKUP, flat(0.9), DraftLengths(LOOKUP.info(), 64), matched=lambda sequence, step: 0)
-    looked = []
+    lengths = DraftLengths(LOOKUP.info(), 64)
+    run, looked = Run(LOOKUP, flat(0.9), lengths, matched=lambda sequence, step: 0), []
     for _ in range(3000):
-        looked.append(run.lengths.foresees(4))
+        looked.append(lengths.foresees(4))
         run.step(4)
-    assert not any(run.drafting) and not run.lengths.on
+    assert not any(run.drafting) and not lengths.on
     assert sum(looked[1000:]) < 100, "even looking is rare"
 
 
