@@ -78,3 +78,25 @@ def test_life_of_a_draft(server: RunningServer, tmp_path: Path) -> None:
     server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
     assert server.engine_pid() != engine and card(server)["name"] == str(new)
     assert streamed(server) == alone
+
+
+def test_ngrams_take_up_a_model_and_give_it_back(tmp_path: Path) -> None:
+    new = shutil.copytree(embedded_model() / "draft", tmp_path / "new")
+    server = start_server("--dtype", "float32", "--max-num-seqs", "8", "--draft", "ngram", "--api-key", "secret")
+    try:
+        ngrams, alone = card(server), streamed(server, speculate=False)
+        assert (ngrams["method"], streamed(server)) == ("ngram", alone)
+        both = replace(server, new).json()
+        assert both == card(server) and (both["method"], both["name"]) == ("hybrid", f"ngram+{new}")
+        assert both["bytes"] > ngrams["bytes"] and streamed(server) == alone
+
+        engine = server.engine_pid()
+        os.kill(engine, signal.SIGKILL)
+        server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
+        server.wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+        assert card(server) == both and streamed(server) == alone
+
+        assert replace(server, "ngram").json() == ngrams == card(server)
+        assert streamed(server) == alone
+    finally:
+        assert server.stop() == 0
