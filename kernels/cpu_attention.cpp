@@ -88,12 +88,13 @@ inline void compute_task(const Args& a, const Task& task, Span following, const 
   write_tile<T, Work>(a, tile, whole, padded);
 }
 
-// How the tiles of `rows` rows are computed: use((Work*)nullptr). All ways give a row the same bits.
+// use((Work*)nullptr) with the way in which tiles of `rows` rows are computed. On tile registers, either gives a row the
+// same bits.
 template <class T, class Use>
 inline void choose_work(const Args& a, int rows, Use use) {
 #if defined(QUIRE_TILES)
   if constexpr (sizeof(T) == sizeof(bf16))
-    if (TileWork::fits(a)) return rows >= LaneWork::kFewest ? use((LaneWork*)nullptr) : use((TileWork*)nullptr);
+    if (TileWork::fits(a)) return LaneWork::pays(a, rows) ? use((LaneWork*)nullptr) : use((TileWork*)nullptr);
 #endif
   use((VectorWork<T>*)nullptr);
 }

@@ -275,7 +275,7 @@ inline void merge_rows(State whole, State part, int rows, long padded) {
 // All entries of `span` into a fresh state; those of `following` are what this thread reads next.
 template <class T, class Work>
 inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Span span, Span following, State state) {
-  const int rows = (tile.rows + 15) / 16 * 16;  // as tile registers and lanes have them
+  const int rows = (tile.rows + Work::kTogether - 1) / Work::kTogether * Work::kTogether;
   memset(state.sum, 0, rows * padded_width(a) * sizeof(float));
   for (int r = 0; r < rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
   Block<T> blocks[2];

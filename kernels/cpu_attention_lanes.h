@@ -2,7 +2,7 @@
 //
 // 16 rows lie in the lanes of a vector from the scores to the sums. A product of 16 keys and 16 packed queries is
 // [entries][rows] already, so nothing is transposed and no lanes are folded: the largest score and the mass are those of
-// vectors. Two entries' weights, interleaved, are the right operand of values^T x weights; a block's values are
+// vectors. Two entries' weights, side by side, are the right operand of values^T x weights; a block's values are
 // transposed once for all rows of a tile. Each sum has the order that TileWork gives it.
 #pragma once
 #include "cpu_attention_tiles.h"
@@ -14,7 +14,10 @@ namespace quire {
 // What a thread needs to compute one tile of queries: its packed queries and room for a block.
 class LaneWork {
  public:
-  static constexpr int kFewest = 33;  // rows for which it pays to transpose the values
+  static constexpr int kTogether = kTile;  // rows whose sums lie in one piece
+
+  // Whether so many rows make up for transposing the values, which takes the longer the more dims they have.
+  static bool pays(const Args& a, int rows) { return 4 * rows > a.width; }
 
   LaneWork(const Args& a, const Tile<bf16>& tile) : args_(a), tile_(tile), groups_((tile.rows + kTile - 1) / kTile) {
     static thread_local KeptMemory memory;
@@ -42,7 +45,7 @@ class LaneWork {
       next.ask(next.bytes / groups_);
       const IntVec rows = read<IntVec>(position_ + g * kTile);
       const int32_t oldest = min_lane(rows), newest = max_lane(rows);
-      int tiles = kTiles;  // from the first to the last of which some row sees an entry
+      int tiles = kTiles;  // of entries: none behind them is seen by any row
       while (tiles && first[tiles - 1] > newest) tiles--;
       if (!tiles) continue;
       bool masked = sight.hidden || args_.window;
@@ -155,10 +158,10 @@ class LaneWork {
                       : tiles == 2    ? weigh_tiles<2>(scale, none ? Vec{} : high)
                                       : weigh_tiles<1>(scale, none ? Vec{} : high);
     store(group.top, none ? total != total ? total : top : high);
-    const IntVec same = none | (top == high);
+    const IntVec same = none | (top == high), unchanged = same | (top == -INFINITY);  // without sums there is nothing to do
     const Vec shrink = same ? broadcast(1) : exp(top - high);
     store(group.mass, load(group.mass) * shrink + total);
-    if (_mm512_test_epi32_mask((__m512i)same, (__m512i)same) == 0xffff) return;
+    if (_mm512_test_epi32_mask((__m512i)unchanged, (__m512i)unchanged) == 0xffff) return;
     for (long i = 0; i < padded * kTile; i += kTile) store(group.sum + i, load(group.sum + i) * shrink);
   }
 
@@ -197,6 +200,7 @@ class LaneWork {
 
   // sums[column][row] += values^T x weights_.
   void accumulate(int tiles, float* sums) const {
+    asm volatile("" ::: "memory");  // older compilers do not know that loads of tiles read what was stored before
     const int steps = tiles > 2 ? 2 : 1;
     long c = 0;
     for (; c + 4 * kTile <= args_.value_width; c += 4 * kTile) accumulate_columns<4>(c, steps, sums + c * kTile);

@@ -2,8 +2,9 @@
 //
 // Scores: 16 keys, as they lie in their page, times 16 packed queries; the product [entries][rows] is transposed. Sums:
 // weights times the values of 32 entries, whose pairs are interleaved first, 32 columns at a time so that they stay in
-// L1. A weight counts as two numbers in bfloat16, itself rounded and what rounding took away, so that 16 of its bits take
-// part. Each row's sums go over the entries in fixed groups, whatever the other rows are.
+// L1. A weight counts as two numbers in bfloat16, its first eight bits and the rest rounded to as many, so that 16 of its
+// bits take part. Each row's sums go over the entries in fixed groups, whatever the other rows are. For few rows, as in
+// decoding, whose lanes LaneWork of cpu_attention_lanes.h would leave empty.
 #pragma once
 #include "cpu_attention.h"
 #include "cpu_tiles.h"
@@ -33,6 +34,8 @@ inline void pack_queries(const Tile<bf16>& tile, long width, __m512i* packed) {
 // What a thread needs to compute one tile of queries: its packed queries and room for a block.
 class TileWork {
  public:
+  static constexpr int kTogether = 1;  // rows whose sums lie in one piece
+
   // Whether the tile registers can be used: a question of shapes alone, never of the batch.
   static bool fits(const Args& a) {
     return a.page_size % kTile == 0 && a.width % kTileInputs == 0 && a.value_width % kTile == 0 && tiles_granted();

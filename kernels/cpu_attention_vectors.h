@@ -90,6 +90,8 @@ inline void accumulate_rows(const Args& a, const Block<T>& block, Block<T>& next
 template <class T>
 class VectorWork {
  public:
+  static constexpr int kTogether = 1;  // rows whose sums lie in one piece
+
   VectorWork(const Args& a, const Tile<T>& tile) : args_(a), tile_(tile) {}
 
   // scores[row][entry] of the whole block; asks for a part of the next block.

@@ -118,7 +118,7 @@ def test_a_row_does_not_depend_on_how_its_prompt_is_cut(chunks: list[int]) -> No
 @pytest.mark.parametrize("tree", [False, True])
 def test_a_head_does_not_depend_on_its_group(extra: dict[str, Any], tree: bool) -> None:
     """To the bit, though many rows are computed in other lanes than few; beside NaN too."""
-    case = make_case([[300, 20]], [30], head_dim=64, page_size=16, gap=2, dtype=torch.bfloat16)
+    case = make_case([[300, 20]], [30], head_dim=128, page_size=16, gap=2, dtype=torch.bfloat16)
     case.query[3, 1] = case.key[20, 1] = torch.nan
     visible = (torch.arange(30) * 12345678 + 1) | 1 << torch.arange(30) if tree else None
     together = attend(case, visible=visible, **extra)
