@@ -88,8 +88,8 @@ inline void compute_task(const Args& a, const Task& task, Span following, const 
   write_tile<T, Work>(a, tile, whole, padded);
 }
 
-// use((Work*)nullptr) with the way in which tiles of `rows` rows are computed. On tile registers, either gives a row the
-// same bits.
+// use((Work*)nullptr) with the way in which tiles of `rows` rows are computed. On tile registers, either way gives a row
+// the same bits.
 template <class T, class Use>
 inline void choose_work(const Args& a, int rows, Use use) {
 #if defined(QUIRE_TILES)

@@ -1,8 +1,8 @@
 // Scores and weighted sums of values of many rows in bfloat16, for the blocks of cpu_attention.h: prompts.
 //
 // 16 rows lie in the lanes of a vector from the scores to the sums. A product of 16 keys and 16 packed queries is
-// [entries][rows] already, so nothing is transposed and no lanes are folded: the largest score and the mass are those of
-// vectors. Two entries' weights, side by side, are the right operand of values^T x weights; a block's values are
+// [entries][rows] already, so nothing is transposed and no lanes are folded: the largest score and the mass are those
+// of vectors. Two entries' weights, side by side, are the right operand of values^T x weights; a block's values are
 // transposed once for all rows of a tile. Each sum has the order that TileWork gives it.
 #pragma once
 #include "cpu_attention_tiles.h"
@@ -158,7 +158,7 @@ class LaneWork {
                       : tiles == 2    ? weigh_tiles<2>(scale, none ? Vec{} : high)
                                       : weigh_tiles<1>(scale, none ? Vec{} : high);
     store(group.top, none ? total != total ? total : top : high);
-    const IntVec same = none | (top == high), unchanged = same | (top == -INFINITY);  // without sums there is nothing to do
+    const IntVec same = none | (top == high), unchanged = same | (top == -INFINITY);  // zeros stay zeros
     const Vec shrink = same ? broadcast(1) : exp(top - high);
     store(group.mass, load(group.mass) * shrink + total);
     if (_mm512_test_epi32_mask((__m512i)unchanged, (__m512i)unchanged) == 0xffff) return;

@@ -2,8 +2,8 @@
 //
 // Scores: 16 keys, as they lie in their page, times 16 packed queries; the product [entries][rows] is transposed. Sums:
 // weights times the values of 32 entries, whose pairs are interleaved first, 32 columns at a time so that they stay in
-// L1. A weight counts as two numbers in bfloat16, its first eight bits and the rest rounded to as many, so that 16 of its
-// bits take part. Each row's sums go over the entries in fixed groups, whatever the other rows are. For few rows, as in
+// L1. A weight counts as two numbers in bfloat16, its first eight bits and the rest rounded to as many, so that 16 of
+// its bits take part. Each row's sums go over the entries in fixed groups, whatever the other rows are. For few rows, as in
 // decoding, whose lanes LaneWork of cpu_attention_lanes.h would leave empty.
 #pragma once
 #include "cpu_attention.h"
