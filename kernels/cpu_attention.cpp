@@ -7,11 +7,13 @@
 // parts of a single tile are computed by different threads and merged afterwards; several tiles are tasks of their own
 // and merge as they go. Both ways fold the same parts in the same order, so a row's result does not depend on the batch,
 // on how its prompt was cut into chunks, or on the number of threads.
-#include "cpu_attention.h"
-#include "cpu_attention_tiles.h"
+#include "cpu_attention_lanes.h"
+#include "cpu_attention_vectors.h"
 #include "cpu_kernels.h"
 
 #include <stdlib.h>
+
+#include <type_traits>
 
 namespace quire {
 namespace {
@@ -81,38 +83,49 @@ inline void compute_task(const Args& a, const Task& task, Span following, const 
     const long end = begin + kPart < all.end ? begin + kPart : all.end;
     const Span rest = {all.pages, end, all.end};
     attend_part(a, tile, work, {all.pages, begin, end}, end < all.end ? rest : following, begin ? part : whole);
-    if (begin) merge(whole, part, tile.rows, padded);
+    if (begin) Work::merge(whole, part, tile.rows, padded);
   }
   write_tile<T, Work>(a, tile, whole, padded);
 }
 
-template <class T>
-inline void run_task(const Args& a, const Task& task, Span following, float* scratch, int scratch_rows, long padded) {
-  const long group = a.heads / a.kv_heads;
-  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
-  Tile<T> tile;
-  fill_tile(a, task.sequence, task.kv_head, task.item, items, tile);
+// use((Work*)nullptr) with the way in which tiles of `rows` rows are computed. On tile registers, either way gives a row
+// the same bits.
+template <class T, class Use>
+inline void choose_work(const Args& a, int rows, Use use) {
 #if defined(QUIRE_TILES)
   if constexpr (sizeof(T) == sizeof(bf16))
-    if (TileWork::fits(a)) return compute_task<T, TileWork>(a, task, following, tile, scratch, scratch_rows, padded);
+    if (TileWork::fits(a)) return LaneWork::pays(a, rows) ? use((LaneWork*)nullptr) : use((TileWork*)nullptr);
 #endif
-  compute_task<T, VectorWork<T>>(a, task, following, tile, scratch, scratch_rows, padded);
+  use((VectorWork<T>*)nullptr);
+}
+
+template <class T>
+inline void fill_task_tile(const Args& a, const Task& task, Tile<T>& tile) {
+  const long tokens = a.query_start[task.sequence + 1] - a.query_start[task.sequence];
+  fill_tile(a, task.sequence, task.kv_head, task.item, tokens * (a.heads / a.kv_heads), tile);
+}
+
+template <class T>
+inline void run_task(const Args& a, const Task& task, Span following, float* scratch, int scratch_rows, long padded) {
+  Tile<T> tile;
+  fill_task_tile(a, task, tile);
+  choose_work<T>(a, tile.rows, [&](auto* work) {
+    using Work = std::remove_pointer_t<decltype(work)>;
+    compute_task<T, Work>(a, task, following, tile, scratch, scratch_rows, padded);
+  });
 }
 
 template <class T>
 inline void finish_task(const Args& a, const Task& task, float* scratch, int scratch_rows, long padded) {
-  const long group = a.heads / a.kv_heads;
-  const long items = (a.query_start[task.sequence + 1] - a.query_start[task.sequence]) * group;
   Tile<T> tile;
-  fill_tile(a, task.sequence, task.kv_head, 0, items, tile);
+  fill_task_tile(a, task, tile);
   const State whole = state_at(scratch, task.scratch, scratch_rows, padded);
-  for (int part = 1; part < task.parts; part++)
-    merge(whole, state_at(scratch, task.scratch + part, scratch_rows, padded), tile.rows, padded);
-#if defined(QUIRE_TILES)
-  if constexpr (sizeof(T) == sizeof(bf16))
-    if (TileWork::fits(a)) return write_tile<T, TileWork>(a, tile, whole, padded);
-#endif
-  write_tile<T, VectorWork<T>>(a, tile, whole, padded);
+  choose_work<T>(a, tile.rows, [&](auto* work) {
+    using Work = std::remove_pointer_t<decltype(work)>;
+    for (int part = 1; part < task.parts; part++)
+      Work::merge(whole, state_at(scratch, task.scratch + part, scratch_rows, padded), tile.rows, padded);
+    write_tile<T, Work>(a, tile, whole, padded);
+  });
 }
 
 // Store the new keys, values and positions of sequence s at entries kept .. kept + tokens - 1 of every head.

@@ -157,42 +157,36 @@ inline void fill_block(const Args& a, Span span, Block<T>& block) {
   for (int i = count; i < kBlock; i++) block.position[i] = INT32_MAX;  // behind every query
 }
 
-// Raw dot products of rows row .. row + ROWS - 1 (as far as the tile has them) with the whole block; the first rows ask
-// for half of the next block.
-template <class T, int ROWS>
-inline void score_rows(const Tile<T>& tile, int row, const Block<T>& block, Block<T>& next, long width,
-                       float (*scores)[kBlock]) {
-  constexpr int COLUMNS = kLanes / ROWS;
-  const T* queries[ROWS];
-  const int count = tile.rows - row < ROWS ? tile.rows - row : ROWS;
-  for (int r = 0; r < ROWS; r++) queries[r] = tile.query[row + (r < count ? r : count - 1)];
-  for (int e = 0; e < block.count; e += COLUMNS) {
-    if (row == 0) next.ask(COLUMNS * width * sizeof(T));
-    float lanes[kLanes];
-    store(lanes, dot_tile<T, ROWS>(queries, block.key + e, width));
-    for (int r = 0; r < count; r++) memcpy(scores[row + r] + e, lanes + r * COLUMNS, COLUMNS * sizeof(float));
-  }
-}
-
-template <class T>
-inline void score_block(const Tile<T>& tile, const Block<T>& block, Block<T>& next, long width,
-                        float (*scores)[kBlock]) {
-  int row = 0;
-  for (; row + kTileRows <= tile.rows; row += kTileRows) score_rows<T, kTileRows>(tile, row, block, next, width, scores);
-  if (tile.rows - row == 1)
-    score_rows<T, 1>(tile, row, block, next, width, scores);
-  else if (tile.rows - row == 2)
-    score_rows<T, 2>(tile, row, block, next, width, scores);
-  else if (tile.rows > row)
-    score_rows<T, kTileRows>(tile, row, block, next, width, scores);
-}
-
 // Which of kBlock entries from entry `first` on a row's mask lets it see; `old` entries precede the new ones.
 inline uint64_t seen_entries(uint64_t visible, long old, long first) {
   const long ahead = old - first;
   if (!visible || ahead >= kBlock) return ~0ull;
   if (ahead >= 0) return visible << ahead | ((1ull << ahead) - 1);
   return -ahead < 64 ? visible >> -ahead : 0;
+}
+
+// What of a block some row may not see.
+struct Sight {
+  bool hidden, masked;  // by a mask of new rows; in any way
+  long begin;           // first entry of the block
+};
+
+// By how much the largest score is multiplied once it is found, instead of all of them before.
+inline float late_scale(const Args& a) { return a.softcap == 0 && a.scale > 0 ? a.scale : 1.0f; }
+
+// A score as it is compared with others: scaled and bounded, unless that is left to `late_scale`.
+inline Vec early_score(const Args& a, Vec s) {
+  if (a.softcap != 0) return a.softcap * tanh(s * a.scale / a.softcap);
+  return a.scale > 0 ? s : s * a.scale;
+}
+
+// score * scale - high, rounded once wherever the machine can, so that rows get the same weights in whatever lanes.
+inline Vec below(Vec score, Vec scale, Vec high) {
+#if defined(QUIRE_AVX512)
+  return (Vec)_mm512_fmsub_ps((__m512)score, (__m512)scale, (__m512)high);
+#else
+  return score * scale - high;
+#endif
 }
 
 // Scale, softcap and mask one row's scores, turn them into weights and update the row's largest score and mass.
@@ -205,11 +199,11 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
   const Vec nothing = broadcast(-INFINITY);
   const IntVec latest = broadcast_int(position);
   const IntVec earliest = broadcast_int(a.window ? position - a.window : INT32_MIN);
+  const float scale = late_scale(a);
   Vec parts[kParts], best = nothing;
 #pragma GCC unroll 8
   for (int i = 0; i < kParts; i++) {
-    Vec s = load(scores + i * kLanes) * a.scale;
-    if (a.softcap != 0) s = a.softcap * tanh(s / a.softcap);
+    Vec s = early_score(a, load(scores + i * kLanes));
     if (masked || block.count < kBlock) {
       const IntVec at = read<IntVec>(block.position + i * kLanes);
       s = ((at <= latest) & (at > earliest)) ? s : nothing;
@@ -218,7 +212,7 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
     best = max(s, best);
     parts[i] = s;
   }
-  float high = max_lanes(best);
+  float high = max_lanes(best) * scale;
   high = high < top ? top : high;
   if (high == -INFINITY) {  // nothing is visible, or NaN alone; beside numbers it comes out as a weight
     float sum = 0;
@@ -230,7 +224,7 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
   Vec total = {};
 #pragma GCC unroll 8
   for (int i = 0; i < kParts; i++) {
-    const Vec weight = exp_weight(parts[i] - high);
+    const Vec weight = exp_weight(below(parts[i], broadcast(scale), broadcast(high)));
     store(scores + i * kLanes, weight);
     total += weight;
   }
@@ -240,98 +234,50 @@ inline float weigh_row(const Args& a, const Block<T>& block, int32_t position, b
   return shrink;
 }
 
-// sum[r][column ..] += weights x values for ROWS rows and VECTORS vectors of columns, held in registers meanwhile. If
-// `ahead`, ask for as much of the next block.
-template <class T, int ROWS, int VECTORS>
-inline void accumulate(const Block<T>& block, Block<T>& next, bool ahead, long value_offset,
-                       float (*scores)[kBlock], float* sum, long padded) {
-  Vec acc[ROWS][VECTORS];
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; v++) acc[r][v] = load(sum + r * padded + v * kLanes);
-  for (int e = 0; e < block.count; e++) {
-    const T* value = block.key[e] + value_offset;
-    if (ahead) next.ask(VECTORS * kLanes * sizeof(T));
-    Vec values[VECTORS];
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; v++) values[v] = load(value + v * kLanes);
-#pragma GCC unroll 16
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; v++) acc[r][v] += scores[r][e] * values[v];
+// A block's part in a state, row by row: `work` knows how to score all of it and how to add up what rows weigh.
+template <class T, class Work>
+inline void add_rows(const Args& a, const Tile<T>& tile, const Work& work, const Block<T>& block, Block<T>& next,
+                     Sight sight, State state) {
+  const long padded = padded_width(a);
+  alignas(64) float scores[kRows][kBlock];
+  work.score(block, next, scores);
+  for (int r = 0; r < tile.rows; r++) {
+    const uint64_t seen = sight.hidden ? seen_entries(tile.visible[r], tile.plain_end, sight.begin) : ~0ull;
+    const float shrink =
+        weigh_row(a, block, tile.position[r], sight.masked, seen, scores[r], state.top[r], state.mass[r]);
+    work.weighed(next);
+    if (shrink == 1.0f) continue;
+    float* sum = state.sum + r * padded;
+    for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; v++) store(sum + r * padded + v * kLanes, acc[r][v]);
+  work.accumulate(block, next, scores, state.sum, padded);
 }
 
-template <class T, int ROWS>
-inline void accumulate_rows(const Args& a, const Block<T>& block, Block<T>& next, bool ahead,
-                            float (*scores)[kBlock], float* sum, long padded) {
-  // As many sums as half of the registers hold: with few rows there must be more columns, or additions wait for each
-  // other.
-  constexpr int WIDE = kLanes / (ROWS < 2 ? 2 : ROWS), NARROW = kLanes / 4;
-  const long offset = a.page_size * a.width, stop = padded < a.width ? padded : a.width;
-  long column = 0;
-  for (; column + WIDE * kLanes <= stop; column += WIDE * kLanes)
-    accumulate<T, ROWS, WIDE>(block, next, ahead, offset + column, scores, sum + column, padded);
-  for (; column + NARROW * kLanes <= stop; column += NARROW * kLanes)
-    accumulate<T, ROWS, NARROW>(block, next, ahead, offset + column, scores, sum + column, padded);
-  for (; column + kLanes <= stop && column < a.value_width; column += kLanes)
-    accumulate<T, ROWS, 1>(block, next, ahead, offset + column, scores, sum + column, padded);
-  if (column < a.value_width) {  // a head dim that is no multiple of the vector
-    for (int e = 0; e < block.count; e++) {
-      const Vec value = load_some(block.key[e] + offset + column, a.width - column);
-      for (int r = 0; r < ROWS; r++) {
-        float* at = sum + r * padded + column;
-        store(at, load(at) + scores[r][e] * value);
-      }
-    }
-  }
+// Two sums in one.
+template <class V>
+inline V folded(V sum, V scale, V more, V gain) {
+  return sum * scale + more * gain;
 }
 
-// How scores and sums of a tile are computed on vector registers; TileWork of cpu_attention_tiles.h is the other way.
-template <class T>
-class VectorWork {
- public:
-  VectorWork(const Args& a, const Tile<T>& tile) : args_(a), tile_(tile) {}
-
-  // scores[row][entry] of the whole block; asks for a part of the next block.
-  void score(const Block<T>& block, Block<T>& next, float (*scores)[kBlock]) const {
-    score_block(tile_, block, next, args_.width, scores);
+inline void merge_rows(State whole, State part, int rows, long padded) {
+  for (int r = 0; r < rows; r++) {
+    const float other = part.top[r];
+    if (other == -INFINITY) continue;
+    const float high = other < whole.top[r] ? whole.top[r] : other;
+    const Vec scales = exp(broadcast(whole.top[r] - high)), gains = exp(broadcast(other - high));
+    float *sum = whole.sum + r * padded, *more = part.sum + r * padded;
+    for (long i = 0; i < padded; i += kLanes) store(sum + i, folded(load(sum + i), scales, load(more + i), gains));
+    whole.mass[r] = folded(whole.mass[r], scales[0], part.mass[r], gains[0]);
+    whole.top[r] = high;
   }
-
-  // After the weights of a row: nothing, the other two ask for all of the next block.
-  void weighed(Block<T>&) const {}
-
-  // sum[row][column] += weights x values of the block; asks for the rest of the next block.
-  void accumulate(const Block<T>& block, Block<T>& next, float (*scores)[kBlock], float* sum, long padded) const {
-    int row = 0;
-    for (; row + 4 <= tile_.rows; row += 4)
-      accumulate_rows<T, 4>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
-    for (; row + 2 <= tile_.rows; row += 2)
-      accumulate_rows<T, 2>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
-    if (row < tile_.rows)
-      accumulate_rows<T, 1>(args_, block, next, row == 0, scores + row, sum + row * padded, padded);
-  }
-
-  // Puts a row's finished sums, of whatever order, into that of the columns.
-  static void straighten(float*, long) {}
-
- private:
-  const Args& args_;
-  const Tile<T>& tile_;
-};
+}
 
 // All entries of `span` into a fresh state; those of `following` are what this thread reads next.
 template <class T, class Work>
 inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Span span, Span following, State state) {
-  const long padded = padded_width(a);
-  memset(state.sum, 0, tile.rows * padded * sizeof(float));
-  for (int r = 0; r < tile.rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
-  alignas(64) float scores[kRows][kBlock];
+  const int rows = (tile.rows + Work::kTogether - 1) / Work::kTogether * Work::kTogether;
+  memset(state.sum, 0, rows * padded_width(a) * sizeof(float));
+  for (int r = 0; r < rows; r++) state.top[r] = -INFINITY, state.mass[r] = 0;
   Block<T> blocks[2];
   fill_block(a, span, blocks[0]);
   for (int turn = 0; span.begin < span.end; span.begin += kBlock, turn ^= 1) {
@@ -342,37 +288,14 @@ inline void attend_part(const Args& a, const Tile<T>& tile, const Work& work, Sp
     if (block.first > tile.last || (a.window && block.last <= tile.first - a.window)) continue;
     const bool hidden = span.begin + block.count > tile.plain_end;
     const bool masked = hidden || block.last > tile.first || (a.window && block.first <= tile.last - a.window);
-    work.score(block, next, scores);
-    for (int r = 0; r < tile.rows; r++) {
-      const uint64_t seen = hidden ? seen_entries(tile.visible[r], tile.plain_end, span.begin) : ~0ull;
-      const float shrink =
-          weigh_row(a, block, tile.position[r], masked, seen, scores[r], state.top[r], state.mass[r]);
-      work.weighed(next);
-      if (shrink == 1.0f) continue;
-      float* sum = state.sum + r * padded;
-      for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * shrink);
-    }
-    work.accumulate(block, next, scores, state.sum, padded);
-  }
-}
-
-// whole = whole and part together; a part without visible entries changes nothing.
-inline void merge(State whole, State part, int rows, long padded) {
-  for (int r = 0; r < rows; r++) {
-    const float other = part.top[r];
-    if (other == -INFINITY) continue;
-    const float high = other < whole.top[r] ? whole.top[r] : other;
-    const Vec scales = exp(broadcast(whole.top[r] - high)), gains = exp(broadcast(other - high));
-    float *sum = whole.sum + r * padded, *more = part.sum + r * padded;
-    for (long i = 0; i < padded; i += kLanes) store(sum + i, load(sum + i) * scales + load(more + i) * gains);
-    whole.mass[r] = whole.mass[r] * scales[0] + part.mass[r] * gains[0];
-    whole.top[r] = high;
+    work.add(block, next, {hidden, masked, span.begin}, state);
   }
 }
 
 // Divide by the mass, sinks included, and write the tile's rows.
 template <class T, class Work>
 inline void write_tile(const Args& a, const Tile<T>& tile, State state, long padded) {
+  Work::straighten(state, tile.rows, padded);
   for (int r = 0; r < tile.rows; r++) {
     float scale = 1.0f, mass = state.mass[r];
     if (a.sinks) {
@@ -381,7 +304,6 @@ inline void write_tile(const Args& a, const Tile<T>& tile, State state, long pad
       mass = mass * scale + exp(broadcast(sink - high))[0];
     }
     const Vec factor = broadcast(mass == 0 ? 0 : scale / mass);
-    Work::straighten(state.sum + r * padded, padded);
     T* out = (T*)a.output + (tile.token[r] * a.heads + tile.head[r]) * a.value_width;
     for (long i = 0; i < a.value_width; i += kLanes) {
       const long count = a.value_width - i < kLanes ? a.value_width - i : kLanes;

@@ -2,8 +2,9 @@
 //
 // Scores: 16 keys, as they lie in their page, times 16 packed queries; the product [entries][rows] is transposed. Sums:
 // weights times the values of 32 entries, whose pairs are interleaved first, 32 columns at a time so that they stay in
-// L1. A weight counts as two numbers in bfloat16, itself rounded and what rounding took away, so that 16 of its bits take
-// part. Each row's sums go over the entries in fixed groups, whatever the other rows are.
+// L1. A weight counts as two numbers in bfloat16, its first eight bits and the rest rounded to as many, so that 16 of
+// its bits take part. Each row's sums go over the entries in fixed groups, whatever the other rows are. For few rows, as in
+// decoding, whose lanes LaneWork of cpu_attention_lanes.h would leave empty.
 #pragma once
 #include "cpu_attention.h"
 #include "cpu_tiles.h"
@@ -14,9 +15,27 @@ namespace quire {
 
 constexpr long kAskedAfter = 8;  // entries whose values are interleaved between two requests for the next block
 
+// The upper half of each weight's bits, and what it leaves: both in the upper halves of the lanes, with anything below.
+inline void split_weight(Vec weight, BitVec& upper, BitVec& rest) {
+  upper = (BitVec)weight & 0xffff0000u;
+  rest = (BitVec)(weight - (Vec)upper) + 0x8000u;  // to the nearest
+}
+
+// packed[rows / 16][width / 32][16]: two dims of 16 rows; rows behind the last are zero.
+inline void pack_queries(const Tile<bf16>& tile, long width, __m512i* packed) {
+  for (long first = 0; first < tile.rows; first += kTile)
+    for (long d = 0; d < width; d += kTileInputs, packed += kTile) {
+      for (long r = 0; r < kTile; r++)
+        packed[r] = first + r < tile.rows ? read<__m512i>(tile.query[first + r] + d) : __m512i{};
+      transpose_words(packed);
+    }
+}
+
 // What a thread needs to compute one tile of queries: its packed queries and room for a block.
 class TileWork {
  public:
+  static constexpr int kTogether = 1;  // rows whose sums lie in one piece
+
   // Whether the tile registers can be used: a question of shapes alone, never of the batch.
   static bool fits(const Args& a) {
     return a.page_size % kTile == 0 && a.width % kTileInputs == 0 && a.value_width % kTile == 0 && tiles_granted();
@@ -27,13 +46,7 @@ class TileWork {
     groups_ = (tile.rows + kTile - 1) / kTile;
     query_ = (__m512i*)memory.get(kRows * a.width * sizeof(bf16) + kBlock * kTileInputs * sizeof(bf16));
     values_ = (__m512i(*)[2][kTile])(query_ + kRows * a.width / kTileInputs);
-    for (long g = 0; g < groups_; g++)
-      for (long d = 0; d < a.width; d += kTileInputs) {
-        __m512i* packed = query_ + (g * a.width + d) / 2;
-        for (long r = 0; r < kTile; r++)
-          packed[r] = g * kTile + r < tile.rows ? read<__m512i>(tile.query[g * kTile + r] + d) : __m512i{};
-        transpose_words(packed);
-      }
+    pack_queries(tile, a.width, query_);
     TileConfig config;  // 0: scores; 1: keys; 2: queries; then 0 .. 3: values; 4, 5: sums; 6, 7: weights
     const int rows = tile.rows < kTile ? tile.rows : kTile;
     for (int t = 0; t < 8; t++) config.set(t, t < 4 ? kTile : rows, 64);
@@ -106,13 +119,19 @@ class TileWork {
     }
   }
 
-  // A row's sums from the order of `interleave_values` into that of the columns.
-  static void straighten(float* sum, long padded) {
+  void add(const Block<bf16>& block, Block<bf16>& next, Sight sight, State state) const {
+    add_rows(args_, tile_, *this, block, next, sight, state);
+  }
+
+  static void merge(State whole, State part, int rows, long padded) { merge_rows(whole, part, rows, padded); }
+
+  // Sums from the order of `interleave_values` into that of the columns.
+  static void straighten(State state, int rows, long padded) {
     const __m512i low = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0), high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
-    for (long c = 0; c < padded; c += kTileInputs) {
-      const __m512i first = read<__m512i>(sum + c), second = read<__m512i>(sum + c + kTile);
-      store(sum + c, (Vec)_mm512_permutex2var_epi64(first, low, second));
-      store(sum + c + kTile, (Vec)_mm512_permutex2var_epi64(first, high, second));
+    for (float *sum = state.sum, *end = sum + rows * padded; sum < end; sum += kTileInputs) {
+      const __m512i first = read<__m512i>(sum), second = read<__m512i>(sum + kTile);
+      store(sum, (Vec)_mm512_permutex2var_epi64(first, low, second));
+      store(sum + kTile, (Vec)_mm512_permutex2var_epi64(first, high, second));
     }
   }
 
@@ -147,14 +166,16 @@ class TileWork {
 
   // kBlock weights become as many in bfloat16, then the remainders.
   static void split_weights(float* weights) {
-    __m512bh parts[2 * kBlock / kTileInputs];
+    alignas(64) static constexpr uint16_t kUpper[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i order = read<__m512i>(kUpper);
+    __m512i parts[2 * kBlock / kTileInputs];
     for (int e = 0; e < kBlock; e += kTileInputs) {
-      const Vec low = load(weights + e), high = load(weights + e + kTile);
-      const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-      const Vec low_part = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256((__m512i)both)), 16);
-      const Vec high_part = (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64((__m512i)both, 1)), 16);
-      parts[e / kTileInputs] = both;
-      parts[(kBlock + e) / kTileInputs] = _mm512_cvtne2ps_pbh((__m512)(high - high_part), (__m512)(low - low_part));
+      BitVec upper[2], rest[2];
+      split_weight(load(weights + e), upper[0], rest[0]);
+      split_weight(load(weights + e + kTile), upper[1], rest[1]);
+      parts[e / kTileInputs] = _mm512_permutex2var_epi16((__m512i)upper[0], order, (__m512i)upper[1]);
+      parts[(kBlock + e) / kTileInputs] = _mm512_permutex2var_epi16((__m512i)rest[0], order, (__m512i)rest[1]);
     }
     memcpy(weights, parts, sizeof parts);
   }

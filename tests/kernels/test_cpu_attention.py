@@ -23,9 +23,9 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def attend(case: PagedCase, scale: float = 0.3, **options: Any) -> torch.Tensor:
+def attend(case: PagedCase, scale: float = 0.3, visible: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
     table, kept = case.page_table[:, None], case.kept[:, None]
-    step = PagedStep(case.pool, case.entry_positions, table, kept, case.query_start, case.positions)
+    step = PagedStep(case.pool, case.entry_positions, table, kept, case.query_start, case.positions, visible)
     return step.append_and_attend(0, case.query, case.key, case.value, scale=scale, **options)
 
 
@@ -99,10 +99,10 @@ def test_what_a_page_holds_behind_its_entries_does_not_count() -> None:
     assert torch.equal(stale, clean) and not torch.equal(clean, expected)
 
 
-@pytest.mark.parametrize("chunks", [[1] * 8, [3, 5], [7, 1], [600]])
+@pytest.mark.parametrize("chunks", [[1] * 8, [3, 5], [7, 1], [1, 4, 16, 17, 120, 2, 440]])
 def test_a_row_does_not_depend_on_how_its_prompt_is_cut(chunks: list[int]) -> None:
     """To the bit, so a preempted or prefix-sharing request computes what an undisturbed one does."""
-    whole = make_case([[290, 290]], [sum(chunks)], head_dim=64, dtype=torch.bfloat16)
+    whole = make_case([[290, 290]], [sum(chunks)], head_dim=64, page_size=16, dtype=torch.bfloat16)
     at_once = attend(dataclasses.replace(whole, pool=whole.pool.clone(), entry_positions=whole.entry_positions.clone()))
     done, parts = 0, []
     for n in chunks:
@@ -110,6 +110,22 @@ def test_a_row_does_not_depend_on_how_its_prompt_is_cut(chunks: list[int]) -> No
         parts.append(attend(dataclasses.replace(part, kept=whole.kept + done)))
         done += n
     assert torch.equal(torch.cat(parts), at_once)
+
+
+@pytest.mark.parametrize(
+    "extra", [{}, {"window": 33}, {"softcap": 5.0}, {"sinks": torch.linspace(-3, 3, 4)}, {"scale": -0.2}]
+)
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_head_does_not_depend_on_its_group(extra: dict[str, Any], tree: bool) -> None:
+    """To the bit, though many rows are computed in other lanes than few; beside NaN too."""
+    case = make_case([[300, 20]], [30], head_dim=128, page_size=16, gap=2, dtype=torch.bfloat16)
+    case.query[3, 1] = case.key[20, 1] = torch.nan
+    visible = (torch.arange(30) * 12345678 + 1) | 1 << torch.arange(30) if tree else None
+    together = attend(case, visible=visible, **extra)
+    few = {key: value[::2].clone() if key == "sinks" else value for key, value in extra.items()}
+    alone = attend(dataclasses.replace(case, query=case.query[:, ::2]), visible=visible, **few)
+    assert alone.isnan().any()
+    torch.testing.assert_close(together[:, ::2], alone, rtol=0, atol=0, equal_nan=True)
 
 
 def _rows(case: PagedCase, sequence: int, first: int, count: int) -> PagedCase:
