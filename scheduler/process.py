@@ -82,7 +82,6 @@ class Wire:
     def __init__(self, address: str) -> None:
         self.inbox: queue.SimpleQueue[ClientMessage | FetchedDraft | CompiledGrammar] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[EngineMessage | None] = queue.SimpleQueue()
-        self._context = zmq.Context()
         self._address = address
         self._sender = threading.Thread(target=self._send_all, name="quire-output", daemon=True)
         self._sender.start()
@@ -98,17 +97,18 @@ class Wire:
         self._sender.join(timeout=5)
 
     def _send_all(self) -> None:
-        encoder = msgspec.msgpack.Encoder()
-        with self._context.socket(zmq.PUSH) as socket:
+        encoder, context = msgspec.msgpack.Encoder(), zmq.Context()
+        with context.socket(zmq.PUSH) as socket:
             socket.linger = 2000
             socket.connect(self._address + ".up")
             while (message := self._outbox.get()) is not None:
                 socket.send(encoder.encode(message))
+        context.term()  # a closed socket's last messages are still on their way: this waits for them, up to its linger
 
     def _receive_all(self) -> None:
         decoder = msgspec.msgpack.Decoder(ClientMessage)
         parent = os.getppid()
-        with self._context.socket(zmq.PULL) as socket:
+        with zmq.Context().socket(zmq.PULL) as socket:
             socket.connect(self._address + ".down")
             while True:
                 if socket.poll(1000):
