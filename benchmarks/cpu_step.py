@@ -138,7 +138,7 @@ def new_scheduler(engine: Engine, size: int, length: int, max_tokens: int) -> Sc
 
 def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
     """Seconds of one step, in parts."""
-    spent = Times(float)
+    spent = Times(float, dict.fromkeys(PARTS, 0.0))
     with ExitStack() as stack:
         stack.enter_context(timed(engine._decode_step, "_call", spent, "network"))
         stack.enter_context(timed(decoder_of(engine)._fused, "_call", spent, "network"))
