@@ -8,7 +8,7 @@ import logging
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 
 _DEFAULTS = EngineConfig(model="")
+_UsageError: Any = typer.BadParameter.__base__
+"""What a command line that cannot be read raises; typer has no public name for it in all of its releases."""
 
 
 @app.callback(invoke_without_command=True)
@@ -213,8 +215,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except QuireError as error:
         sys.exit(f"error: {error.message}")
+    except _UsageError as error:
+        if line := " ".join(error.format_message().split()):  # empty where the help was shown instead
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
