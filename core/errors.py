@@ -34,6 +34,10 @@ class AuthenticationError(QuireError):
     """The API key is missing or wrong."""
 
 
+class PermissionDeniedError(QuireError):
+    """The API key is valid, but not for this: the operator keeps it to holders of an admin key."""
+
+
 class ConflictError(QuireError):
     """What is asked for cannot be done beside what is under way."""
 
@@ -74,6 +78,7 @@ _KINDS: dict[str, type[QuireError]] = {
         ContextLengthError,
         ModelNotFoundError,
         AuthenticationError,
+        PermissionDeniedError,
         ConflictError,
         RequestTooLargeError,
         OverloadedError,

@@ -3,6 +3,7 @@
 import time
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from ..core.request import SeedSource
 from ..scheduler.client import EngineClient
@@ -29,4 +30,12 @@ def create_app(client: EngineClient, tokenizer: Tokenizer, settings: ServerSetti
     app.include_router(openai_routes.router)
     app.include_router(ops_routes.router)
     app.add_middleware(Gate, service=service)
+    if settings.cors_origins:  # outside the gate: a browser asks for leave without a key, and must see refusals
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     return app

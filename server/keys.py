@@ -1,9 +1,9 @@
-"""API keys: `NAME=KEY` or just `KEY`, and whose a request is."""
+"""API keys: `NAME=KEY` or just `KEY`, whose a request is, and what it may do."""
 
 import hmac
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 from ..core.errors import ConfigError
@@ -18,6 +18,8 @@ class ApiKey:
 
     tenant: str
     key: str
+    admin: bool = False
+    """Opens what the operator keeps to himself, too."""
 
     @staticmethod
     def parse(text: str) -> "ApiKey":
@@ -29,20 +31,21 @@ class ApiKey:
         return ApiKey(short_hash(text), text)
 
 
-def parse_keys(texts: Iterable[str]) -> tuple[ApiKey, ...]:
+def parse_keys(texts: Iterable[str], admin: Iterable[str] = ()) -> tuple[ApiKey, ...]:
     """All keys; several may be one tenant's. Raises `ConfigError` if one is given to two."""
     keys = tuple(ApiKey.parse(text) for text in texts)
+    keys += tuple(replace(ApiKey.parse(text), admin=True) for text in admin)
     if len({key.key for key in keys}) < len(keys):
         raise ConfigError("the same API key is given twice", param="api_key")
     return keys
 
 
-def tenant_of(offered: bytes, keys: Iterable[ApiKey]) -> str | None:
-    """Whose key was offered; None if nobody's. In constant time, so that a refusal's time tells nothing of the keys."""
-    found: str | None = None
+def find_key(offered: bytes, keys: Iterable[ApiKey]) -> ApiKey | None:
+    """The key that was offered, if it is one. In constant time, so that a refusal's time tells nothing of the keys."""
+    found: ApiKey | None = None
     for key in keys:
         if hmac.compare_digest(offered, key.key.encode()):
-            found = key.tenant
+            found = key
     return found
 
 

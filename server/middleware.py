@@ -6,13 +6,21 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..core.errors import AuthenticationError, EngineUnavailableError, QuireError, RequestTooLargeError
+from ..core.errors import (
+    AuthenticationError,
+    EngineUnavailableError,
+    PermissionDeniedError,
+    QuireError,
+    RequestTooLargeError,
+)
 from .errors import error_response, unexpected
-from .keys import tenant_of
+from .keys import find_key
 from .settings import ServerSettings, Service
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 """Probes come without a key."""
+ADMIN_PATHS = frozenset({"/draft"})
+"""What changes the server for everybody: where there is an admin key, it alone opens them."""
 DRAIN_RETRY_SECONDS = 10.0
 """By then another instance, or the next one, answers."""
 CLIENT_CLOSED_REQUEST = 499
@@ -62,13 +70,17 @@ class Gate:
 
 def _authorize(path: str, headers: Headers, settings: ServerSettings) -> str:
     """Whose key the request came with; empty where none is needed."""
-    if not settings.api_keys or path in OPEN_PATHS:
+    keys = settings.api_keys
+    guarded = path in ADMIN_PATHS and any(key.admin for key in keys)
+    if path in OPEN_PATHS or not (guarded or any(not key.admin for key in keys)):
         return ""
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    tenant = tenant_of(key.strip().encode("latin-1"), settings.api_keys)  # headers are raw bytes as Latin-1
-    if scheme.lower() != "bearer" or tenant is None:
+    scheme, _, offered = headers.get("authorization", "").partition(" ")
+    key = find_key(offered.strip().encode("latin-1"), keys)  # headers are raw bytes as Latin-1
+    if scheme.lower() != "bearer" or key is None:
         raise AuthenticationError("a valid API key is needed: Authorization: Bearer KEY")
-    return tenant
+    if guarded and not key.admin:
+        raise PermissionDeniedError(f"{path} needs an admin key of this server")
+    return key.tenant
 
 
 def _limited(headers: Headers, receive: Receive, limit: int) -> Receive:

@@ -34,6 +34,19 @@ ApiKeys = Annotated[
         "Ask a key of every route but /health and /ready; KEY or NAME=KEY, several are separate tenants.",
     ),
 ]
+AdminKeys = Annotated[
+    list[str] | None,
+    _option("QUIRE_ADMIN_KEY", "Key that alone opens /draft, and all other routes too; KEY or NAME=KEY."),
+]
+CorsOrigins = Annotated[
+    list[str] | None,
+    _option(
+        "QUIRE_CORS_ORIGIN",
+        "Origin, e.g. https://chat.example, whose web pages may call the API from a browser; * for all.",
+        None,
+        "--cors-origin",
+    ),
+]
 IsolateKeys = Annotated[
     bool,
     _option("QUIRE_ISOLATE_KEYS", "Never reuse a computed prefix of another key's tenant.", None, "--isolate-keys"),

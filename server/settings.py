@@ -20,7 +20,10 @@ class ServerSettings:
     served_model_names: tuple[str, ...]
     """Names under which requests may ask for the model; the first one labels metrics."""
     api_keys: tuple[ApiKey, ...] = ()
-    """Any of them opens every route but /health and /ready; without one all are open."""
+    """Any of them opens all routes, but admin routes only an admin key where there is one. /health and /ready are open,
+    and where no key is an ordinary one, all routes are that are not admin routes."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages of these origins may call the API from a browser; `*`: those of all."""
     isolate_keys: bool = False
     """Requests reuse only those prefixes that came with a key of the same tenant."""
     max_body_bytes: int = 8 * 2**20
@@ -41,6 +44,8 @@ class ServerSettings:
     """Share of the requests of which it also gets what the model said at each token."""
 
     def __post_init__(self) -> None:
+        if not all(self.served_model_names):
+            raise ConfigError("a served model name is empty", param="served_model_name")
         if not 0 <= self.prune_min_keep <= 1:
             raise ConfigError(f"prune_min_keep must be from 0 to 1, got {self.prune_min_keep}", param="prune_min_keep")
         if self.prune is not None and self.prune.least_share < self.prune_min_keep:

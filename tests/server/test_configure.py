@@ -1,12 +1,15 @@
 """What the command line says reaches the settings of engine and HTTP layer."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from quire.core.config import EngineConfig, embedded_model
+from quire.core.errors import QuireError
 from quire.server.cli import app
+from quire.server.keys import ApiKey
 from quire.server.serving import ServeOptions
 
 OPTIONS: dict[str, tuple[list[str], Any]] = {
@@ -58,8 +61,24 @@ def test_without_options_the_defaults_hold(started: list[ServeOptions]) -> None:
 
 def test_the_api_is_set_up_by_its_own_options(started: list[ServeOptions]) -> None:
     arguments = ["--host", "::1", "--port", "0", "--served-model-name", "a", "--served-model-name", "b", "--seed", "4"]
-    keys = ["--api-key", "team=secret", "--isolate-keys"]
-    assert CliRunner().invoke(app, ["serve", *arguments, *keys], catch_exceptions=False).exit_code == 0
+    keys = ["--api-key", "team=secret", "--admin-key", "ops=boss", "--isolate-keys"]
+    pages = ["--cors-origin", "https://a.example", "--cors-origin", "https://b.example"]
+    assert CliRunner().invoke(app, ["serve", *arguments, *keys, *pages], catch_exceptions=False).exit_code == 0
     (options,) = started
     assert (options.host, options.port, options.http.seed, options.http.isolate_keys) == ("::1", 0, 4, True)
-    assert options.http.served_model_names == ("a", "b") and len(options.http.api_keys) == 1
+    assert options.http.served_model_names == ("a", "b")
+    assert options.http.api_keys == (ApiKey("team", "secret"), ApiKey("ops", "boss", admin=True))
+    assert options.http.cors_origins == ("https://a.example", "https://b.example")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(started: list[ServeOptions], tmp_path: Path) -> None:
+    for wrong, named in (
+        (["--served-model-name", ""], "served_model_name"),
+        (["--prune-keep", "2"], "prune.keep"),
+        (["--cache-file", str(tmp_path)], "cache_file"),
+        (["--cache-file", str(tmp_path / "no" / "file")], "cache_file"),
+        (["--api-key", "x", "--admin-key", "x"], "api_key"),
+    ):
+        error = CliRunner().invoke(app, ["serve", *wrong]).exception
+        assert isinstance(error, QuireError) and error.param == named, wrong
+    assert not started

@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from quire.core.errors import OverloadedError
 from quire.core.messages import EngineStats
+from quire.core.speculation import DraftInfo
 from quire.server.keys import parse_keys
 from quire.server.metrics import Metrics, SequenceTimer
 from quire.server.text import Tokenizer
@@ -129,6 +130,54 @@ async def test_the_key_guards_every_route(make_http: HttpFactory, method: str, p
         assert response.headers["www-authenticate"] == "Bearer"
     response = await http.request(method, path, headers={b"Authorization": "Bearer schlüssel".encode()})
     assert response.status_code != 401
+
+
+@pytest.mark.parametrize(
+    ("keys", "admin", "offered", "completes", "drafts"),
+    [
+        ([], [], "", 200, 200),
+        (["user"], [], "user", 200, 200),
+        (["user"], ["boss"], "", 401, 401),
+        (["user"], ["boss"], "wrong", 401, 401),
+        (["user"], ["boss"], "user", 200, 403),
+        (["user"], ["boss"], "boss", 200, 200),
+        ([], ["boss"], "", 200, 401),
+        ([], ["boss"], "wrong", 200, 401),
+        ([], ["boss"], "boss", 200, 200),
+    ],
+)
+async def test_an_admin_key_keeps_admin_routes(
+    make_http: HttpFactory,
+    client: FakeClient,
+    keys: list[str],
+    admin: list[str],
+    offered: str,
+    completes: int,
+    drafts: int,
+) -> None:
+    client.drafts["ngram"] = DraftInfo(method="ngram", name="ngram", most=8)
+    http = make_http(api_keys=parse_keys(keys, admin))
+    headers = {"Authorization": f"Bearer {offered}"} if offered else {}
+    completion = await http.post("/v1/completions", json={"prompt": "hello"}, headers=headers)
+    replacement = await http.post("/draft", json={"draft": "ngram"}, headers=headers)
+    assert (completion.status_code, replacement.status_code) == (completes, drafts)
+    if drafts == 403:
+        assert replacement.json()["error"]["type"] == "permission_error"
+
+
+async def test_pages_of_other_origins(make_http: HttpFactory) -> None:
+    page = {"Origin": "https://chat.example"}
+    asking = page | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowed = "access-control-allow-origin"
+    http = make_http(cors_origins=("https://chat.example",), api_keys=parse_keys(["secret"]))
+    preflight = await http.options("/v1/chat/completions", headers=asking)
+    assert (preflight.status_code, preflight.headers[allowed]) == (200, "https://chat.example")
+    assert "authorization" in preflight.headers["access-control-allow-headers"]
+    refused = await http.get("/v1/models", headers=page)  # the page sees why
+    assert (refused.status_code, refused.headers[allowed]) == (401, "https://chat.example")
+    for closed, origin in ((http, "https://other.example"), (make_http(), "https://chat.example")):
+        response = await closed.options("/v1/models", headers=asking | {"Origin": origin})
+        assert response.status_code >= 400 and allowed not in response.headers
 
 
 async def test_probes_need_no_key(make_http: HttpFactory) -> None:

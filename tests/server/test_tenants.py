@@ -11,7 +11,7 @@ from quire.core.errors import ConfigError, QuireError, RequestTimeoutError
 from quire.core.messages import EngineStats, Tokens
 from quire.core.request import Request
 from quire.server.cli import app
-from quire.server.keys import ApiKey, parse_keys, short_hash, tenant_of
+from quire.server.keys import ApiKey, find_key, parse_keys, short_hash
 from quire.server.serving import ServeOptions
 
 from .conftest import HttpFactory, events_of
@@ -39,14 +39,17 @@ PROMPTS: list[tuple[str, dict[str, Any]]] = [
 )
 def test_keys_with_and_without_a_name(text: str, tenant: str, key: str) -> None:
     assert ApiKey.parse(text) == ApiKey(tenant, key)
-    assert tenant_of(key.encode(), parse_keys(["first", text])) == tenant
-    assert tenant_of(b"wrong", parse_keys(["first", text])) is None
+    assert find_key(key.encode(), parse_keys(["first", text])) == ApiKey(tenant, key)
+    assert find_key(key.encode(), parse_keys(["first"], admin=[text])) == ApiKey(tenant, key, admin=True)
+    assert find_key(b"wrong", parse_keys(["first", text])) is None
 
 
 def test_empty_and_repeated_keys_are_refused() -> None:
     for texts in ([""], ["a=x", "b=x"], ["x", "x"]):
         with pytest.raises(ConfigError, match="API key"):
             parse_keys(texts)
+    with pytest.raises(ConfigError, match="API key"):
+        parse_keys(["x"], admin=["boss=x"])
 
 
 @pytest.mark.parametrize(("url", "prompt"), PROMPTS)
