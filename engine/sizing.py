@@ -93,7 +93,8 @@ def num_pages(
 
     draft_share: bytes that a draft's cache takes of that share per byte of this one.
 
-    Raises `ConfigError` if the budget is more than the device has, or less than two pages per head of every layer.
+    Raises `ConfigError` if budget or page tables are more than the device has, or the pool would have less than two
+    pages per head of every layer.
     """
     free = free_memory(device)
     if budget is not None and budget > free:
@@ -101,7 +102,14 @@ def num_pages(
             f"kv_memory is {_readable(budget)}, but only {_readable(free)} of memory are free on {device.type}",
             param="kv_memory",
         )
-    share = int((CUDA_SHARE if device.type == "cuda" else CPU_SHARE) * free) - layout.table_bytes
+    room = int((CUDA_SHARE if device.type == "cuda" else CPU_SHARE) * free) if budget is None else free - budget
+    if layout.table_bytes > room:
+        raise ConfigError(
+            f"the page tables of {layout.num_slots} sequences of up to {layout.max_model_len:,} tokens take "
+            f"{_readable(layout.table_bytes)}, but only {_readable(room)} of memory are there for them",
+            param="max_model_len",
+        )
+    share = room - layout.table_bytes
     most = int(share / (1 + draft_share)) // layout.bytes_per_page
     pages = min(enough, most) if budget is None else budget // layout.bytes_per_page
     least = _MIN_PAGES_PER_HEAD * layout.num_layers * layout.num_kv_heads

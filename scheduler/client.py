@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from ..core.config import EngineConfig
-from ..core.errors import ConflictError, EngineUnavailableError, QuireError, describe, revive
+from ..core.errors import ConfigError, ConflictError, EngineUnavailableError, QuireError, describe, revive
 from ..core.ids import RequestId
 from ..core.messages import (
     Abort,
@@ -185,8 +185,9 @@ class ProcessClient:
     async def _supervise(self) -> None:
         """Run engines, one after another, until one cannot be started or too many died."""
         deaths = 0
+        unstarted: QuireError | None = None
         while True:
-            reason = await self._run_engine()
+            reason = unstarted or await self._run_engine()
             served = self.ready.is_set() and time.monotonic() - self._ready_since > STABLE_SECONDS
             self.ready.clear()
             self._tell(EngineStats())  # what it held is gone: nobody runs or waits, no page is used
@@ -203,9 +204,17 @@ class ProcessClient:
             log.error("%s; restarting it", reason.message)
             self._fail_all(EngineUnavailableError(f"{reason.message}; it is being restarted", retry_after=5.0))
             await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.5 * 2 ** (deaths - 1)))
-            self.restarts += 1
-            self._last_sign = time.monotonic()
+            unstarted = self._restart()
+
+    def _restart(self) -> QuireError | None:
+        """Start another engine in place of a dead one; returns what keeps it from starting, if anything does."""
+        self.restarts += 1
+        self._last_sign = time.monotonic()
+        try:
             self._engine = EngineProcess(self._config)
+        except ConfigError as error:
+            return error
+        return None
 
     async def _run_engine(self) -> QuireError:
         """Pass on the present engine's messages until it dies; returns why it did."""
@@ -246,6 +255,8 @@ class ProcessClient:
                     stream.put_nowait(event)
             self._tell(message.stats)
         elif isinstance(message, Ready):
+            if self.restarts:
+                log.info("the engine is ready again")
             self.info = message.info
             self._ready_since = time.monotonic()
             self.status = "ready"

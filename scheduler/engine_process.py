@@ -6,13 +6,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
+from contextlib import ExitStack
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from ..core.config import EngineConfig
+from ..core.errors import ConfigError
 from ..core.messages import ClientMessage, EngineMessage
 
 SPIN_COUNT = "5000"
@@ -26,13 +27,23 @@ class EngineProcess:
     nothing of the old one can arrive late."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="quire-"))
-        address = f"ipc://{self._folder}/engine"
-        self._context = zmq.asyncio.Context()
-        self._up = self._bind(zmq.PULL, address + ".up")
-        self._down = self._bind(zmq.PUSH, address + ".down")
+        """Raises `ConfigError` where the machine has no place for its sockets (`TMPDIR`) or no room for the process."""
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+        self._context = zmq.asyncio.Context()
+        try:
+            with ExitStack() as undo:
+                undo.callback(self._context.destroy, linger=0)
+                folder = tempfile.mkdtemp(prefix="quire-")
+                undo.callback(shutil.rmtree, folder, ignore_errors=True)
+                self._start(f"ipc://{folder}/engine", config)
+                self._taken = undo.pop_all()
+        except (OSError, zmq.ZMQError) as error:
+            raise ConfigError(f"the engine process cannot be started: {error}") from error
+
+    def _start(self, address: str, config: EngineConfig) -> None:
+        self._up = self._bind(zmq.PULL, address + ".up")
+        self._down = self._bind(zmq.PUSH, address + ".down")
         self._popen = subprocess.Popen(
             [sys.executable, "-m", "quire.scheduler.process", address],
             stdin=subprocess.PIPE,
@@ -76,10 +87,7 @@ class EngineProcess:
         if self.exit_code is None:
             self._popen.kill()
         self._popen.wait()
-        self._up.close()
-        self._down.close()
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._taken.close()
 
 
 def _environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from ..core.config import EngineConfig
-from ..core.errors import QuireError, describe
+from ..core.errors import ConfigError, QuireError, describe
 from ..core.messages import (
     Abort,
     ClientMessage,
@@ -163,8 +163,9 @@ def main() -> int:
     wire = Wire(sys.argv[1])
     try:
         loop = load_loop(config, lambda phase, done, total: wire.send(Progress(phase, done, total)))
-    except QuireError as error:
-        wire.send(StartFailed(describe(error)))
+    except (QuireError, MemoryError) as error:  # a MemoryError says which array did not fit
+        failure = error if isinstance(error, QuireError) else ConfigError(f"these settings need more memory: {error}")
+        wire.send(StartFailed(describe(failure)))
         wire.flush()
         return 1
     wire.send(Ready(loop.engine.info))

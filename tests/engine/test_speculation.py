@@ -1,12 +1,14 @@
 """Steps with draft tokens: whoever proposes, the text is what it would be without."""
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from quire.core.errors import ConfigError
 from quire.core.plan import BatchPlan, SequencePlan
 from quire.core.request import SamplingParams
 from quire.engine import sizing
@@ -235,3 +237,7 @@ def test_memory_is_left_for_a_drafts_cache(monkeypatch: pytest.MonkeyPatch) -> N
     assert sizing.num_pages(layout, None, cpu, 10**9, draft_share=0.25) == pytest.approx(alone / 1.25, abs=1)
     given = [sizing.num_pages(layout, 1 << 20, cpu, 10**9, draft_share=share) for share in (0.0, 0.25)]
     assert given[0] == given[1]
+    endless = replace(layout, max_model_len=2**30)
+    for budget in (None, 1 << 20):
+        with pytest.raises(ConfigError, match="page tables of"):
+            sizing.num_pages(endless, budget, cpu, 10**9)

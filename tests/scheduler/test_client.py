@@ -1,14 +1,17 @@
 """What the server's side does when engine after engine dies."""
 
 import asyncio
+import logging
+import tempfile
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
 import pytest
 
 from quire.core.config import EngineConfig
-from quire.core.errors import ConflictError, EngineUnavailableError, InvalidRequestError, describe
+from quire.core.errors import ConfigError, ConflictError, EngineUnavailableError, InvalidRequestError, describe
 from quire.core.ids import RequestId
 from quire.core.messages import (
     ClientMessage,
@@ -24,6 +27,7 @@ from quire.core.messages import (
 from quire.core.request import Request, SamplingParams, SeedSource
 from quire.core.speculation import DraftInfo
 from quire.scheduler import client as module
+from quire.scheduler.engine_process import EngineProcess
 
 from ..server.fake_client import engine_info
 
@@ -46,6 +50,9 @@ class MortalEngine:
             await asyncio.Event().wait()
         return self._messages.pop(0)
 
+    async def wait(self, seconds: float) -> bool:
+        return True
+
     def close(self) -> None: ...
 
 
@@ -67,6 +74,45 @@ async def test_an_engine_that_dies_again_and_again_is_given_up(monkeypatch: pyte
     with pytest.raises(EngineUnavailableError, match="the engine is stopped"):
         await anext(client.generate(request))
     await client.shutdown()
+
+
+class Unstartable(MortalEngine):
+    """The second one finds no room on the machine."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        if MortalEngine.started == 2:
+            raise ConfigError("the engine process cannot be started: No space left on device")
+
+
+async def test_a_restart_that_the_machine_refuses_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "quire.client")
+    monkeypatch.setattr(module, "EngineProcess", Unstartable)
+    monkeypatch.setattr(module, "MAX_BACKOFF_SECONDS", 0)
+    monkeypatch.setattr(MortalEngine, "started", 0)
+    client = module.ProcessClient(EngineConfig(model="any"))
+    await client.ready.wait()
+    with pytest.raises(EngineUnavailableError, match="being restarted"):
+        await anext(client.generate(Request.create(RequestId("r"), [5], SamplingParams(), SeedSource(1))))
+    await asyncio.wait_for(client.ready.wait(), 10)
+    assert (client.status, client.restarts, MortalEngine.started) == ("ready", 2, 3)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "the engine process died (exit code -9); restarting it",
+        "the engine process cannot be started",
+        "the engine is ready again",
+    ]
+    await client.shutdown()
+
+
+async def test_no_place_for_the_sockets_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("x" * 120)  # a socket's path holds 107 characters
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(ConfigError, match="cannot be started"):
+        EngineProcess(EngineConfig(model="any"))
+    assert not list(folder.iterdir())
 
 
 class DraftingEngine:
