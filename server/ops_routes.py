@@ -18,6 +18,7 @@ from .settings import Service
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 while the engine's heart beats, else 503 with the reason."""
@@ -31,6 +32,7 @@ async def health(request: Request) -> Response:
     return json_response({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 while new requests are welcome, else 503 with the state."""

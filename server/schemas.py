@@ -1,18 +1,27 @@
 """The request bodies of the API, in one place. Types are strict: true is no number and "5" is not 5.
 
-Ranges of sampling parameters are checked once, by `SamplingParams`. Unknown fields are ignored, as OpenAI-compatible
-servers do; fields that are known but not supported, at all (`UNSUPPORTED`) or at this endpoint, are refused when they
-ask for something.
+Ranges of sampling parameters are checked once, by `SamplingParams`, but for those that have another name there. Unknown
+fields are ignored, as OpenAI-compatible servers do; fields that are known but not supported, at all (`UNSUPPORTED`) or
+at this endpoint, are refused when they ask for something.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+)
 
 from ..core.errors import InvalidRequestError
 from ..core.pruning import Budget, Positions, PruneParams, Refinement
-from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS
+from ..core.request import MAX_CACHE_SALT, MAX_LOGIT_BIAS, MAX_TOP_LOGPROBS
 from .errors import invalid_request
 from .grammars import StructuredBody
 
@@ -40,6 +49,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "logit_processors": ([],),
     "logits_processors": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "prompt_embeds": ([],),
     "prompt_logprobs": (),
@@ -92,8 +102,10 @@ def _stops(value: Any) -> list[str]:
     return stops
 
 
-def _content(value: Any) -> str:
-    """The text of a message: a string, text parts (joined by line breaks), or nothing."""
+def _content(value: Any, info: ValidationInfo) -> str:
+    """The text of a message: a string, text parts (joined by line breaks), or nothing, of the assistant alone."""
+    if value is None and info.data.get("role", "assistant") != "assistant":
+        raise ValueError(f"a message of the role {info.data['role']} needs content")
     if value is None or isinstance(value, str):
         return value or ""
     if not isinstance(value, list):
@@ -258,7 +270,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = ""
+    content: Content = Field(None, validate_default=True)
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -287,10 +299,10 @@ class ChatBody(GenerationBody, TemplateOptions):
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: Int32 | None = None
     """None: to the end of the context."""
-    max_completion_tokens: Int32 | None = None
+    max_completion_tokens: Int32 | None = Field(None, ge=1)
     """The newer name of `max_tokens`; wins over it."""
     logprobs: bool | None = None
-    top_logprobs: Int32 | None = None
+    top_logprobs: Int32 | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
 
 
 class TokenizeBody(Body, TemplateOptions):

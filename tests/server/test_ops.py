@@ -49,6 +49,8 @@ async def samples(http: httpx.AsyncClient) -> dict[tuple[str, tuple[tuple[str, s
 async def test_health_and_ready(http: httpx.AsyncClient, client: FakeClient) -> None:
     assert (await http.get("/health")).json() == {"status": "ok"}
     assert (await http.get("/ready")).status_code == 200
+    for path in ("/health", "/ready"):
+        assert (await http.head(path)).status_code == 200
     for state in ("starting", "restarting", "stopped"):
         client.status = state
         for path in ("/health", "/ready"):
