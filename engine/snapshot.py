@@ -55,14 +55,17 @@ def fingerprint(info: EngineInfo, layout: CacheLayout) -> str:
 def write(
     path: Path, mark: str, blocks: Sequence[StoredBlock], device: Sequence[Tensor], host: Sequence[Tensor]
 ) -> None:
-    """Write `blocks` to `path`, in one piece or not at all; raises `OSError`."""
+    """Write `blocks` to `path`, in one piece or not at all; raises `OSError`.
+
+    Only the owner may read it: what users wrote can be told from keys and values.
+    """
     rows = sum(len(block.pages) for block in blocks)
     width = len(blocks[0].digest) if blocks else 0
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {"digests": (torch.uint8, (len(blocks), width))}
     tensors |= {f"pages.{i}": (tensor.dtype, (rows, *tensor.shape[1:])) for i, tensor in enumerate(device)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             _write_header(file, mark, tensors)
             file.write(b"".join(block.digest for block in blocks))
             for index, tensor in enumerate(device):

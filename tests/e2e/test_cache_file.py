@@ -29,3 +29,4 @@ def test_prefixes_outlast_a_sigterm(tmp_path: Path) -> None:
         cached.append(known)
     assert texts[0] == texts[1] and cached[0] == 0 < cached[1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["prefixes"]
+    assert path.stat().st_mode & 0o777 == 0o600
