@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -32,9 +33,9 @@ PAGE = 16
 _names = count()
 
 
-def request(prompt: list[int], **params: int | float) -> Request:
+def request(prompt: list[int], **params: Any) -> Request:
     """A greedy request of a fresh name."""
-    settings = SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | params)  # type: ignore[arg-type]
+    settings = SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | params)
     return Request(id=RequestId(str(next(_names))), prompt_ids=tuple(prompt), params=settings)
 
 

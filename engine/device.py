@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -69,12 +70,12 @@ def _reason(failure: KernelFailure) -> str:
 
 def _shapes(config: EngineConfig) -> Iterator[KernelShape]:
     """Of the model, then of a draft model with another."""
-    options = {"trust_remote_code": config.trust_remote_code, "page_size": config.page_size}
-    yield (own := kernel_shape(config.model, runner=config.runner, **options))  # type: ignore[arg-type]
+    shape_of = partial(kernel_shape, trust_remote_code=config.trust_remote_code, page_size=config.page_size)
+    yield (own := shape_of(config.model, runner=config.runner))
     draft = chosen_draft(config).model
     if draft:
         try:
-            other = kernel_shape(draft, runner="auto", **options)  # type: ignore[arg-type]
+            other = shape_of(draft, runner="auto")
         except ModelLoadError:
             return  # whoever loads it says what is wrong with it
         if other != own:

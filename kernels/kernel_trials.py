@@ -7,6 +7,7 @@ sees the same ones. Letters as in `kernels.attention`; R rows of logits, V vocab
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,7 +131,7 @@ class _Step:
         """In float32: what an exact result is computed from."""
         return replace(self, query=self.query.float(), pool=self.pool.float())
 
-    def arguments(self) -> dict[str, Tensor | tuple[int, ...]]:
+    def arguments(self) -> dict[str, Any]:
         """All but `max_kept`."""
         names = (name for name in self.__dataclass_fields__ if name != "max_kept")
         return {name: getattr(self, name) for name in names}
@@ -168,16 +169,17 @@ def _attends(trial: Trial) -> Iterator[Pair]:
     lengths = (1, 16 // group + 1, 64 // group + 5)
     sinks = trial.random(shape.num_heads) if shape.sinks else None
     for window in shape.windows:
-        options = {"scale": shape.head_dim**-0.5, "value_dim": shape.head_dim, "softcap": shape.softcap, "sinks": sinks}
+        options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "value_dim": shape.head_dim}
+        options |= {"softcap": shape.softcap, "sinks": sinks}
         options["window"] = None if window is None else min(window, _WINDOW)
         for held in ((40, 300, 150), (9, 2, 0)):
             step = trial.step(lengths, held)
             exact = step.widened()
-            expected = paged_attention(**exact.arguments(), max_kept=exact.max_kept, **options)  # type: ignore[arg-type]
+            expected = paged_attention(**exact.arguments(), max_kept=exact.max_kept, **options)
             for known in (True, False):
                 given = step.arguments() | ({} if known else {"query_lengths": None})
                 if known or trial.backend == "triton":  # steps of unknown lengths are CUDA graphs
-                    result = paged_attention(**given, max_kept=step.max_kept, backend=trial.backend, **options)  # type: ignore[arg-type]
+                    result = paged_attention(**given, max_kept=step.max_kept, backend=trial.backend, **options)
                     yield result, expected.to(result.dtype)
 
 
@@ -188,29 +190,30 @@ def _weighs(trial: Trial) -> Iterator[Pair]:
     shape = trial.shape
     step = trial.step((1, 1), (130, 20))
     sums = torch.empty(step.query.shape[:2], device=trial.device)
-    options = {"scale": shape.head_dim**-0.5, "softcap": shape.softcap}
+    options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "softcap": shape.softcap}
     given, exact = step.arguments(), step.widened().arguments()
     dense = {name: value for name, value in exact.items() if name != "query_start"}
     paged_attention(
-        **given, max_kept=step.max_kept, value_dim=shape.head_dim, log_sums=sums, backend=trial.backend, **options  # type: ignore[arg-type]
-    )  # fmt: skip
-    yield sums, attention_log_sums(**dense, **options)  # type: ignore[arg-type]
-    mass = attention_mass_triton(**given, log_sums=sums, max_kept=step.max_kept, **options)  # type: ignore[arg-type]
-    yield mass, attention_mass(**exact, log_sums=sums, max_kept=step.max_kept, **options)  # type: ignore[arg-type]
+        **given, max_kept=step.max_kept, value_dim=shape.head_dim, log_sums=sums, backend=trial.backend, **options
+    )
+    yield sums, attention_log_sums(**dense, **options)
+    mass = attention_mass_triton(**given, log_sums=sums, max_kept=step.max_kept, **options)
+    yield mass, attention_mass(**exact, log_sums=sums, max_kept=step.max_kept, **options)
 
 
 def _watches(trial: Trial) -> Iterator[Pair]:
     """What entries get from rows whose log-sums were not kept, for pruning."""
     shape, rows = trial.shape, 3
-    step, options = trial.step((rows,), (150,)), {"scale": trial.shape.head_dim**-0.5, "softcap": trial.shape.softcap}
+    step = trial.step((rows,), (150,))
+    options: dict[str, Any] = {"scale": shape.head_dim**-0.5, "softcap": shape.softcap}
     sinks = trial.random(shape.num_heads) if shape.sinks else None
     for reduce in ("sum", "max"):
         results = []
         for cast, backend in ((step, trial.backend), (step.widened(), "reference")):
             table, lengths = cast.page_table[0], cast.kept[0] + rows
-            paged = (PagedRows(pages, table, step.max_kept) for pages in (cast.pool[:, 0], cast.entry_positions))
-            given = (cast.query, *paged, lengths, cast.positions)
-            results.append(attention_columns(*given, reduce=reduce, sinks=sinks, backend=backend, **options))  # type: ignore[arg-type]
+            keys, held = (PagedRows(pages, table, step.max_kept) for pages in (cast.pool[:, 0], cast.entry_positions))
+            given = (cast.query, keys, held, lengths, cast.positions)
+            results.append(attention_columns(*given, reduce=reduce, sinks=sinks, backend=backend, **options))
         yield results[0], results[1]
 
 

@@ -96,8 +96,10 @@ def compare(
     """With and without speculation, in turns; one round more is run first, and not counted."""
     batch = len(prompts)
     rows = max(2048, 17 * batch)
-    limits = {"max_num_seqs": batch, "max_batch_tokens": rows, "max_waiting": 1024, "prefix_cache": False}
-    loop = EngineLoop(engine, Scheduler(scheduler_config(engine.info, **limits)))  # type: ignore[arg-type]
+    limits = scheduler_config(
+        engine.info, max_num_seqs=batch, max_batch_tokens=rows, max_waiting=1024, prefix_cache=False
+    )
+    loop = EngineLoop(engine, Scheduler(limits))
     turns: dict[bool, list[Turn]] = {True: [], False: []}
     with torch.inference_mode():
         for number in range(rounds + 1):
