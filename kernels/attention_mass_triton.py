@@ -8,18 +8,15 @@ Roofline, per kv head: bytes D * itemsize per entry, and every tile of entries r
 FLOPs 2 * n * G * D per entry, half of attention's. Writes 4 bytes per entry.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_tile_triton import INDICES, TABLE_STRIDES, cap_scores, load_columns, locate_head
+from .attention_tile_triton import INDICES, LOG2_E, TABLE_STRIDES, cap_scores, load_columns, locate_head
 from .checks_triton import check_contiguous, check_device, check_dtype, check_pool, check_shape, check_step
 from .tiles_triton import HeadShape, device_limits, padded, uses_tensor_cores
 
-_LOG2_E = math.log2(math.e)
 _ALL_ROWS = 2**31 - 1
 
 
@@ -125,7 +122,7 @@ def attention_mass_triton(
             query, pool, entry_positions, page_table, kept, query_start, positions, log_sums, mass,
             query.stride(0), query.stride(1), page_table.stride(0), page_table.stride(1),
             kept.stride(0), kept.stride(1), max_kept, _ALL_ROWS if observe is None else observe,
-            scale * _LOG2_E if softcap is None else scale, window, softcap,
+            scale * LOG2_E if softcap is None else scale, window, softcap,
             GROUP=group, HEADS=heads, WIDTH=width, PAGE=pool.shape[2], ROWS=rows, ENTRIES=entries,
             PADDED=padded(width), num_warps=4, num_stages=2,
         )  # fmt: skip

@@ -6,9 +6,13 @@ Positions, lengths and indices are 32 bits; offsets into pool and tables are 64 
 # Arguments of device functions are values of Triton's language, which has no static types.
 # mypy: allow-untyped-defs
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2_E = math.log2(math.e)
+"""Scores are scaled by it, so that the softmax takes powers of two."""
 # What differs from step to step and from layer to layer, numbers and where tables begin. A kernel compiled anew for a
 # lucky value of one would hold up the step that meets it, and gain nothing.
 TABLE_STRIDES = ["stride_table_sequence", "stride_table_head", "stride_kept_sequence", "stride_kept_head"]

@@ -17,7 +17,6 @@ Roofline, per sequence: bytes (tiles of rows) * 2 * K * D * itemsize per entry, 
 of more than some 200 / G tokens by FLOPs.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_plan_triton import Launch, plan_launches, plan_unknown
-from .attention_tile_triton import INDICES, TABLE_STRIDES, attend_entries, find_tile, locate_head, row_heads
+from .attention_tile_triton import INDICES, LOG2_E, TABLE_STRIDES, attend_entries, find_tile, locate_head, row_heads
 from .checks_triton import check_contiguous, check_device, check_dtype, check_float, check_pool, check_shape, check_step
 from .tiles_triton import MAX_SPLITS, HeadShape, device_limits, padded
-
-_LOG2_E = math.log2(math.e)
-
 
 _VARYING = ["first_sequence", "last_sequence", "first_row", "shortest", "longest", "splits", "window"]
 
@@ -304,7 +300,7 @@ def _attend(x: _Inputs, launch: Launch, output: Tensor, log_sums: Tensor | None)
         x.query.stride(0), x.query.stride(1), x.page_table.stride(0), x.page_table.stride(1),
         x.kept.stride(0), x.kept.stride(1),
         launch.first_sequence, launch.last_sequence, launch.first_row, launch.shortest, launch.longest, launch.splits,
-        x.scale * _LOG2_E if x.softcap is None else x.scale, x.window, x.softcap,
+        x.scale * LOG2_E if x.softcap is None else x.scale, x.window, x.softcap,
         GROUP=x.query.shape[1] // kv_heads, HEADS=x.query.shape[1], WIDTH=x.query.shape[2],
         VALUE_WIDTH=x.value_dim, PAGE=x.pool.shape[2], ROWS=tile.rows, ENTRIES=tile.entries,
         GROUP_TILE=launch.group_tile, ONE_TILE=launch.one_tile, SPLIT=launch.splits > 1,

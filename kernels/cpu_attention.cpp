@@ -7,6 +7,11 @@
 // parts of a single tile are computed by different threads and merged afterwards; several tiles are tasks of their own
 // and merge as they go. Both ways fold the same parts in the same order, so a row's result does not depend on the batch,
 // on how its prompt was cut into chunks, or on the number of threads.
+//
+// Roofline: a tile reads 2 * D * itemsize bytes of each entry of its kv head once, and computes 4 * D FLOPs per row of it.
+// So decoding is bound by bytes at any usual group, and long chunks by FLOPs. benchmarks/cpu_kernels.py holds decoding
+// against a plain read of as many bytes (README, Figures), and the whole against the reference, which is the oracle in
+// tests/kernels/test_cpu_attention.py.
 #include "cpu_attention_lanes.h"
 #include "cpu_attention_vectors.h"
 #include "cpu_kernels.h"

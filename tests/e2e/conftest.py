@@ -14,6 +14,8 @@ import httpx
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
+from quire.scheduler.swap import SwapCosts
+
 MODEL_NAME = "quire-mini"
 
 
@@ -79,3 +81,9 @@ def server() -> Iterator[RunningServer]:
     yield running
     code = running.stop()
     assert code == 0
+
+
+@pytest.fixture
+def swapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is preempted is swapped, whatever it costs."""
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)

@@ -11,7 +11,6 @@ import torch
 
 from quire.core.ids import RequestId
 from quire.pruning.table import SELECTORS, policy_infos
-from quire.scheduler.swap import SwapCosts
 
 from .speculating import Stack, save_like
 from .test_pruning_matrix import Serving, params, prompt, save
@@ -36,12 +35,6 @@ def drafts(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 @pytest.fixture(scope="module")
 def stack(model: Path) -> Stack:
     return Stack(model, swap_memory=2**21)
-
-
-@pytest.fixture
-def swapping(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever it costs."""
-    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
 
 
 def serving(stack: Stack, model: Path, draft: str | None, fixed: bool = True, **changes: Any) -> Serving:

@@ -12,11 +12,11 @@ import pytest
 
 from quire.core.ids import RequestId
 from quire.pruning.table import policy_infos
-from quire.scheduler.swap import SwapCosts
 
 from .speculating import Stack, save_like
 from .test_pruning_matrix import Serving, params, prompt, save
 
+pytestmark = pytest.mark.usefixtures("swapping")
 KINDS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "sliding": {"sliding_window": 7, "use_sliding_window": True, "max_window_layers": 1},
@@ -95,11 +95,6 @@ def soak(stack: Stack, names: list[str], seed: int, count: int) -> int:
         if params.greedy or params.seed is not None or info.method == "ngram":
             assert serving.tokens[name, index] == alone.tokens[name, index], name
     return serving.loop.stats().speculation.accepted_tokens
-
-
-@pytest.fixture(autouse=True)
-def swapping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

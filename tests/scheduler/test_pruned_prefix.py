@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from quire.core.ids import RequestId
-from quire.core.plan import BatchPlan
 from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.request import Request
 from quire.scheduler.batch import BatchDraft
@@ -16,7 +15,7 @@ from quire.scheduler.prefix import Bundle
 from quire.scheduler.pruned_prefix import PrunedPrefixes
 
 from .test_prefix import entered
-from .world import World, make_config, make_request
+from .world import World, make_config, make_request, step
 
 POLICIES = {"any": PolicyInfo(), "newest": PolicyInfo(observes="newest"), "repeating": PolicyInfo(repeats=True)}
 CONTEXT = 14
@@ -34,12 +33,6 @@ def about(
     prune = PruneParams(**values | changes)
     plain = make_request(name, [*range(1, prune.context + 1), *tail], max_tokens=max_tokens)
     return msgspec.structs.replace(plain, prune=prune, repeat_ids=(7, 7), cache_ttl=cache_ttl)
-
-
-def step(world: World) -> BatchPlan:
-    plan = world.step()
-    assert plan is not None
-    return plan
 
 
 def run(world: World, request: Request) -> int:

@@ -8,12 +8,11 @@ import pytest
 
 from quire.core.errors import ContextLengthError, InvalidRequestError
 from quire.core.messages import single_events
-from quire.core.plan import BatchPlan
 from quire.core.pruning import PolicyInfo, PruneCounts, PruneParams
 from quire.core.request import Request
 
 from .fake_text import expected_output
-from .world import World, make_config, make_request
+from .world import World, make_config, make_request, step
 
 POLICIES = {
     "any": PolicyInfo(),
@@ -35,12 +34,6 @@ def pruned(name: str, prompt: Iterable[int] = PROMPT, *, seed: int = 1, max_toke
     params = PruneParams(**values)
     plain = make_request(name, prompt, seed=seed, max_tokens=max_tokens)
     return msgspec.structs.replace(plain, prune=params, repeat_ids=(7, 7))
-
-
-def step(world: World) -> BatchPlan:
-    plan = world.step()
-    assert plan is not None
-    return plan
 
 
 def test_ordered_with_the_last_chunk_and_compacted_in_the_next_plan():

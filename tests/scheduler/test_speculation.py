@@ -14,7 +14,7 @@ from quire.core.speculation import DraftInfo
 from quire.scheduler.scheduler import Scheduler
 
 from .fake_text import expected_output
-from .world import World, make_config, make_request
+from .world import World, make_config, make_request, step
 
 ALL = np.array([4], np.int32)
 FIXED = DraftInfo(method="ngram", name="ngram", most=4, fixed=True)
@@ -25,12 +25,6 @@ def world_of(right: float = 1.0, looks_ahead: bool = False, **changes: Any) -> W
     world = World(make_config(draft=FIXED, **changes), looks_ahead)
     world.engine.right = right
     return world
-
-
-def step(world: World) -> BatchPlan:
-    plan = world.step()
-    assert plan is not None
-    return plan
 
 
 def drafts(plan: BatchPlan) -> list[int]:

@@ -154,3 +154,10 @@ class World:
             self.prompt_scores[key] += [entry.token_id for entry in event.prompt_logprobs or ()]
         else:
             self.finished[key] = event
+
+
+def step(world: World) -> BatchPlan:
+    """One step of a world that has something to do."""
+    plan = world.step()
+    assert plan is not None
+    return plan
