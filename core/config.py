@@ -14,6 +14,8 @@ from .speculation import MAX_DRAFT_TOKENS, parse_draft
 
 MAX_LENGTH = 2**30
 """Tokens of a sequence: positions are 32-bit numbers."""
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+"""Of server and engine process, whose lines come in turn."""
 _UNITS = {
     "": 1,
     "k": 10**3,

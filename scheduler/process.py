@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from ..core.config import EngineConfig
+from ..core.config import LOG_FORMAT, EngineConfig
 from ..core.errors import ConfigError, QuireError, describe
 from ..core.messages import (
     Abort,
@@ -158,7 +158,7 @@ def _handle(
 def main() -> int:
     """Entry point of the engine process; returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
     wire = Wire(sys.argv[1])
     try:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.config import EngineConfig
+from ..core.config import LOG_FORMAT, EngineConfig
 from ..core.errors import QuireError
 from . import distill_options as dis
 from . import options as opt
@@ -214,7 +214,7 @@ def distill(
 
 def main() -> None:
     """Entry point of the command `quire`."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         sys.exit(app(standalone_mode=False))
