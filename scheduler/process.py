@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from ..core.config import LOG_FORMAT, EngineConfig
-from ..core.errors import ConfigError, QuireError, describe
+from ..core.errors import ConfigError, ModelLoadError, QuireError, describe
 from ..core.messages import (
     Abort,
     ClientMessage,
@@ -49,7 +49,12 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     from ..engine.engine import Engine  # torch comes with it: only the process that computes pays for that
     from .scheduler import Scheduler
 
-    engine = Engine.load(config, on_progress)
+    try:
+        engine = Engine.load(config, on_progress)
+    except OSError as error:  # of the checkpoint's files, or of the draft's
+        raise ModelLoadError(f"{error.filename or config.model} cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:  # which array did not fit
+        raise ConfigError(f"these settings need more memory than there is: {error}") from error
     if config.prune is not None:
         check_default_pruning(config.prune, engine.info)
     limits = scheduler_config(
@@ -163,9 +168,8 @@ def main() -> int:
     wire = Wire(sys.argv[1])
     try:
         loop = load_loop(config, lambda phase, done, total: wire.send(Progress(phase, done, total)))
-    except (QuireError, MemoryError) as error:  # a MemoryError says which array did not fit
-        failure = error if isinstance(error, QuireError) else ConfigError(f"these settings need more memory: {error}")
-        wire.send(StartFailed(describe(failure)))
+    except QuireError as error:
+        wire.send(StartFailed(describe(error)))
         wire.flush()
         return 1
     wire.send(Ready(loop.engine.info))
