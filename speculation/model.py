@@ -123,7 +123,7 @@ class ModelDrafter:
         entries = this.stored + this.feed
         self.cache.stored[this.slots] = entries
         # The newest entry may be computed once more: nobody else may read it yet.
-        self._prefixes.publish(history, this.slots, entries - 1)
+        self._prefixes.publish(history, this.slots, np.minimum(entries, history.known[this.slots] - 1))
         caught_up = CaughtUp(this.cached, int(this.feed.sum()))
         proposing = len(this.most)
         if not proposing:
