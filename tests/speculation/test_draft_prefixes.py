@@ -84,6 +84,8 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
     place = replace(CPU, backend=backend)
     shared, apart = make_world(made, capacity, place), make_world(made, place=place)
     shared.whole = apart.whole = False
+    # Our own kernels compute a row alike whatever is beside it, torch's round differently.
+    tolerance = {"rtol": 0.0, "atol": 0.0} if backend == "cpu" and name != "library" else {"rtol": 1e-5, "atol": 1e-5}
     cached = computed = alone = compared = 0
     stable: dict[bytes, Tensor] = {}
 
@@ -93,7 +95,7 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
 
     for slot in range(SLOTS):
         enter(slot, prefixes(dice))
-    for _ in range(60):
+    for _ in range(40):
         slots = dice.sample(range(SLOTS), dice.randint(1, SLOTS))
         most = [dice.randint(1, 5) for _ in slots]
         said, logits, took = shared.propose(slots, most), shared.logits, shared.caught_up
@@ -108,7 +110,7 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
                 assert one == two
                 compared += 1
                 for depth in range(len(one)):
-                    torch.testing.assert_close(logits[row, depth], expected[row, depth], rtol=1e-5, atol=1e-5)
+                    torch.testing.assert_close(logits[row, depth], expected[row, depth], **tolerance)
             new = [*two[: dice.randint(0, len(two))], *dice.choices(range(3, VOCAB), k=dice.choice([1, 1, 3]))]
             for world in (shared, apart):
                 world.history.extend(slot, tuple(new))
@@ -119,7 +121,7 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
             elif dice.random() < 0.2:  # the next turn, perhaps in another slot, or somebody else
                 enter(dice.randrange(SLOTS), dice.choice([[*tokens, 5], prefixes(dice)]))
     assert apart.caught_up.cached == 0
-    assert compared > 50 and cached > 100 and (capacity < SLOTS * LENGTH or computed < 0.8 * alone)
+    assert compared > 40 and cached > 80 and (capacity < SLOTS * LENGTH or computed < 0.8 * alone)
 
 
 def test_the_next_turn_computes_what_is_new(drafts):
