@@ -21,6 +21,9 @@ from ..core.prefix import Bundle, PrefixIndex
 from ..kernels.cache import zeros
 from ..models.placement import Placement
 
+_RESTING = 64
+"""Calls after which a slot that nobody asked for counts as ended: nobody tells when one does."""
+
 
 @dataclass(frozen=True, slots=True)
 class DraftLayout:
@@ -81,6 +84,8 @@ class DraftCache:
         """
         self._calls += 1
         self._used[slots] = self._calls
+        for slot in ((self._used < self._calls - _RESTING) & (self.held > 0)).nonzero()[0].tolist():
+            self.release(slot)  # its blocks can be found again, and go when it is their turn
         begun = [row for row, slot in enumerate(slots.tolist()) if slot in found] if found else []
         for row in begun:
             self._begin(int(slots[row]), found[int(slots[row])])

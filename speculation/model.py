@@ -163,7 +163,7 @@ class ModelDrafter:
 
     def _valid(self, history: TokenHistory, slots: IntArray, known: IntArray) -> IntArray:
         """Entries [S] whose tokens are the sequences' own, short of the newest token: that is computed in any case."""
-        stored, count = self.cache.stored[slots], self._tail_length[slots]
+        stored, count = self.cache.stored[slots], np.where(self.cache.held[slots] > 0, self._tail_length[slots], 0)
         width = int(count.max(initial=0))
         if width:
             columns = np.arange(width)

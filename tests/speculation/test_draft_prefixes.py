@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.core.plan import CaughtUp
+from quire.speculation import draft_cache
 from quire.speculation import model as drafting
 from quire.speculation.draft_cache import DraftLayout
 from quire.speculation.hybrid import HybridDrafter
@@ -240,6 +241,44 @@ def test_a_beginning_is_given_back_where_the_rest_finds_no_pages(drafts):
     # The first in line lacks 29 tokens and the other 30, so both cannot be: one drafts, with what the other had found.
     assert sorted(map(len, said)) == [0, 2] and took.computed < 33
     world.drafter.cache.check()
+
+
+def test_drafts_of_a_slot_that_lost_its_pages_are_void(drafts):
+    """They happen to be how its prompt begins."""
+    made = drafts("native")
+    world = make_world(made, capacity=8 * PAGE)
+    dice = random.Random(1)
+    for _ in range(200):
+        prompt = dice.choices(range(3, VOCAB), k=6)
+        prompt[0] = greedy(made.model, prompt, 1)[0]
+        if greedy(made.model, prompt, 1)[0] == prompt[0]:
+            break
+    world.enter(0, prompt)
+    ((first, second),) = world.propose([0], [2])
+    assert first == prompt[0]
+    world.enter(1, range(60, 90))
+    propose(world, 1)
+    assert world.drafter.cache.held[0] == 0
+    said, took = propose(world, 0)
+    assert took == CaughtUp(cached=0, computed=6) and said == [[first, second]]
+
+
+def test_an_ended_slot_gives_its_blocks_to_whom_finds_them(drafts, monkeypatch):
+    """The older prefix goes first, although its slot never had another sequence."""
+    monkeypatch.setattr(draft_cache, "_RESTING", 3)
+    world = make_world(drafts("native"), capacity=12 * PAGE)
+    cache = world.drafter.cache
+    for slot, start in ((3, 30), (0, 3)):
+        world.enter(slot, range(start, start + 17))
+        propose(world, slot)
+    for _ in range(4):
+        propose(world, 0)
+    assert cache.held.tolist() == [5, 0, 0, 0] and len(cache.index) == 8
+    world.enter(0, [*range(50, 80)])
+    propose(world, 0)
+    for tokens, found in ((range(30, 47), 0), (range(3, 20), 16)):
+        world.enter(3, tokens)
+        assert world.drafter.recall(world.history, np.array([3], np.int32)).tolist() == [found]
 
 
 def test_all_is_forgotten_with_the_model_and_on_clear(drafts):
