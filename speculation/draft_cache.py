@@ -161,10 +161,10 @@ class DraftCache:
                 else:
                     assert block.pages is not None and block.pages.tolist() == [bundle]
                     users[bundle] += 1
-        blocks = {int(block.pages[0]): block.users for block in self.index if block.pages is not None}
+        shared = {int(block.pages[0]): block.users for block in self.index if block.pages is not None}
         self.index.check()
-        assert len(blocks) == len(self.index) and sorted([*own, *blocks]) == list(range(len(self._free)))
-        assert {bundle: count for bundle, count in blocks.items() if count} == users
+        assert len(shared) == len(self.index) and sorted([*own, *shared]) == list(range(len(self._free)))
+        assert {bundle: count for bundle, count in shared.items() if count} == users
         assert (self.held * self.layout.page_size >= self.stored).all()
 
     def _begin(self, slot: int, blocks: Sequence[Bundle]) -> None:

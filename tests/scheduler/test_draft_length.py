@@ -256,9 +256,10 @@ def test_what_the_draft_has_seen_of_a_prompt_it_need_not_read():
 def test_a_model_that_has_yet_to_catch_up_is_not_wrong():
     """It proposes nothing in the step in which it begins with a long prompt; if it never does, that counts."""
     lengths, slot = DraftLengths(MEMORY_BOUND.info(), 4), np.zeros(1, np.int32)
-    chance = []
+    model, chance = lengths.sources.model, []
+    assert model is not None
     for step in range(3):
-        chance.append(lengths.sources.model.acceptance.chances(slot)[0, 0])
+        chance.append(model.acceptance.chances(slot)[0, 0])
         four, none, known = (np.array([n], np.int32) for n in (4, 0, 5000 + step))
         lengths.learn(Outcome(slot, four, four, none, none, none, known), 1, 0.03, 0.01, pure=True)
     assert chance[0] == chance[1] > chance[2]
