@@ -84,7 +84,8 @@ class DraftCache:
         """
         self._calls += 1
         self._used[slots] = self._calls
-        for slot in ((self._used < self._calls - _RESTING) & (self.held > 0)).nonzero()[0].tolist():
+        resting = (self._used < self._calls - _RESTING) & (self.held > 0)
+        for slot in resting.nonzero()[0].tolist() if resting.any() else ():
             self.release(slot)  # its blocks can be found again, and go when it is their turn
         begun = [row for row, slot in enumerate(slots.tolist()) if slot in found] if found else []
         for row in begun:

@@ -30,9 +30,10 @@ class DraftPrefixes:
         """By slot, of those that hold nothing, the longest run of known blocks short of the newest token; none: it is
         left out."""
         found: dict[int, list[Bundle]] = {}
-        if not len(self._cache.index):
+        holds = self._cache.held[slots]
+        if holds.all() or not len(self._cache.index):
             return found
-        for slot in slots[self._cache.held[slots] == 0].tolist():
+        for slot in slots[holds == 0].tolist():
             blocks = self._cache.index.match(self._of(history, slot), (int(history.known[slot]) - 1) // self._size)
             if blocks:
                 found[slot] = blocks
@@ -44,26 +45,28 @@ class DraftPrefixes:
             return np.zeros(len(slots), np.int32)
         return np.array([len(found.get(slot, ())) for slot in slots.tolist()], np.int32) * self._size
 
-    def waits(self, history: TokenHistory, slots: IntArray, stored: IntArray, most: int) -> npt.NDArray[np.bool_]:
-        """[S]: which of the slots [S] hold nothing and had better wait, for most of what they lack is computed now for
-        one before them; stored [S]: entries that each has or begins with, most: tokens that a step computes."""
-        waits = np.zeros(len(slots), np.bool_)
-        missing = np.minimum(history.known[slots] - stored, most)
+    def ready(self, history: TokenHistory, slots: IntArray, missing: IntArray, most: int) -> npt.NDArray[np.bool_]:
+        """[S]: all but those of the slots [S] that hold nothing and had better wait, for most of what they lack is
+        computed now for one before them; missing [S]: tokens that each lacks, most: tokens that a step computes."""
+        ready = np.ones(len(slots), np.bool_)
         claimed: set[bytes] = set()
         for row in np.flatnonzero(missing > self._size).tolist():
-            slot, first = int(slots[row]), int(stored[row]) // self._size
-            end = first + (int(missing[row]) - 1) // self._size
+            slot, tokens = int(slots[row]), min(int(missing[row]), most)
+            first = int(history.known[slot] - missing[row]) // self._size
+            end = first + (tokens - 1) // self._size
             names = self._of(history, slot).upto(end)[first:end]
             shared = next((count for count, name in enumerate(names) if name not in claimed), len(names))
-            waits[row] = not self._cache.held[slot] and 2 * shared * self._size >= missing[row]
-            if not waits[row]:
+            ready[row] = self._cache.held[slot] or 2 * shared * self._size < tokens
+            if ready[row]:
                 claimed.update(names)
-        return waits
+        return ready
 
     def publish(self, history: TokenHistory, slots: IntArray, entries: IntArray) -> None:
         """Publish the full blocks among the first `entries` [S] of the slots [S]; all of these are of known tokens."""
         full = entries // self._size
         more = full > self._cache.published[slots]
+        if not more.any():
+            return
         for slot, count in zip(slots[more].tolist(), full[more].tolist(), strict=True):
             self._cache.publish(slot, self._of(history, slot).upto(count)[:count])
 

@@ -143,12 +143,13 @@ class ModelDrafter:
         self.cache.stored[slots], self._tail_length[slots] = stored, 0
         most = np.minimum(np.minimum(most, self._limit - known), MAX_DRAFT_TOKENS)
         found = self._prefixes.find(history, slots[most > 0])
-        stored = stored + self._prefixes.tokens(found, slots)
+        if found:
+            stored = stored + self._prefixes.tokens(found, slots)
         missing = known - stored
         # Those that lack least come first, so that nobody's prompt keeps the others from proposing.
         order = np.argsort(missing, kind="stable").astype(np.int32)
         order = order[most[order] > 0]
-        order = order[~self._prefixes.waits(history, slots[order], stored[order], CATCH_UP_TOKENS)]
+        order = order[self._prefixes.ready(history, slots[order], missing[order], CATCH_UP_TOKENS)]
         missing = missing[order]
         feed = np.minimum(np.maximum(CATCH_UP_TOKENS - (missing.cumsum() - missing), 0), missing)
         ready = feed == missing
@@ -156,7 +157,7 @@ class ModelDrafter:
         order, feed, ready, entries = (part[feed > 0] for part in (order, feed, ready, entries))
         granted = self.cache.reserve(slots[order], entries, found)
         order, feed, ready = order[granted], feed[granted], ready[granted]
-        cached = int(self._prefixes.tokens(found, slots[order]).sum())
+        cached = int(self._prefixes.tokens(found, slots[order]).sum()) if found else 0
         first = np.lexsort((-most[order], ~ready))
         order, feed, proposing = order[first], feed[first], int(ready.sum())
         return _Round(order, slots[order], stored[order], feed, most[order[:proposing]], cached)
