@@ -22,11 +22,11 @@ from quire.core.config import EngineConfig, embedded_model
 from quire.core.ids import RequestId
 from quire.core.messages import Tokens, single_events
 from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
+from quire.core.prefix import BlockHashes, PrefixIndex
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.client import load_in_process
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.loop import EngineLoop
-from quire.scheduler.prefix import BlockHashes, PrefixIndex
 from quire.scheduler.scheduler import Scheduler
 
 PAGE = 16

@@ -48,6 +48,9 @@ class SlotAssignment:
     """Whether the most likely tokens of each row that it samples from are wanted, see `core.top_rows`."""
     grammar: Grammar | None = None
     """What its output is bound to. It is always one of `BatchPlan.sequences`, never a row of the `Decodes`."""
+    namespace: tuple[object, ...] = ()
+    """What anybody computed of its tokens serves sequences of an equal namespace alone: it makes those faster, which
+    tells what was asked before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +316,15 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Known tokens that a draft model took in during a step."""
+
+    cached: int = 0
+    """Found in its cache, where other sequences had left them, or the same one before it was preempted."""
+    computed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """Results of one step."""
 
@@ -342,6 +354,10 @@ class StepOutput:
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""
     foresight_seconds: float = 0.0
     """Time that this took."""
+    caught_up: CaughtUp = CaughtUp()
+    recalled: tuple[int, ...] = ()
+    """Per `BatchPlan.assignments`, how many leading tokens a draft model's cache has of it: it need not compute these
+    when it is first asked. Empty where none has a cache."""
 
 
 @dataclass(frozen=True, slots=True)

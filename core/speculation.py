@@ -51,6 +51,10 @@ class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Time that proposing took."""
     step_seconds: float = 0.0
     """Time of all steps, proposing included."""
+    cached_tokens: int = 0
+    """Known tokens that a draft model found in its cache when it was to draft for a sequence, see `CaughtUp`."""
+    computed_tokens: int = 0
+    """Known tokens that it computed."""
 
 
 class DraftChoice(msgspec.Struct, frozen=True):

@@ -236,7 +236,8 @@ class Engine:
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         spent = (launched.draft_seconds, self.sampler.grammars.spent())
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, *foresight)
+        drafting = (launched.caught_up, () if self._speculation is None else self._speculation.recall(plan))
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, *foresight, *drafting)
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
@@ -293,7 +294,7 @@ class Engine:
         computed = self._timer.now()
         drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
-        return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
+        return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds, proposed.caught_up)
 
     def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
         """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.

@@ -1,10 +1,10 @@
 """`LaunchedStep`: what the engine keeps of a step between its launch and its end."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..core.plan import BatchPlan, IntArray
+from ..core.plan import BatchPlan, CaughtUp, IntArray
 from .inputs import LogitLayout
 from .observe import StepObserver
 from .recording import Drawn
@@ -26,5 +26,6 @@ class LaunchedStep:
     observer: StepObserver | None = None
     """Who waits to hear which draft tokens were right."""
     draft_seconds: float = 0.0
+    caught_up: CaughtUp = field(default_factory=CaughtUp)
     decoded: IntArray | None = None
     """Tokens of the plan's decodes, where they are there already; then `drawn` is None."""

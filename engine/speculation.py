@@ -6,7 +6,7 @@ In the plan that it returns, and wherever a step is computed, a sequence's `toke
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.ids import SlotId
-from ..core.plan import NO_TOKEN, BatchPlan, IntArray, SequenceOutput, SequencePlan, SlotAssignment
+from ..core.plan import NO_TOKEN, BatchPlan, CaughtUp, IntArray, SequenceOutput, SequencePlan, SlotAssignment
 from ..core.speculation import MAX_DRAFT_TOKENS
 from ..kernels import sampling
 from ..kernels.draft_chain_cpu import DrawRules
-from ..speculation.drafter import Drafter, Foresight, Proposals
+from ..speculation.drafter import Drafter, Foresight, Memory, Proposals
 from ..speculation.history import TokenHistory
 from .chain_rules import chain_rules
 from .rows import DraftDistributions, Rows
@@ -40,6 +40,7 @@ class Proposed:
     distributions: DraftDistributions | None = None
     """What they were drawn from, if they were drawn and that is to be taken into account."""
     seconds: float = 0.0
+    caught_up: CaughtUp = field(default_factory=CaughtUp)
 
 
 class Speculation:
@@ -87,7 +88,8 @@ class Speculation:
         for index, part, drafts, parents, drew in zip(asked, parts, tokens, shapes, draw.drew.tolist(), strict=True):
             sequences[index] = self._with(part, drafts, parents[: len(drafts)], drew)
         distributions = draw.distributions(asked, chains)
-        return Proposed(replace(plan, sequences=tuple(sequences)), distributions, time.perf_counter() - started)
+        seconds, caught_up = time.perf_counter() - started, proposals.caught_up
+        return Proposed(replace(plan, sequences=tuple(sequences)), distributions, seconds, caught_up)
 
     def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...], drew: bool) -> SequencePlan:
         """The sequence's part with its proposals; drew: whether a model drew them."""
@@ -118,6 +120,13 @@ class Speculation:
             self._enter_decoded()
         for slot, token_ids in accepted:
             self._history.extend(slot, token_ids)
+
+    def recall(self, plan: BatchPlan) -> tuple[int, ...]:
+        """`StepOutput.recalled` of a step."""
+        if not (plan.assignments and isinstance(self.drafter, Memory)):
+            return ()
+        slots = np.array([assignment.slot for assignment in plan.assignments], np.int32)
+        return tuple(self.drafter.recall(self._history, slots).tolist())
 
     def foresee(self, plan: BatchPlan) -> tuple[IntArray | None, float]:
         """`StepOutput.foreseen` of a step that was noted, if its plan asks for it, and the seconds that it took."""

@@ -58,8 +58,10 @@ class CostProbe:
         places = range(self._start, -1, -1)
         prompt = tuple((i % 4 if i % 4 < 3 else 3 + i // 4) % info.model.vocab_size for i in places)
         params, seed = SamplingParams(temperature=0.0), 0
+        length, start = info.max_model_len, self._start
+        # Each in a namespace of its own, so that none drafts with what was computed for another.
         self._assignments = tuple(
-            SlotAssignment(SlotId(slot), params, seed, (), prompt, (), info.max_model_len, self._start)
+            SlotAssignment(SlotId(slot), params, seed, (), prompt, (), length, start, namespace=(slot,))
             for slot in range(slots)
         )
         pages = np.arange(self.num_pages, dtype=np.int32)

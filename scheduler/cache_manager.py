@@ -25,11 +25,11 @@ from msgspec.structs import replace
 
 from ..core.messages import EngineStats
 from ..core.plan import IntArray, StoredBlock
+from ..core.prefix import Bundle, PrefixIndex
 from .config import SchedulerConfig
 from .host_tier import HostTier
 from .pages import PagePool
 from .pins import Pins
-from .prefix import Bundle, PrefixIndex
 from .pruned_prefix import PrunedPrefixes
 from .sequence import SequenceState
 from .swap_space import SwapSpace

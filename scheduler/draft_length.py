@@ -13,6 +13,8 @@ n-grams have something to propose for a sequence the engine foresees, so a step 
 without drafts. Letters: S sequences, K most tokens of a draft.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..core.ids import SlotId
@@ -151,6 +153,10 @@ class DraftLengths:
     def forget(self, slots: list[SlotId]) -> None:
         """The slots were assigned anew: what their drafters had seen is void, even if the same sequence comes back."""
         self.sources.forget(slots)
+
+    def recall(self, slots: list[SlotId], tokens: Sequence[int]) -> None:
+        """So many leading tokens of those who entered these slots the model had seen before."""
+        self.sources.recall(slots, tokens)
 
     # --- learning ---
 

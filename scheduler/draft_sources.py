@@ -4,12 +4,14 @@ Sources are n-grams that rest on short matches, on long ones, and a model. Each 
 each given the others. Letters: S sequences, K most tokens of a draft.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray
-from ..core.speculation import DraftInfo
+from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo
 from .acceptance import Floats
 from .draft_batch import Candidates, Lengths, Outcome
 from .draft_costs import DraftCosts
@@ -27,6 +29,8 @@ _HORIZON = 256
 _CAUTION = 16
 """Draft tokens for all sequences together that have not drafted yet, or one token for each sequence of the step: after
 a change of what is asked, what was learned from others may be wrong."""
+_FAR_BEHIND = 2 * MAX_DRAFT_TOKENS
+"""Tokens that a model has not seen of a sequence that it did not draft for in the last step."""
 _CEILING = 0.9
 """A rate of acceptance to hope for."""
 
@@ -47,6 +51,8 @@ class DraftSources:
         self._arrivals = np.full(num_slots, -1, np.int64)
         self._drafted_to: IntArray = np.zeros(num_slots, np.int32)
         """[N]: known tokens when the sequence's model drafted last; those since then it has yet to see."""
+        self._recalled: IntArray = np.zeros(num_slots, np.int32)
+        """[N]: leading tokens that it had seen when the sequence entered, of others."""
         self._tried = np.zeros(num_slots, np.bool_)
         """[N]: whether the sequence has drafted."""
         self._matched: IntArray = np.zeros(num_slots, np.int32)
@@ -91,7 +97,7 @@ class DraftSources:
         fresh = batch.slots[self._arrivals[batch.slots] != batch.arrivals]
         if len(fresh):
             self._arrivals[batch.slots] = batch.arrivals
-            self._drafted_to[fresh] = 0
+            self._drafted_to[fresh] = self._recalled[fresh]
             self._tried[fresh] = False
             for source in self._sources:
                 source.acceptance.enter(fresh)
@@ -99,7 +105,11 @@ class DraftSources:
 
     def forget(self, slots: list[SlotId]) -> None:
         """The slots were assigned anew."""
-        self._arrivals[slots] = -1
+        self._arrivals[slots], self._recalled[slots] = -1, 0
+
+    def recall(self, slots: list[SlotId], tokens: Sequence[int]) -> None:
+        """The model has seen so many leading tokens of those who entered these slots."""
+        self._recalled[slots] = tokens
 
     def choose(self, batch: Candidates, limits: list[IntArray], steady: bool) -> float:
         """Choose what gives most tokens per second among all that drafts; returns the share that it gains over none.
@@ -194,7 +204,10 @@ class DraftSources:
             source.learn(outcome.slots, places, outcome.drafted, outcome.accepted, turns)
         if self.model is not None:
             places, turns = outcome.asked_model - outcome.branched, self.turns(outcome)
-            self.model.learn(outcome.slots, places, outcome.drafted, outcome.accepted, turns)
+            # One that had much to catch up with may need a further step for that: this one says nothing yet.
+            behind = self._has_cache & (outcome.known - self._drafted_to[outcome.slots] > _FAR_BEHIND)
+            told = turns & ~(behind & (outcome.drafted == 0))
+            self.model.learn(outcome.slots, places, outcome.drafted, outcome.accepted, told)
             self._drafted_to[outcome.slots[turns]] = outcome.known[turns]
 
     def fade(self, slots: IntArray, share: float) -> None:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from contextlib import closing
 
 from ..core.ids import RequestId, SlotId
+from ..core.prefix import Bundle
 from .batch import BatchDraft
 from .cache_manager import CacheManager
 from .config import SchedulerConfig
-from .prefix import Bundle
 from .sequence import SequenceState
 from .waiting import WaitingQueue
 

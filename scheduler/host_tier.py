@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ..core.plan import IntArray, PageCopies
+from ..core.prefix import Bundle, Shelf
 from .pages import PagePool
-from .prefix import Bundle, Shelf
 
 
 class HostTier:

@@ -5,9 +5,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 
+from ..core.prefix import Bundle, PrefixIndex
 from .config import SchedulerConfig
 from .host_tier import HostTier
-from .prefix import Bundle, PrefixIndex
 from .sequence import SequenceState
 
 

@@ -19,8 +19,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..core.plan import IntArray, PageDuplicates
+from ..core.prefix import Bundle, PrefixIndex
 from .config import SchedulerConfig
-from .prefix import Bundle, PrefixIndex
 from .sequence import SequenceState
 from .table import pages_of
 

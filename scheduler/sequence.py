@@ -6,11 +6,11 @@ import numpy as np
 
 from ..core.ids import SlotId
 from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
+from ..core.prefix import BlockHashes, Bundle
 from ..core.pruning import CacheUse
 from ..core.request import Request
 from .config import SchedulerConfig
 from .footprint import longest, most_entries
-from .prefix import BlockHashes, Bundle
 from .prune_state import NEVER, PruneState, prune_state
 from .pruned_key import pruned_key
 from .swap import SwappedTable
@@ -59,8 +59,10 @@ class SequenceState:
     table: PageTable
     tokens: list[int]
     """All known tokens: the prompt, then the output."""
+    namespace: tuple[object, ...]
+    """Prefixes are reused within one alone."""
     hashes: BlockHashes
-    """Of the full blocks of `tokens`."""
+    """Of the full blocks of `tokens`, within the namespace."""
     num_prompt: int
     num_computed: int = 0
     """Leading tokens whose keys and values were computed since the sequence (re-)entered."""
@@ -130,6 +132,7 @@ class SequenceState:
             most_positions=most_positions,
             table=PageTable(config.num_rows, config.page_size),
             tokens=tokens,
+            namespace=namespace,
             hashes=BlockHashes(namespace, tokens, config.page_size),
             num_prompt=num_prompt,
             shares=shares,
@@ -298,6 +301,7 @@ class SequenceState:
             prune=self.request.prune,
             record=self.request.record,
             grammar=self.request.grammar,
+            namespace=self.namespace,
         )
 
     def advance(self, count: int) -> int:

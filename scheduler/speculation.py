@@ -43,6 +43,7 @@ class Speculation:
         self._accepted_per_position = [0] * info.most
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
+        self._cached_tokens = self._computed_tokens = 0
 
     def renew(self, info: DraftInfo) -> None:
         """Another model drafts from now on, of the same method: what was learnt of drafts is void. What rows of the
@@ -68,6 +69,8 @@ class Speculation:
             lengths=self._asked.copy(),
             draft_seconds=self._draft_seconds,
             step_seconds=self._step_seconds,
+            cached_tokens=self._cached_tokens,
+            computed_tokens=self._computed_tokens,
         )
 
     def wants(self, decodes: Decodes) -> bool:
@@ -115,6 +118,10 @@ class Speculation:
         self._since = now if goes_on else None
         self._step_seconds += seconds
         self._draft_seconds += output.draft_seconds + output.foresight_seconds
+        self._cached_tokens += output.caught_up.cached
+        self._computed_tokens += output.caught_up.computed
+        if any(output.recalled):
+            self.lengths.recall([assignment.slot for assignment in plan.assignments], output.recalled)
         self._foreseen = None
         if output.foreseen is not None:
             slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.plan import BatchPlan, IntArray, PageCopies, Park, StepOutput
-from .prefix import Bundle
+from ..core.prefix import Bundle
 
 _WEIGHT = 0.2
 """Of the newest measurement in a mean."""

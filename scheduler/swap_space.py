@@ -3,9 +3,9 @@
 import itertools
 
 from ..core.plan import IntArray, Park
+from ..core.prefix import Bundle
 from .config import SchedulerConfig
 from .host_tier import HostTier
-from .prefix import Bundle
 from .sequence import SequenceState
 from .swap import SwapCosts, SwappedTable, Swaps
 

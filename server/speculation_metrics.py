@@ -35,6 +35,12 @@ class SpeculationMetrics:
         self._step_seconds = counter(
             "quire:speculation_step_seconds", "Time of all steps: what quire:draft_seconds is a part of."
         )
+        self._cached_tokens = counter(
+            "quire:draft_cached_tokens", "Tokens of sequences that the draft model found in its cache, computed before."
+        )
+        self._computed_tokens = counter(
+            "quire:draft_computed_tokens", "Tokens of sequences that the draft model computed to propose what follows."
+        )
         self._info = Gauge(
             "quire:drafter_info",
             "1 for the drafter in use; max_tokens is its longest proposal, fixed whether all are so long.",
@@ -55,6 +61,8 @@ class SpeculationMetrics:
             (self._accepted, now.accepted_tokens - last.accepted_tokens),
             (self._draft_seconds, now.draft_seconds - last.draft_seconds),
             (self._step_seconds, now.step_seconds - last.step_seconds),
+            (self._cached_tokens, now.cached_tokens - last.cached_tokens),
+            (self._computed_tokens, now.computed_tokens - last.computed_tokens),
         ):
             metric.labels(model).inc(max(0, more))
         self._add_each(self._accepted_per_position, draft.most, now.accepted_per_position, last.accepted_per_position)

@@ -7,12 +7,12 @@ Letters: S sequences asked, N slots, V vocabulary, k most tokens of a proposal.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..core.plan import IntArray
+from ..core.plan import CaughtUp, IntArray
 from ..core.speculation import DraftMethod
 from ..kernels.draft_chain_cpu import DrawRules
 from .history import TokenHistory
@@ -52,6 +52,8 @@ class Proposals:
     """[S, k]: which of the sequence's tokens each follows, an earlier one, or -1: the last known token; those that
     follow the same one differ. Of what breaks these rules nothing is verified from there on. None, and wherever each
     follows the one before it: chains."""
+    caught_up: CaughtUp = field(default_factory=CaughtUp)
+    """What a model with a cache of its own did to come to propose."""
 
 
 class Drafter(Protocol):
@@ -95,4 +97,14 @@ class Foresight(Protocol):
     def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
         """[S]: how many tokens it would propose without drawing any, at least, to follow all known tokens of each of
         the slots [S], which are distinct; 0 to `MAX_DRAFT_TOKENS`."""
+        ...
+
+
+@runtime_checkable
+class Memory(Protocol):
+    """A drafter with a cache, which may have what it needs of a sequence before it is asked to propose for it."""
+
+    def recall(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """[S]: how many leading tokens of each of the slots [S], which have been assigned anew, it need not compute, if
+        nothing is lost until it is asked."""
         ...

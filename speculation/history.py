@@ -13,12 +13,15 @@ class TokenHistory:
         """[N, max_length]; what lies past a slot's known tokens is stale."""
         self.known: IntArray = np.zeros(num_slots, np.int32)
         """[N]: known tokens."""
+        self.namespaces: list[tuple[object, ...]] = [()] * num_slots
+        """[N]: see `SlotAssignment.namespace`."""
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot with its prompt and what it has generated already."""
         ids = assignment.prompt_ids + assignment.output_ids
         self.tokens[assignment.slot, : len(ids)] = ids
         self.known[assignment.slot] = len(ids)
+        self.namespaces[assignment.slot] = assignment.namespace
 
     def append(self, slots: IntArray, tokens: IntArray) -> None:
         """More tokens [S, n] for each of the distinct slots [S]."""

@@ -4,7 +4,7 @@ N-grams cost next to nothing and are right for long where a text repeats itself;
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.plan import IntArray
 from ..core.speculation import DraftMethod
 from ..kernels.draft_chain_cpu import DrawRules
-from .drafter import Drafter, Draw, Proposals
+from .drafter import Drafter, Draw, Memory, Proposals
 from .history import TokenHistory
 from .ngram import NgramDrafter
 
@@ -22,8 +22,8 @@ same too, in code and prose that quire-mini samples; after three, two of three."
 
 
 class HybridDrafter:
-    """Fulfils `Drafter` and `Foresight`. Which of the two proposes depends on known tokens alone; the model lags behind
-    meanwhile."""
+    """Fulfils `Drafter`, `Foresight` and `Memory`. Which of the two proposes depends on known tokens alone; the model
+    lags behind meanwhile."""
 
     method: DraftMethod = "hybrid"
 
@@ -49,6 +49,10 @@ class HybridDrafter:
         """See `Foresight`."""
         return self._ngram.foresee(history, slots)
 
+    def recall(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """See `Memory`."""
+        return self.model.recall(history, slots) if isinstance(self.model, Memory) else np.zeros(len(slots), np.int32)
+
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. The model proposes no more than `Draw.limits` tokens."""
         found = self._ngram.propose(history, slots, most, draw)
@@ -59,6 +63,7 @@ class HybridDrafter:
             assert found.parents is None and drawn.parents is None, "a pair proposes chains"
             found.tokens[others, : drawn.tokens.shape[1]] = drawn.tokens
             found.counts[others] = drawn.counts
+            return replace(found, caught_up=drawn.caught_up)
         return found
 
 

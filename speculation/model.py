@@ -1,18 +1,19 @@
 """`ModelDrafter`: a small model proposes, over a paged cache of its own.
 
 Its cache follows the history when it is asked to propose: what it has stored counts as far as the tokens are those that
-the sequence came to have (drafts that were accepted), the rest is computed anew. A sequence that is far behind (a fresh
-prompt, a slot that did not speculate for a while) catches up over several steps and proposes nothing meanwhile.
+the sequence came to have (drafts that were accepted); a slot that holds nothing begins with the blocks that others left
+of the same tokens; the rest is computed. A sequence that is far behind (a fresh prompt, a slot that did not speculate
+for a while) catches up over several steps and proposes nothing meanwhile.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..core.plan import IntArray
+from ..core.plan import CaughtUp, IntArray
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftMethod
 from ..models.context import AttentionContext
 from ..models.loading import weight_bytes
@@ -20,6 +21,7 @@ from ..models.placement import Placement
 from ..models.runner import ModelRunner
 from .chain import draft_chain, no_proposals, single_rows, to_proposals
 from .draft_cache import DraftCache, DraftLayout
+from .draft_prefixes import DraftPrefixes
 from .drafter import Draw, Proposals
 from .history import TokenHistory
 
@@ -40,10 +42,12 @@ class _Round:
     """Tokens of the first pass, at least one."""
     most: IntArray
     """[R <= S]: of those that propose, tokens wanted."""
+    cached: int
+    """Entries that were found in the cache, for those who begin."""
 
 
 class ModelDrafter:
-    """Fulfils `Drafter`. Letters as in `models.context`; N slots, V vocabulary of the target."""
+    """Fulfils `Drafter` and `Memory`. Letters as in `models.context`; N slots, V vocabulary of the target."""
 
     method: DraftMethod = "model"
 
@@ -59,6 +63,7 @@ class ModelDrafter:
         self._limit = min(self._layout.max_length, runner.spec.max_context)
         layout = DraftLayout(self._layout.num_slots, self._limit, self._layout.page_size, self._layout.capacity)
         self.cache = DraftCache(layout, runner.spec, self._place)
+        self._prefixes = DraftPrefixes(self.cache)
         vocab = self._target.spec.vocab_size
         self._weights = weight_bytes(runner, self._target)
         self._model = runner
@@ -72,7 +77,7 @@ class ModelDrafter:
         which makes room first, drafts on with an empty cache.
         """
         old = self._model
-        del self.cache
+        del self.cache, self._prefixes
         try:
             self._install(runner)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -95,12 +100,18 @@ class ModelDrafter:
     def assign(self, slot: int) -> None:
         """See `Drafter`."""
         self.cache.release(slot)
+        self._prefixes.forget(slot)
         self._tail_length[slot] = 0
 
     def clear(self) -> None:
         """See `Drafter`."""
         self.cache.clear()
+        self._prefixes.clear()
         self._tail_length[:] = 0
+
+    def recall(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """See `Memory`."""
+        return self._prefixes.tokens(self._prefixes.find(history, slots), slots)
 
     @torch.inference_mode()
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
@@ -109,42 +120,51 @@ class ModelDrafter:
         if not len(this.slots):
             return no_proposals(most)
         logits, context = self._first_pass(history, this)
-        self.cache.stored[this.slots] = this.stored + this.feed
+        entries = this.stored + this.feed
+        self.cache.stored[this.slots] = entries
+        # The newest entry may be computed once more: nobody else may read it yet.
+        self._prefixes.publish(history, this.slots, np.minimum(entries, history.known[this.slots] - 1))
+        caught_up = CaughtUp(this.cached, int(this.feed.sum()))
         proposing = len(this.most)
         if not proposing:
-            return no_proposals(most)
+            return replace(no_proposals(most), caught_up=caught_up)
         members, ready = this.members[:proposing], this.slots[:proposing]
         lengths = torch.full((proposing,), self._limit, device=self._place.device)
         drawn = draft_chain(self._runner, logits, context, lengths, members, this.most, draw)
         proposals = to_proposals(drawn, members, this.most, most)
         self._tail[ready, : len(drawn)] = proposals.tokens[members, : len(drawn)]
         self._tail_length[ready] = this.most - 1  # the last token was drawn, not fed
-        return proposals
+        return replace(proposals, caught_up=caught_up)
 
     def _plan(self, history: TokenHistory, slots: IntArray, most: IntArray) -> _Round:
         known = history.known[slots]
         stored = self._valid(history, slots, known)
+        # Nothing that a failure leaves half done may count later.
+        self.cache.stored[slots], self._tail_length[slots] = stored, 0
         most = np.minimum(np.minimum(most, self._limit - known), MAX_DRAFT_TOKENS)
+        found = self._prefixes.find(history, slots[most > 0])
+        if found:
+            stored = stored + self._prefixes.tokens(found, slots)
         missing = known - stored
         # Those that lack least come first, so that nobody's prompt keeps the others from proposing.
         order = np.argsort(missing, kind="stable").astype(np.int32)
         order = order[most[order] > 0]
+        order = order[self._prefixes.ready(history, slots[order], missing[order], CATCH_UP_TOKENS)]
         missing = missing[order]
         feed = np.minimum(np.maximum(CATCH_UP_TOKENS - (missing.cumsum() - missing), 0), missing)
         ready = feed == missing
         entries = stored[order] + feed + np.where(ready, most[order] - 1, 0)
         order, feed, ready, entries = (part[feed > 0] for part in (order, feed, ready, entries))
-        # Nothing that a failure leaves half done may count later.
-        self.cache.stored[slots], self._tail_length[slots] = stored, 0
-        granted = self.cache.reserve(slots[order], entries)
+        granted = self.cache.reserve(slots[order], entries, found)
         order, feed, ready = order[granted], feed[granted], ready[granted]
+        cached = int(self._prefixes.tokens(found, slots[order]).sum()) if found else 0
         first = np.lexsort((-most[order], ~ready))
         order, feed, proposing = order[first], feed[first], int(ready.sum())
-        return _Round(order, slots[order], stored[order], feed, most[order[:proposing]])
+        return _Round(order, slots[order], stored[order], feed, most[order[:proposing]], cached)
 
     def _valid(self, history: TokenHistory, slots: IntArray, known: IntArray) -> IntArray:
         """Entries [S] whose tokens are the sequences' own, short of the newest token: that is computed in any case."""
-        stored, count = self.cache.stored[slots], self._tail_length[slots]
+        stored, count = self.cache.stored[slots], np.where(self.cache.held[slots] > 0, self._tail_length[slots], 0)
         width = int(count.max(initial=0))
         if width:
             columns = np.arange(width)

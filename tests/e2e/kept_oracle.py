@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from quire.core.plan import BatchPlan
+from quire.core.prefix import Bundle
 from quire.engine.cache import KVCache
 from quire.engine.engine import Engine
 from quire.scheduler.loop import EngineLoop
-from quire.scheduler.prefix import Bundle
 
 NEVER = 2**31
 

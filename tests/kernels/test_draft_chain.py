@@ -31,7 +31,7 @@ def run(runner: ModelRunner, place: Placement, draw: Draw) -> tuple[torch.Tensor
     generator = torch.Generator().manual_seed(1)
     lengths = np.array([9, 3, 0, 6, 1], np.int32)
     cache = DraftCache(DraftLayout(SLOTS, 20, PAGE, 200), runner.spec, place)
-    assert cache.reserve(np.arange(SLOTS, dtype=np.int32), lengths + DEPTH).all()
+    assert cache.reserve(np.arange(SLOTS, dtype=np.int32), lengths + DEPTH, {}).all()
     cache.pool.normal_(generator=generator)
     at = torch.from_numpy(lengths.astype(np.int64))
     tables = cache.tables(torch.arange(SLOTS), at, 20)

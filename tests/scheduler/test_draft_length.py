@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from quire.core.ids import SlotId
 from quire.core.plan import IntArray
 from quire.core.speculation import DraftInfo, DraftMethod, StepCosts
 from quire.scheduler.draft_batch import Candidates, Lengths, Outcome
@@ -240,6 +241,28 @@ def test_a_long_prompt_that_the_draft_must_read_first_is_not_worth_a_few_tokens(
     for known, left, drafts in ((50, 50, True), (50_000, 20, False)):
         asked = replace(batch, known=np.array([known], np.int32), left=np.array([left], np.int32))
         assert (ready().choose(asked).most.sum() > 0) == drafts
+
+
+def test_what_the_draft_has_seen_of_a_prompt_it_need_not_read():
+    batch = replace(candidates([8]), known=np.array([50_000], np.int32), left=np.array([20], np.int32))
+    lengths, slots = ready(), [SlotId(0)]
+    lengths.forget(slots)
+    lengths.recall(slots, (49_990,))
+    assert lengths.choose(batch).most.sum() > 0
+    lengths.forget(slots)  # the next one in the slot
+    assert lengths.choose(replace(batch, arrivals=batch.arrivals + 1)).most.sum() == 0
+
+
+def test_a_model_that_has_yet_to_catch_up_is_not_wrong():
+    """It proposes nothing in the step in which it begins with a long prompt; if it never does, that counts."""
+    lengths, slot = DraftLengths(MEMORY_BOUND.info(), 4), np.zeros(1, np.int32)
+    model, chance = lengths.sources.model, []
+    assert model is not None
+    for step in range(3):
+        chance.append(model.acceptance.chances(slot)[0, 0])
+        four, none, known = (np.array([n], np.int32) for n in (4, 0, 5000 + step))
+        lengths.learn(Outcome(slot, four, four, none, none, none, known), 1, 0.03, 0.01, pure=True)
+    assert chance[0] == chance[1] > chance[2]
 
 
 def test_passes_measured_far_too_dear_at_start_are_tried_all_the_same():

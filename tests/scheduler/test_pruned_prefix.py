@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from quire.core.ids import RequestId
+from quire.core.prefix import Bundle
 from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.request import Request
 from quire.scheduler.batch import BatchDraft
-from quire.scheduler.prefix import Bundle
 from quire.scheduler.pruned_prefix import PrunedPrefixes
 
 from .test_prefix import entered

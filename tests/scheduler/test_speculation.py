@@ -8,7 +8,7 @@ import pytest
 
 from quire.core.ids import RequestId
 from quire.core.messages import Failed, Finished, Tokens
-from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
+from quire.core.plan import BatchPlan, CaughtUp, SequenceOutput, StepOutput
 from quire.core.pruning import PolicyInfo, PruneParams
 from quire.core.speculation import DraftInfo
 from quire.scheduler.scheduler import Scheduler
@@ -60,6 +60,20 @@ def test_a_decode_drafts_and_gets_what_was_right_and_one_more():
     assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (1, 4, 2)
     assert counts.accepted_per_position == [1, 1, 0, 0] and counts.lengths == [0, 0, 0, 0, 2]
     assert counts.draft_seconds == 0.5 and counts.step_seconds >= 0.0
+
+
+def test_what_a_draft_model_took_from_its_cache_is_counted_and_kept_in_mind():
+    scheduler = Scheduler(make_config(draft=msgspec.structs.replace(FIXED, method="model")))
+    scheduler.add(make_request("a", max_tokens=12))
+    plan = scheduler.plan()
+    assert plan is not None
+    scheduler.commit(plan, StepOutput((SequenceOutput((9,)),), recalled=(3,)))
+    plan = scheduler.plan()
+    assert plan is not None and scheduler.speculation is not None
+    scheduler.commit(plan, StepOutput((SequenceOutput((5,), drafted=4),), caught_up=CaughtUp(cached=3, computed=1)))
+    counts = scheduler.stats().speculation
+    assert (counts.cached_tokens, counts.computed_tokens) == (3, 1)
+    assert scheduler.speculation.lengths.sources._recalled[plan.sequences[0].slot] == 3
 
 
 def test_a_tree_counts_its_nodes_as_drafted_and_its_depth_as_places():

@@ -7,8 +7,8 @@ from typing import Any
 from quire.core.ids import RequestId
 from quire.core.messages import Event, Failed, Finished, Recorded, Tokens, single_events
 from quire.core.plan import BatchPlan, StepOutput
+from quire.core.prefix import Bundle
 from quire.core.request import Request, SamplingParams
-from quire.scheduler.prefix import Bundle
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
 
 from .fake_engine import FakeEngine

@@ -29,6 +29,8 @@ COUNTS = SpeculationCounts(
     lengths=[4, 0, 0, 10],
     draft_seconds=0.5,
     step_seconds=2.0,
+    cached_tokens=48,
+    computed_tokens=20,
 )
 
 
@@ -75,6 +77,8 @@ async def test_metrics_survive_a_restart_of_the_engine(http: httpx.AsyncClient, 
         ("quire:draft_lengths_total", (("length", "3"),)): 10.0,
         ("quire:draft_seconds_total", ()): 1.0,
         ("quire:speculation_step_seconds_total", ()): 4.0,
+        ("quire:draft_cached_tokens_total", ()): 96.0,
+        ("quire:draft_computed_tokens_total", ()): 40.0,
     }
     assert {name: found[name] for name in names} == names
     assert {begun[name] for name in names} == {0.0}, (

@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -45,15 +44,6 @@ def make_world(made: Tiny, capacity: int = SLOTS * LENGTH, length: int = LENGTH,
     return World(drafter, SLOTS, length, VOCAB)
 
 
-def check_pages(world: World[ModelDrafter]) -> None:
-    """Every bundle is free or held by one slot, and what is held covers what is stored."""
-    cache = world.drafter.cache
-    held = [cache._bundles[slot, : cache._held[slot]].tolist() for slot in range(SLOTS)]
-    bundles = [*chain.from_iterable(held), *cache._free[: cache.num_free].tolist()]
-    assert sorted(bundles) == list(range(len(cache._free)))
-    assert (cache._held * PAGE >= cache.stored).all()
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("name", MODELS)
 def test_proposals_are_the_drafts_own_greedy_text(drafts, name, backend):
@@ -67,7 +57,7 @@ def test_proposals_are_the_drafts_own_greedy_text(drafts, name, backend):
         slots = dice.sample(range(SLOTS), dice.randint(1, SLOTS))
         most = [dice.randint(1, 5) for _ in slots]
         proposals = world.propose(slots, most)
-        check_pages(world)
+        world.drafter.cache.check()
         for slot, limit, got in zip(slots, most, proposals, strict=True):
             assert got == greedy(made.model, world.tokens(slot), limit)
             checked += 1
@@ -138,10 +128,10 @@ def test_short_of_pages_means_no_draft_and_idle_slots_give_way(drafts):
     assert [len(p) for p in world.propose([0], [2])] == [2]
     # 5 pages for the first; 4 for the second make 9 of 8: the one that lacks least has them, the other waits.
     assert [len(p) for p in world.propose([0, 1], [2, 2])] == [2, 0]
-    check_pages(world)
+    world.drafter.cache.check()
     assert world.propose([1], [2]) == [greedy(made.model, world.tokens(1), 2)]
     assert world.drafter.cache.stored[0] == 0
-    check_pages(world)
+    world.drafter.cache.check()
     assert world.propose([0], [2]) == [greedy(made.model, world.tokens(0), 2)]
 
 
@@ -153,10 +143,10 @@ def test_slots_and_all_pages_come_back(drafts):
     world.propose(range(SLOTS), [3] * SLOTS)
     assert world.drafter.cache.num_free < every
     world.drafter.assign(0)
-    check_pages(world)
+    world.drafter.cache.check()
     world.drafter.clear()
     assert world.drafter.cache.num_free == every
-    check_pages(world)
+    world.drafter.cache.check()
 
 
 def test_nothing_is_proposed_past_the_context(drafts):
@@ -177,4 +167,4 @@ def test_another_model_forgets_what_the_first_stored(drafts):
     world.propose([0], [3])
     world.drafter.replace(second.load())
     assert world.propose([0], [3]) == [greedy(second.model, world.tokens(0), 3)]
-    check_pages(world)
+    world.drafter.cache.check()

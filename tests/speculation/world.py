@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quire.core.ids import SlotId
-from quire.core.plan import NO_TOKEN, IntArray, SlotAssignment
+from quire.core.plan import NO_TOKEN, CaughtUp, IntArray, SlotAssignment
 from quire.core.request import SamplingParams
 from quire.kernels.draft_chain_cpu import DrawRules
 from quire.speculation.drafter import Drafter, Proposals
@@ -27,12 +27,14 @@ class GreedyDraw:
         self.limits = self.most = most
         self.vocab_size = vocab_size
         self.drawn = np.zeros(len(most), np.int32)
+        self.seen: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         assert logits.shape == (len(members), self.vocab_size) and logits.dtype == torch.float32
         assert len(set(members.tolist())) == len(members)
         assert (self.drawn[members] == depth).all() and (self.most[members] > depth).all()
         self.drawn[members] += 1
+        self.seen |= {(member, depth): row.clone() for member, row in zip(members.tolist(), logits, strict=True)}
         return logits.argmax(-1)
 
     def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
@@ -59,22 +61,29 @@ class World(Generic[D]):
     def __init__(self, drafter: D, num_slots: int, max_length: int, vocab_size: int) -> None:
         self.drafter, self.vocab_size = drafter, vocab_size
         self.history = TokenHistory(num_slots, max_length)
+        self.caught_up = CaughtUp()
+        """In the last proposal."""
+        self.whole = True
+        """See `GreedyDraw`."""
+        self.logits: dict[tuple[int, int], Tensor] = {}
+        """Of the last proposal, unless whole chains were drawn, by sequence and depth."""
 
-    def enter(self, slot: int, tokens: Sequence[int]) -> None:
+    def enter(self, slot: int, tokens: Sequence[int], namespace: object = "") -> None:
         """A new sequence in the slot."""
-        params = SamplingParams()
-        self.history.assign(
-            SlotAssignment(SlotId(slot), params, 0, (), tuple(tokens), (), self.history.tokens.shape[1])
-        )
+        params, most = SamplingParams(), self.history.tokens.shape[1]
+        prompt, own = tuple(tokens), (namespace,)
+        self.history.assign(SlotAssignment(SlotId(slot), params, 0, (), prompt, (), most, namespace=own))
         self.drafter.assign(slot)
 
     def propose(self, slots: Sequence[int], most: Sequence[int], drawn: Sequence[int] | None = None) -> list[list[int]]:
         """What the drafter proposes for the slots, by greedy draws, of which there may be `drawn`."""
         limits = np.array(most, np.int32)
-        draw = GreedyDraw(limits, self.vocab_size)
+        draw = GreedyDraw(limits, self.vocab_size, whole=self.whole)
         if drawn is not None:
             draw.limits = np.array(drawn, np.int32)
-        return lists(self.drafter.propose(self.history, np.array(slots, np.int32), limits, draw), limits)
+        proposals = self.drafter.propose(self.history, np.array(slots, np.int32), limits, draw)
+        self.caught_up, self.logits = proposals.caught_up, draw.seen
+        return lists(proposals, limits)
 
     def tokens(self, slot: int) -> list[int]:
         """The slot's known tokens."""

@@ -3,7 +3,8 @@
 A block is `page_size` consecutive tokens; a bundle is the pages, one per head of each layer, that hold its keys and
 values. They depend on all tokens before them, so a block is named by a hash over the sequence up to its end (as in
 vLLM's automatic prefix caching; see also SGLang's RadixAttention, Zheng et al. 2024). What is left of a pruned context
-(`pruned_prefix`) is one bundle too, with pages of unequal number. Ids and counts only, no tensors.
+(`scheduler.pruned_prefix`) is one bundle too, with pages of unequal number. Ids and counts only, no tensors. The
+scheduler has an index of the target's blocks, a draft model's cache one of its own.
 """
 
 import struct
@@ -14,7 +15,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from ..core.plan import IntArray
+from .plan import IntArray
 
 _STRIDE = 64
 """Blocks that `match` hashes at a time: converting tokens in bulk is cheap, hashing a prompt nobody knows is not."""
@@ -30,8 +31,9 @@ class BlockHashes:
 
     __slots__ = ("_block_size", "_digests", "_hasher", "_tokens")
 
-    def __init__(self, namespace: tuple[object, ...], tokens: list[int], block_size: int) -> None:
-        """`tokens` is the sequence's own list, which only grows; sequences of different `namespace` share nothing."""
+    def __init__(self, namespace: tuple[object, ...], tokens: list[int] | IntArray, block_size: int) -> None:
+        """`tokens` is the sequence's own list, which only grows, or an array that fills up; sequences of different
+        `namespace` share nothing."""
         self._tokens = tokens
         self._block_size = block_size
         self._digests: list[bytes] = []
@@ -42,8 +44,9 @@ class BlockHashes:
         known, size = len(self._digests), self._block_size
         if known < count:
             assert count * size <= len(self._tokens), "a block that is not full has no digest"
-            # Twice as fast as by an array.
-            data = struct.pack(f"{(count - known) * size}i", *self._tokens[known * size : count * size])
+            tokens = self._tokens[known * size : count * size]
+            # A list is packed twice as fast as by an array.
+            data = struct.pack(f"{len(tokens)}i", *tokens) if isinstance(tokens, list) else tokens.tobytes()
             update, digest, append = self._hasher.update, self._hasher.digest, self._digests.append
             for (block,) in struct.iter_unpack(f"{4 * size}s", data):
                 update(block)
@@ -152,6 +155,9 @@ class PrefixIndex:
     def num_held_pages(self) -> int:
         """Pages without users that `reclaim` must not give."""
         return self._held.num_pages
+
+    def __len__(self) -> int:
+        return len(self._bundles)
 
     def __iter__(self) -> Iterator[Bundle]:
         return iter(self._bundles.values())

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from quire.scheduler.prefix import BlockHashes, Bundle, PrefixIndex
+from quire.core.prefix import BlockHashes, Bundle, PrefixIndex
 
 SIZE = 4
 
