@@ -1,19 +1,16 @@
-"""The server's handle on one engine process: its sockets, its exit, the messages both ways."""
+"""The server's handle on one engine process: its socket, its exit, the messages both ways."""
 
 import asyncio
 import os
-import shutil
+import socket
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from ..core.config import EngineConfig
 from ..core.messages import ClientMessage, EngineMessage
+from .framing import Unframer, framed
 
 SPIN_COUNT = "5000"
 """Looks of a waiting OpenMP thread, some 50 ns each, before it sleeps: longer than what lies between two steps of a
@@ -22,32 +19,30 @@ a processor, they keep it from the thread that all wait for, at every one of a s
 
 
 class EngineProcess:
-    """One engine process and the local sockets to it. A restarted engine is a new object with new sockets, so that
-    nothing of the old one can arrive late."""
+    """One engine process and the socket to it. A restarted engine is a new object with a new socket, so that nothing of
+    the old one can arrive late."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="quire-"))
-        address = f"ipc://{self._folder}/engine"
-        self._context = zmq.asyncio.Context()
-        self._up = self._bind(zmq.PULL, address + ".up")
-        self._down = self._bind(zmq.PUSH, address + ".down")
+        """Start it; within a running event loop."""
+        self._loop = asyncio.get_running_loop()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "quire.scheduler.process", address],
-            stdin=subprocess.PIPE,
-            env=_environment(),
-        )
+        self._unframer = Unframer()
+        self._inbox: asyncio.Queue[EngineMessage] = asyncio.Queue()
+        self._unsent = bytearray()
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-m", "quire.scheduler.process", str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                env=_environment(),
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._read)
         assert self._popen.stdin is not None
         self._popen.stdin.write(msgspec.json.encode(config))
         self._popen.stdin.close()
-
-    def _bind(self, kind: int, address: str) -> zmq.asyncio.Socket:
-        socket: zmq.asyncio.Socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.set_hwm(0)
-        socket.bind(address)
-        return socket
 
     @property
     def exit_code(self) -> int | None:
@@ -55,12 +50,37 @@ class EngineProcess:
         return self._popen.poll()
 
     def send(self, message: ClientMessage) -> None:
-        """Queue a message to the engine; messages sent before it listens wait for it."""
-        self._down.send(self._encoder.encode(message))
+        """Send a message, without waiting; messages sent before it listens wait for it, to a dead one they are lost."""
+        if not self._unsent:
+            self._loop.add_writer(self._socket, self._write)
+        self._unsent += framed(self._encoder.encode(message))
+        self._write()
 
     async def receive(self) -> EngineMessage:
         """The next message of the engine; waits for ever if it is dead."""
-        return self._decoder.decode(await self._up.recv())
+        return await self._inbox.get()
+
+    def _read(self) -> None:
+        try:
+            piece = self._socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:  # it ended, and all it said was read
+            self._loop.remove_reader(self._socket)
+        for message in self._unframer.feed(piece):
+            self._inbox.put_nowait(self._decoder.decode(message))
+
+    def _write(self) -> None:
+        try:
+            del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+        if not self._unsent:
+            self._loop.remove_writer(self._socket)
 
     async def wait(self, seconds: float) -> bool:
         """Wait for it to end; False if it still runs after `seconds`."""
@@ -72,14 +92,13 @@ class EngineProcess:
         return True
 
     def close(self) -> None:
-        """Kill it if it runs, and give back sockets and files."""
+        """Kill it if it runs, and give back the socket."""
         if self.exit_code is None:
             self._popen.kill()
         self._popen.wait()
-        self._up.close()
-        self._down.close()
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
 
 
 def _environment() -> dict[str, str]:
