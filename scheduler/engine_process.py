@@ -51,10 +51,12 @@ class EngineProcess:
 
     def send(self, message: ClientMessage) -> None:
         """Send a message, without waiting; messages sent before it listens wait for it, to a dead one they are lost."""
-        if not self._unsent:
-            self._loop.add_writer(self._socket, self._write)
+        waiting = bool(self._unsent)
         self._unsent += framed(self._encoder.encode(message))
-        self._write()
+        if not waiting:
+            self._write()
+            if self._unsent:
+                self._loop.add_writer(self._socket, self._write)
 
     async def receive(self) -> EngineMessage:
         """The next message of the engine; waits for ever if it is dead."""
@@ -92,10 +94,12 @@ class EngineProcess:
         return True
 
     def close(self) -> None:
-        """Kill it if it runs, and give back the socket."""
+        """Kill it if it runs, and give back the socket; once more does nothing."""
         if self.exit_code is None:
             self._popen.kill()
         self._popen.wait()
+        if self._socket.fileno() < 0:
+            return
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()
