@@ -17,8 +17,9 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvloop
@@ -29,7 +30,7 @@ from .answers import Failure, read
 from .client import Server
 from .load import Load, Prompts, Shape, measured_lengths, run
 from .results import LATENCIES, Spent, parse_limits, summary
-from .servers import ServerFailed, ServerProcess, free_port
+from .servers import ServerFailed, ServerProcess, end_with_servers, free_port
 
 Figures = dict[str, float]
 ROWS = {
@@ -52,36 +53,45 @@ def own_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-async def measure(
-    server: Server, load: Load, prompts: Prompts, args: argparse.Namespace, server_cpu: Callable[[], float] | None
-) -> Figures:
-    """Play one load."""
-    await run(server, Load(concurrency=2), prompts, 0)
-    cpu = own_cpu_seconds(), server_cpu() if server_cpu else 0.0
-    started = time.perf_counter()
-    exchanges = await run(server, load, prompts, args.seconds)
-    seconds = time.perf_counter() - started
-    spent = Spent(
-        seconds,
-        (own_cpu_seconds() - cpu[0]) / seconds,
-        (server_cpu() - cpu[1]) / seconds if server_cpu else None,
-    )
-    answers = [read(exchange) for exchange in exchanges]
-    for reason in {answer.reason for answer in answers if isinstance(answer, Failure)}:
-        print(f"{load.title}: {reason}", file=sys.stderr)
-    return summary(answers, spent, args.goodput)
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What is the same for all loads of a server."""
+
+    shape: Shape
+    seconds: float
+    """Of each load."""
+    seed: int = 0
+    limits: Mapping[str, float] = field(default_factory=dict)
+    """Of good answers, in milliseconds."""
+    server_cpu: Callable[[], float] | None = None
+    """Processor time of the server's processes so far, where they are known."""
 
 
-async def measure_all(
-    server: Server, loads: Sequence[Load], args: argparse.Namespace, server_cpu: Callable[[], float] | None = None
-) -> dict[str, Figures]:
+async def measure_all(server: Server, loads: Sequence[Load], what: Measurement) -> dict[str, Figures]:
     """Play all loads. Raises `OSError` if the server cannot be asked at all."""
     if not server.model:
         models = await server.fetch("/v1/models")
-        server = Server(server.url, models["data"][0]["id"], server.api_key)
-    shape = Shape(args.input_len, args.output_len, args.prefix_len, args.temperature)
-    prompts = Prompts(server, shape, await measured_lengths(server), args.seed)
-    return {load.title: await measure(server, load, prompts, args, server_cpu) for load in loads}
+        server = replace(server, model=models["data"][0]["id"])
+    prompts = Prompts(server, what.shape, await measured_lengths(server), what.seed)
+    return {load.title: await measure(server, load, prompts, what) for load in loads}
+
+
+async def measure(server: Server, load: Load, prompts: Prompts, what: Measurement) -> Figures:
+    """Play one load, after two uncounted requests."""
+    await run(server, Load(concurrency=2), prompts, 0)
+    server_cpu = what.server_cpu or (lambda: 0.0)
+    own, theirs, started = own_cpu_seconds(), server_cpu(), time.perf_counter()
+    exchanges = await run(server, load, prompts, what.seconds)
+    seconds = time.perf_counter() - started
+    spent = Spent(
+        seconds,
+        client_cores=(own_cpu_seconds() - own) / seconds,
+        server_cores=(server_cpu() - theirs) / seconds if what.server_cpu else None,
+    )
+    answers = [read(exchange) for exchange in exchanges]
+    for reason in sorted({answer.reason for answer in answers if isinstance(answer, Failure)}):
+        print(f"{load.title}: {reason}", file=sys.stderr)
+    return summary(answers, spent, what.limits)
 
 
 def table(results: dict[str, Figures]) -> Table:
@@ -131,6 +141,7 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     """Measure and print; 1 if a request failed."""
+    end_with_servers()
     args = parsed()
     loads = [Load(concurrency=clients) for clients in args.max_concurrency]
     loads += [Load(rate=rate) for rate in args.request_rate]
@@ -146,7 +157,9 @@ def main() -> int:
                 running.callback(quire.end)
                 running.enter_context(quire.awake())
                 url, server_cpu = quire.url, quire.cpu_seconds
-            results = runner.run(measure_all(Server(url, args.model, args.api_key), loads, args, server_cpu))
+            shape = Shape(args.input_len, args.output_len, args.prefix_len, args.temperature)
+            what = Measurement(shape, args.seconds, args.seed, args.goodput, server_cpu)
+            results = runner.run(measure_all(Server(url, args.model, args.api_key), loads, what))
         except (OSError, ServerFailed) as error:
             raise SystemExit(f"{args.url or 'quire serve'}: {error}") from error
     lengths = f"prompts of about {args.input_len} tokens, {args.output_len} generated"

@@ -44,7 +44,7 @@ class Server:
         tls = parts.scheme == "https"
         port = parts.port or (443 if tls else 80)
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, parts.hostname, port, ssl=tls or None)
+        _, connection = await loop.create_connection(Connection, parts.hostname or "", port, ssl=tls or None)
         return connection
 
     def request(self, path: str, body: dict[str, Any] | None = None) -> bytes:

@@ -127,7 +127,7 @@ class _Clients:
     async def open(self, rate: float, seconds: float) -> None:
         """Requests come as if their senders knew nothing of each other."""
         chance = random.Random(0)
-        when, arrivals = chance.expovariate(rate), []
+        when, arrivals = chance.expovariate(rate), list[float]()
         while when < seconds or not arrivals:
             arrivals.append(when)
             when += chance.expovariate(rate)

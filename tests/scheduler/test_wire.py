@@ -50,7 +50,7 @@ def test_messages_are_whole_however_the_stream_was_cut() -> None:
     chance, unframer = random.Random(1), Unframer()
     messages = [chance.randbytes(chance.choice((0, 1, 3, 4, 5, 70, 300))) for _ in range(200)]
     stream = b"".join(framed(message) for message in messages)
-    arrived = []
+    arrived: list[bytes] = []
     while stream:
         cut = chance.choice((1, 2, 3, 5, 50, 1000))
         arrived += unframer.feed(stream[:cut])
@@ -61,7 +61,7 @@ def test_messages_are_whole_however_the_stream_was_cut() -> None:
 def test_what_was_said_before_the_end_arrives() -> None:
     """However much of it was still on its way: an engine that cannot start says why, and ends at once."""
     process, ours = start(SAYS_MUCH_AND_ENDS)
-    unframer, decoder, arrived = Unframer(), msgspec.msgpack.Decoder(Progress), []
+    unframer, decoder, arrived = Unframer(), msgspec.msgpack.Decoder(Progress), list[int]()
     with ours:
         while piece := ours.recv(1 << 20):
             arrived += [decoder.decode(message).done for message in unframer.feed(piece)]
@@ -80,7 +80,7 @@ async def test_the_server_waits_neither_for_room_nor_for_a_dead_engine(monkeypat
     popen = subprocess.Popen
 
     def start_echo(command: list[str], **options: object) -> subprocess.Popen[bytes]:
-        return popen([sys.executable, "-c", ECHOES, command[-1]], **options)  # type: ignore[call-overload,no-any-return]
+        return popen([sys.executable, "-c", ECHOES, command[-1]], **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(engine_process.subprocess, "Popen", start_echo)
     engine = engine_process.EngineProcess(EngineConfig(model="any"))
