@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.serving import peers
 from benchmarks.serving.answers import Answer, Failure, read
 from benchmarks.serving.client import Exchange, Server
 from benchmarks.serving.load import Lengths, Load, Prompts, Shape, measured_lengths, run
@@ -77,6 +78,16 @@ def test_figures_and_goodput() -> None:
     for wrong in ("ttft", "ttft:soon", "speed:3"):
         with pytest.raises(ValueError, match=wrong):
             parse_limits([wrong])
+
+
+def test_ratios_to_a_peer_are_of_one_round_and_say_who_is_faster() -> None:
+    def figures(rate: float, milliseconds: float) -> dict[str, dict[str, float]]:
+        return {"2 clients": {name: rate if name == "output_throughput" else milliseconds for name in peers.ROWS}}
+
+    rounds = [{"quire": figures(300.0 * k, 4.0), "vllm": figures(100.0 * k, 2.0)} for k in (1, 2, 3)]
+    rows = peers.table(rounds, [Load(concurrency=2)], ["quire", "vllm"]).splitlines()
+    assert rows[2] == "| 2 clients: output tokens/s | 600 | 200 (3.00x, 3.00 to 3.00) |"
+    assert rows[3].endswith("| 4.0 | 2.0 (0.50x, 0.50 to 0.50) |")
 
 
 class FakeServer:
