@@ -1,20 +1,18 @@
-"""The server's handle on one engine process: its sockets, its exit, the messages both ways."""
+"""The server's handle on one engine process: its socket, its exit, the messages both ways."""
 
 import asyncio
 import os
-import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 from contextlib import ExitStack
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError
 from ..core.messages import ClientMessage, EngineMessage
+from .framing import Unframer, framed
 
 SPIN_COUNT = "5000"
 """Looks of a waiting OpenMP thread, some 50 ns each, before it sleeps: longer than what lies between two steps of a
@@ -23,42 +21,26 @@ a processor, they keep it from the thread that all wait for, at every one of a s
 
 
 class EngineProcess:
-    """One engine process and the local sockets to it. A restarted engine is a new object with new sockets, so that
-    nothing of the old one can arrive late."""
+    """One engine process and the socket to it. A restarted engine is a new object with a new socket, so that nothing of
+    the old one can arrive late."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises `ConfigError` where the machine has no place for its sockets (`TMPDIR`) or no room for the process."""
+        """Start it; within a running event loop. Raises `ConfigError` where the machine has no room for it."""
+        self._loop = asyncio.get_running_loop()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
-        self._context = zmq.asyncio.Context()
+        self._unframer = Unframer()
+        self._inbox: asyncio.Queue[EngineMessage] = asyncio.Queue()
+        self._unsent = bytearray()
         try:
-            with ExitStack() as undo:
-                undo.callback(self._context.destroy, linger=0)
-                folder = tempfile.mkdtemp(prefix="quire-")
-                undo.callback(shutil.rmtree, folder, ignore_errors=True)
-                self._start(f"ipc://{folder}/engine", config)
-                self._taken = undo.pop_all()
-        except (OSError, zmq.ZMQError) as error:
+            self._socket, self._popen = _start()
+        except OSError as error:
             raise ConfigError(f"the engine process cannot be started: {error}") from error
-
-    def _start(self, address: str, config: EngineConfig) -> None:
-        self._up = self._bind(zmq.PULL, address + ".up")
-        self._down = self._bind(zmq.PUSH, address + ".down")
-        self._popen = subprocess.Popen(
-            [sys.executable, "-m", "quire.scheduler.process", address],
-            stdin=subprocess.PIPE,
-            env=_environment(),
-        )
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._read)
         assert self._popen.stdin is not None
         self._popen.stdin.write(msgspec.json.encode(config))
         self._popen.stdin.close()
-
-    def _bind(self, kind: int, address: str) -> zmq.asyncio.Socket:
-        socket: zmq.asyncio.Socket = self._context.socket(kind)
-        socket.linger = 0
-        socket.set_hwm(0)
-        socket.bind(address)
-        return socket
 
     @property
     def exit_code(self) -> int | None:
@@ -66,12 +48,39 @@ class EngineProcess:
         return self._popen.poll()
 
     def send(self, message: ClientMessage) -> None:
-        """Queue a message to the engine; messages sent before it listens wait for it."""
-        self._down.send(self._encoder.encode(message))
+        """Send a message, without waiting; messages sent before it listens wait for it, to a dead one they are lost."""
+        waiting = bool(self._unsent)
+        self._unsent += framed(self._encoder.encode(message))
+        if not waiting:
+            self._write()
+            if self._unsent:
+                self._loop.add_writer(self._socket, self._write)
 
     async def receive(self) -> EngineMessage:
         """The next message of the engine; waits for ever if it is dead."""
-        return self._decoder.decode(await self._up.recv())
+        return await self._inbox.get()
+
+    def _read(self) -> None:
+        try:
+            piece = self._socket.recv(1 << 18)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:  # it ended, and all it said was read
+            self._loop.remove_reader(self._socket)
+        for message in self._unframer.feed(piece):
+            self._inbox.put_nowait(self._decoder.decode(message))
+
+    def _write(self) -> None:
+        try:
+            del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+        if not self._unsent:
+            self._loop.remove_writer(self._socket)
 
     async def wait(self, seconds: float) -> bool:
         """Wait for it to end; False if it still runs after `seconds`."""
@@ -83,11 +92,27 @@ class EngineProcess:
         return True
 
     def close(self) -> None:
-        """Kill it if it runs, and give back sockets and files."""
+        """Kill it if it runs, and give back the socket; once more does nothing."""
         if self.exit_code is None:
             self._popen.kill()
         self._popen.wait()
-        self._taken.close()
+        if self._socket.fileno() < 0:
+            return
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+
+
+def _start() -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """The process, which waits for its settings, and our end of the socket to it."""
+    with ExitStack() as undo:
+        ours, theirs = socket.socketpair()
+        undo.callback(ours.close)
+        with theirs:
+            command = [sys.executable, "-m", "quire.scheduler.process", str(theirs.fileno())]
+            popen = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(), pass_fds=[theirs.fileno()])
+        undo.pop_all()
+    return ours, popen
 
 
 def _environment() -> dict[str, str]:

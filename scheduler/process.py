@@ -1,8 +1,7 @@
-"""The engine process: `python -m quire.scheduler.process ADDRESS`, an `EngineConfig` as JSON on standard input.
+"""The engine process: `python -m quire.scheduler.process DESCRIPTOR`, an `EngineConfig` as JSON on standard input.
 
-The main thread owns scheduler and device. An input and an output thread do the sockets, so that the loop never waits
-for them. The process ends by itself when its parent is gone, and takes the sockets' files along: an engine without a
-server only holds memory.
+The descriptor is of its end of a socket pair. The main thread owns scheduler and device, and never waits for it.
+The process ends by itself when its parent is gone: an engine without a server only holds memory.
 
 Exit codes: 0 after `Shutdown`, 1 when it cannot start or a step fails, 3 when the parent is gone.
 """
@@ -10,15 +9,15 @@ Exit codes: 0 after `Shutdown`, 1 when it cannot start or a step fails, 3 when t
 import logging
 import os
 import queue
-import shutil
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
-import zmq
 
 from ..core.config import LOG_FORMAT, EngineConfig
 from ..core.errors import ConfigError, ModelLoadError, QuireError, describe
@@ -35,6 +34,7 @@ from ..core.messages import (
 )
 from .admission import check_default_pruning
 from .draft_swap import FetchedDraft, fetch_draft, replace_draft
+from .framing import Unframer, framed
 from .grammar_gate import CompiledGrammar, GrammarGate
 from .loop import EngineLoop, scheduler_config
 from .snapshot import load_cache, save_cache
@@ -76,25 +76,36 @@ def load_loop(config: EngineConfig, on_progress: Callable[[str, int, int], None]
     return loop
 
 
-def socket_folder(address: str) -> Path:
-    """Where the files of the sockets at an address are, and nothing else."""
-    return Path(address.removeprefix("ipc://")).parent
-
-
 class Wire:
-    """The two socket threads and their queues."""
+    """The socket to the server. An input thread reads it; what it does not take at once, an output thread writes."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, descriptor: int) -> None:
+        """`descriptor`: of a connected stream socket."""
         self.inbox: queue.SimpleQueue[ClientMessage | FetchedDraft | CompiledGrammar] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[EngineMessage | None] = queue.SimpleQueue()
-        self._address = address
+        self._outbox: queue.Queue[bytes | None] = queue.Queue()
+        self._socket = socket.socket(fileno=descriptor)
+        self._socket.set_inheritable(False)
+        self._encoder = msgspec.msgpack.Encoder()
         self._sender = threading.Thread(target=self._send_all, name="quire-output", daemon=True)
         self._sender.start()
         threading.Thread(target=self._receive_all, name="quire-input", daemon=True).start()
 
     def send(self, message: EngineMessage) -> None:
-        """Hand a message to the output thread."""
-        self._outbox.put(message)
+        """Hand a message over, without waiting. For one thread.
+
+        Mostly the socket has room: to wake the output thread would cost more than to write, and it would wait for the
+        interpreter until the next step is on its way.
+        """
+        data = framed(self._encoder.encode(message))
+        if not self._outbox.unfinished_tasks:
+            try:
+                data = data[self._socket.send(data, socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # the server is gone; the input thread ends the process
+                return
+        if data:
+            self._outbox.put(data)
 
     def flush(self) -> None:
         """Wait until everything handed over has left; nothing can be sent afterwards."""
@@ -102,25 +113,18 @@ class Wire:
         self._sender.join(timeout=5)
 
     def _send_all(self) -> None:
-        encoder, context = msgspec.msgpack.Encoder(), zmq.Context()
-        with context.socket(zmq.PUSH) as socket:
-            socket.linger = 2000
-            socket.connect(self._address + ".up")
-            while (message := self._outbox.get()) is not None:
-                socket.send(encoder.encode(message))
-        context.term()  # a closed socket's last messages are still on their way: this waits for them, up to its linger
+        with suppress(OSError):
+            while (data := self._outbox.get()) is not None:
+                self._socket.sendall(data)
+                self._outbox.task_done()
 
     def _receive_all(self) -> None:
-        decoder = msgspec.msgpack.Decoder(ClientMessage)
-        parent = os.getppid()
-        with zmq.Context().socket(zmq.PULL) as socket:
-            socket.connect(self._address + ".down")
-            while True:
-                if socket.poll(1000):
-                    self.inbox.put(decoder.decode(socket.recv()))
-                elif os.getppid() != parent:
-                    shutil.rmtree(socket_folder(self._address), ignore_errors=True)
-                    os._exit(EXIT_PARENT_GONE)
+        decoder, unframer = msgspec.msgpack.Decoder(ClientMessage), Unframer()
+        with suppress(OSError):
+            while piece := self._socket.recv(1 << 18):
+                for message in unframer.feed(piece):
+                    self.inbox.put(decoder.decode(message))
+        os._exit(EXIT_PARENT_GONE)
 
 
 def run(loop: EngineLoop, wire: Wire, config: EngineConfig) -> None:
@@ -165,7 +169,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides what it means
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=EngineConfig)
-    wire = Wire(sys.argv[1])
+    wire = Wire(int(sys.argv[1]))
     try:
         loop = load_loop(config, lambda phase, done, total: wire.send(Progress(phase, done, total)))
     except QuireError as error:

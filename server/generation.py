@@ -188,15 +188,13 @@ class RequestOutput:
         return tokens
 
 
-async def stream_deltas(service: Service, jobs: Sequence[Job], arrived: float) -> AsyncGenerator[list[Delta], None]:
+def stream_deltas(service: Service, jobs: Sequence[Job], arrived: float) -> AsyncGenerator[list[Delta], None]:
     """Deltas of all jobs as they come, possibly none at a time; the first item says that a job was admitted.
 
     Raises `QuireError` on refusal and failure. However it ends, the engine's requests are closed.
     """
     streams = [_run(service, job, arrived) for job in jobs]
-    async with aclosing(streams[0] if len(streams) == 1 else _merge(streams)) as merged:
-        async for deltas in merged:
-            yield deltas
+    return streams[0] if len(streams) == 1 else _merge(streams)
 
 
 async def _run(service: Service, job: Job, arrived: float) -> AsyncGenerator[list[Delta], None]:

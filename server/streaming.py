@@ -19,6 +19,8 @@ from .schemas import StreamOptions
 
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
+_ANY_TEXT = "\0"
+"""Stands for the text where an event's frame is made; no model's name has it."""
 
 
 def server_sent_event(body: dict[str, Any]) -> bytes:
@@ -69,12 +71,8 @@ async def event_stream(
     Later failures become an error event that ends the stream, without `[DONE]`.
     """
 
-    def event(body: dict[str, Any]) -> bytes:
-        if not options.include_usage:
-            return server_sent_event(body)
-        return server_sent_event(body | {"usage": usage.body() if options.continuous_usage_stats else None})
-
-    opening = [event(body) for body in style.opening(num_choices)]
+    encoder = _EventEncoder(style, usage, options)
+    opening = [encoder.event(body) for body in style.opening(num_choices)]
     begun = False
     try:
         async with aclosing(deltas):
@@ -82,7 +80,7 @@ async def event_stream(
                 events = [] if begun else opening
                 for delta in batch:
                     usage.add(delta)
-                    events += [event(body) for body in style.chunks(delta)]
+                    events += encoder.events(delta)
                 if events or not begun:
                     begun = True
                     yield b"".join(events)
@@ -93,6 +91,38 @@ async def event_stream(
         failure = error if isinstance(error, QuireError) else unexpected(error)
         metrics.failed(failure)
         yield server_sent_event(error_body(failure))
+
+
+class _EventEncoder:
+    """Turns the deltas of a response into events. Those of a choice that bring text alone differ in nothing else: the
+    rest of the event is encoded once."""
+
+    def __init__(self, style: ResponseFormat, usage: Usage, options: StreamOptions) -> None:
+        self._style = style
+        self._usage = usage
+        self._options = options
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
+        """By choice: what stands before and behind the text."""
+
+    def events(self, delta: Delta) -> list[bytes]:
+        """Of a delta that the usage has already."""
+        is_plain = delta.text and not (delta.tokens or delta.finish_reason or self._options.continuous_usage_stats)
+        if not is_plain:
+            return [self.event(body) for body in self._style.chunks(delta)]
+        before, behind = self._frames.get(delta.index) or self._frame(delta.index)
+        return [before + msgspec.json.encode(delta.text) + behind]
+
+    def event(self, body: dict[str, Any]) -> bytes:
+        """Of a chunk, with the usage if it was asked for."""
+        if not self._options.include_usage:
+            return server_sent_event(body)
+        return server_sent_event(body | {"usage": self._usage.body() if self._options.continuous_usage_stats else None})
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        (body,) = self._style.chunks(Delta(index, _ANY_TEXT))
+        before, _, behind = self.event(body).partition(msgspec.json.encode(_ANY_TEXT))
+        self._frames[index] = before, behind
+        return before, behind
 
 
 class EventStreamResponse(Response):

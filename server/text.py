@@ -104,7 +104,8 @@ class Tokenizer:
         kwargs = template_kwargs or {}
         if self._tokenizer.chat_template is None:
             raise InvalidRequestError("this model has no chat template: use /v1/completions", param="messages")
-        for name in kwargs.keys() & inspect.signature(self._tokenizer.apply_chat_template).parameters.keys():
+        own = inspect.signature(self._tokenizer.apply_chat_template).parameters if kwargs else {}  # it takes a while
+        for name in kwargs.keys() & own.keys():
             raise InvalidRequestError(f"{name} cannot be set here", param=f"chat_template_kwargs.{name}")
         try:
             text = self._tokenizer.apply_chat_template(
