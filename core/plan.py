@@ -47,7 +47,7 @@ class SlotAssignment:
     record: bool = False
     """Whether the most likely tokens of each row that it samples from are wanted, see `core.top_rows`."""
     grammar: Grammar | None = None
-    """What its output is bound to. It is always one of `BatchPlan.sequences`, never a row of the `Decodes`."""
+    """What its output is bound to. Its tokens must be known before it decodes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -337,6 +337,8 @@ class StepOutput:
     """Time in computing what grammars allow, a part of the others, since the last step was finished."""
     recorded: Mapping[int, bytes] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
+    ended: Mapping[int, SequenceOutput] = field(default_factory=dict)
+    """Of the rows of `BatchPlan.decodes` that end by their grammars, with the token or with an error: what they got."""
     foreseen: IntArray | None = None
     """[D + S], if asked for: of the rows of `BatchPlan.decodes` and of its sequences, how many tokens the drafter would
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""

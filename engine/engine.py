@@ -231,12 +231,13 @@ class Engine:
             outputs = self._settle(launched, decoded, outputs)
         elif len(decoded) and self._speculation is not None:
             self._speculation.note(plan, decoded, outputs)
+        ended = self.sampler.follow(plan.decodes, decoded) if self.sampler.grammars else {}
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         spent = (launched.draft_seconds, self.sampler.grammars.spent())
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, *foresight)
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, ended, *foresight)
 
     def _settle(
         self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
@@ -300,8 +301,11 @@ class Engine:
 
         That takes no operation of torch's, so it does without the mode that those want: entering it would show.
         """
-        decodes, started = plan.decodes, time.perf_counter()
-        step = compute(decodes.slots, decodes.starts, decodes.token_ids)
+        decodes = plan.decodes
+        grammars = self.sampler.grammars
+        masks = grammars.masks(grammars.decodes(decodes), decodes.starts + 1) if grammars else None
+        started = time.perf_counter()
+        step = compute(decodes.slots, decodes.starts, decodes.token_ids, masks)
         computed = started + step.forward_seconds
         if step.tokens is not None:
             return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)

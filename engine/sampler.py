@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, SequencePlan
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan
 from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
@@ -48,7 +48,7 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
-        if self.grammars and layout.samplers:
+        if self.grammars:
             rows = bound_rows(rows, plan, layout, self.grammars)
         if self.backend == "cpu" and self._are_likeliest(rows, layout):
             survey = sampling.survey_rows(logits)
@@ -110,6 +110,17 @@ class Sampler:
         if recorded:
             outputs = _with_rows(outputs, layout, count, recorded)
         return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
+
+    def follow(self, decodes: Decodes, tokens: IntArray) -> dict[int, SequenceOutput]:
+        """Let grammars consume the tokens [D] of the decodes; what those got that end by it, by row."""
+        ended: dict[int, SequenceOutput] = {}
+        for slot, row, _ in self.grammars.decodes(decodes):
+            if tokens[row] == NO_TOKEN:
+                continue
+            step = self.grammars.take(slot, (int(tokens[row]),))
+            if step.ended or step.error:
+                ended[row] = SequenceOutput(step.token_ids, error=step.error or None, ended=step.ended)
+        return ended
 
     def _follow_grammars(
         self, plan: BatchPlan, layout: LogitLayout, accepted: list[tuple[int, ...]], failed: dict[int, str]

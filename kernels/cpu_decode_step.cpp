@@ -16,7 +16,7 @@ struct SlotTables {
   int32_t* kept;              // [N, L, K]
   int64_t* computed;          // [N]
   const uint8_t* closes_up;   // [N]: whether entries are rotated to their places in the cache
-  const uint8_t* unaltered;       // [N]: whether tokens are drawn from the logits as they are, from min_ends on
+  const uint8_t* unaltered;   // [N]: whether tokens are drawn from the logits, masks apart, as they are from min_ends on
   const int64_t* min_ends;    // [N]
   const float* strengths;     // [N, strength_columns]: temperature (0: the likeliest token), top-p, min-p
   const int64_t* keys;        // [N, 2]: seed, top-k
@@ -30,7 +30,9 @@ struct DecodeRows {
   const void *cos, *sin;                // [positions, half]
   int32_t* tokens;                      // [D]: what is drawn; -1 where logits are not finite
   float* logits;                        // [D, V]
-  long count, half, positions;
+  const int32_t* masked;                // [D]: each row's mask, -1: none
+  const uint8_t* masks;                 // [masks, mask_stride]: bit t % 8 of byte t / 8: may t be drawn; null: no mask
+  long count, half, positions, mask_stride;
   int threads, drawn;                   // drawn: whether tokens were; if not, the logits wait for who draws
   double forward_seconds, sample_seconds;
 };
@@ -111,11 +113,26 @@ void fill(const SlotTables& t, const DecodeRows& r, long heads, long pages, cons
   ((int32_t*)a.query_start)[r.count] = r.count;
 }
 
+// Sets the logits [V] to -inf whose bits are not set.
+void forbid_unset(float* x, long vocab, const uint8_t* bits) {
+  for (long first = 0; first < vocab; first += 32, bits += 4) {
+    uint32_t word;
+    memcpy(&word, bits, 4);
+    if (word == 0xFFFFFFFFu) continue;
+    const long count = std::min<long>(32, vocab - first);
+    for (long i = 0; i < count; i++) x[first + i] = word >> i & 1 ? x[first + i] : -INFINITY;
+  }
+}
+
 // The token drawn from the slot's logits [V], which may be overwritten; -1 if they are not finite.
 int64_t draw(const SlotTables& t, const DecodeRows& r, long i, long vocab, CutBuffers& buffers) {
   const long slot = r.slots[i];
   const float* strengths = t.strengths + slot * t.strength_columns;
   float* logits = r.logits + i * vocab;
+  if (r.masks && r.masked[i] >= 0) {
+    if (!std::isfinite(largest(logits, vocab))) return -1;  // also where that is forbidden
+    forbid_unset(logits, vocab, r.masks + r.masked[i] * r.mask_stride);
+  }
   if (strengths[0] == 0) {
     int64_t token;
     return std::isfinite(likeliest(logits, vocab, &token)) ? token : -1;

@@ -96,7 +96,8 @@ class DecodeRowsArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("slots", "starts", "ids", "cos", "sin", "tokens", "logits")),
-        *((name, _LONG) for name in ("count", "half", "positions")),
+        *((name, _POINTER) for name in ("masked", "masks")),
+        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride")),
         *((name, _INT) for name in ("threads", "drawn")),
         *((name, ctypes.c_double) for name in ("forward_seconds", "sample_seconds")),
     )

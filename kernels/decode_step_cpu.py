@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cpu_library import AttentionArgs, DecodeRowsArgs, SlotTablesArgs, loaded_library
 from .decoder_cpu import DecoderCPU
+from .sampling import RowMasks
 
 _NO_TOKEN, _OUTGROWN = -1, -2
 """What the kernel returns where an id is no token, and where a head has more entries than its pages."""
@@ -44,7 +45,7 @@ class SlotTables:
     closes_up: npt.NDArray[np.bool_]
     """[N]: whether entries are rotated to their places in the cache."""
     unaltered: npt.NDArray[np.bool_]
-    """[N]: whether tokens are drawn from the logits as they are,"""
+    """[N]: whether tokens are drawn from the logits as they are, but for masks,"""
     min_ends: npt.NDArray[np.int64]
     """[N]: from this position on."""
     strengths: Tensor
@@ -84,10 +85,10 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).ctypes.data for name in arrays},
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
-        self._numbers = np.empty((4, len(heads)), np.int32)
+        self._numbers = np.empty((5, len(heads)), np.int32)
         self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
         columns = (row.ctypes.data for row in self._numbers)
-        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens = columns
+        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens, self._rows.masked = columns
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
 
@@ -97,18 +98,26 @@ class DecodeStepCPU:
         self._rows.positions, self._rows.half = cos.shape
 
     def __call__(
-        self, slots: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]
+        self,
+        slots: npt.NDArray[np.int32],
+        starts: npt.NDArray[np.int32],
+        token_ids: npt.NDArray[np.int32],
+        masks: RowMasks | None = None,
     ) -> Decoded:
         """Compute token_ids [D] (-1: the slot's newest) at the logical positions starts [D] of the distinct slots [D].
 
-        Raises `IndexError` where an id is no token.
+        masks: what some of the rows may draw. Raises `IndexError` where an id is no token.
         """
         count, rows, numbers = len(slots), self._rows, self._numbers
         numbers[0, :count], numbers[1, :count], numbers[2, :count] = slots, starts, token_ids
         if len(self._logits) < count:
             self._logits = torch.empty(count, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()
-        rows.count = count
+        rows.count, rows.masks = count, None
+        if masks is not None:
+            numbers[4, :count] = -1
+            numbers[4, masks.rows] = np.arange(len(masks.rows))
+            rows.masks, rows.mask_stride = masks.bits.ctypes.data, masks.bits.strides[0]
         found = self._call(self._decoder.args, self._attention, self._slots, rows)
         if found > 0:
             self._set_angles(found)

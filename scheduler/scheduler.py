@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, StepEvent
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, StepOutput
+from ..core.plan import BatchPlan, Decodes, SequenceOutput, StepOutput
 from ..core.request import Request
 from ..core.speculation import SpeculationCounts
 from .admission import check_request, check_room
@@ -30,7 +30,7 @@ from .entrance import Entrance
 from .growth import Growth
 from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
-from .outcome import accept_tokens, append, check_result, news, recorded_rows
+from .outcome import accept_tokens, append, check_result, news, recorded_rows, sole
 from .oversight import Oversight
 from .pace import Pace
 from .policy import POLICIES, position
@@ -180,7 +180,7 @@ class Scheduler:
         self._batch_tokens = plan.num_tokens
         self._pace.learn(plan, output)
         self._swap_costs.observe(plan, output)
-        events = recorded_rows(draft, output) + self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
+        events = recorded_rows(draft, output) + self._commit_decodes(plan.decodes, draft.decoders, output)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             check_result(sequence, part, result)
             sequence.in_flight = 0
@@ -311,15 +311,15 @@ class Scheduler:
 
     # --- results ---
 
-    def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], sampled: IntArray) -> list[StepEvent]:
+    def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], output: StepOutput) -> list[StepEvent]:
         """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
         if not members:
             return []
-        over = self._decodes.settle(decodes, sampled).tolist()
+        over = self._decodes.settle(decodes, output.decoded, output.ended).tolist()
         # Also of those that are over: they are published once they are settled.
         filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
-        token_ids: list[int] = sampled.tolist()
-        ending = [(members[row], token_ids[row]) for row in over]
+        token_ids: list[int] = output.decoded.tolist()
+        ending = [(members[row], output.ended.get(row) or sole(token_ids[row])) for row in over]
         for row in reversed(over):
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
@@ -327,10 +327,9 @@ class Scheduler:
         self._policy.generated(members)
         for sequence in filled:
             self._cache.publish(sequence)
-        for sequence, token in ending:
+        for sequence, result in ending:
             sequence.in_flight -= 1
             self._decodes.leave(sequence)
-            result = SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
             events += self._settle(sequence, 1, result)
         return events
 

@@ -152,8 +152,7 @@ class SequenceState:
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
         # What a step is to choose, or what is told of it, takes more than a column.
-        bare = self.request.params.logprobs is None and self.request.grammar is None
-        plain = bare and len(self.tokens) < self.wakes
+        plain = self.request.params.logprobs is None and len(self.tokens) < self.wakes
         return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property
