@@ -302,10 +302,14 @@ class SequenceOutput:
     unaffected."""
     recorded: tuple[bytes, ...] = ()
     """One row of `core.top_rows` per accepted token, if asked for."""
+    forced: tuple[int, ...] = ()
+    """Tokens that follow those, up to `MAX_FORCED_TOKENS`: its grammar allows no others. They are not computed yet."""
     ended: bool = False
-    """Whether its grammar allows nothing after the tokens."""
+    """Whether its grammar allows nothing after all these."""
 
 
+MAX_FORCED_TOKENS = 32
+"""Of a sequence in one step."""
 NON_FINITE = "the model produced non-finite values"
 """Why a sequence cannot go on: its logits have no meaning."""
 NO_TOKEN = -1
@@ -337,8 +341,8 @@ class StepOutput:
     """Time in computing what grammars allow, a part of the others, since the last step was finished."""
     recorded: Mapping[int, bytes] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
-    ended: Mapping[int, SequenceOutput] = field(default_factory=dict)
-    """Of the rows of `BatchPlan.decodes` that end by their grammars, with the token or with an error: what they got."""
+    apart: Mapping[int, SequenceOutput] = field(default_factory=dict)
+    """Of the rows of `BatchPlan.decodes` whose grammars end, fail, or force more tokens: what they got."""
     foreseen: IntArray | None = None
     """[D + S], if asked for: of the rows of `BatchPlan.decodes` and of its sequences, how many tokens the drafter would
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""

@@ -17,7 +17,6 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec
 from ..core.plan import (
     BatchPlan,
-    IntArray,
     SequenceOutput,
     SequencePlan,
     StepOutput,
@@ -228,25 +227,20 @@ class Engine:
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
-            outputs = self._settle(launched, decoded, outputs)
-        elif len(decoded) and self._speculation is not None:
-            self._speculation.note(plan, decoded, outputs)
-        ended = self.sampler.follow(plan.decodes, decoded) if self.sampler.grammars else {}
+        apart = self.sampler.follow(plan.decodes, decoded) if self.sampler.grammars else {}
+        if self._speculation is not None and (len(decoded) or launched.drawn is not None):
+            self._speculation.note(plan, decoded, outputs, apart)
+            outputs = self._settle(launched, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         spent = (launched.draft_seconds, self.sampler.grammars.spent())
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, ended, *foresight)
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, apart, *foresight)
 
-    def _settle(
-        self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
-    ) -> tuple[SequenceOutput, ...]:
-        """Keep of the sequences with draft tokens what was right, and note what is known now."""
+    def _settle(self, launched: LaunchedStep, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
+        """Keep of the sequences with draft tokens what was right."""
         plan = launched.plan
-        if self._speculation is None:
-            return outputs
-        self._speculation.note(plan, decoded, outputs)
         verified = [(part, output) for part, output in zip(plan.sequences, outputs, strict=True) if part.drafts]
         if not verified:
             return outputs

@@ -20,7 +20,7 @@ from llguidance.numpy import fill_next_token_bitmask_par_with_draft_tokens
 
 from ..core.errors import InvalidRequestError
 from ..core.model_spec import ModelSpec
-from ..core.plan import Decodes, IntArray, SlotAssignment
+from ..core.plan import MAX_FORCED_TOKENS, Decodes, IntArray, SlotAssignment
 from ..core.request import Grammar
 from ..kernels.sampling import RowMasks
 
@@ -51,6 +51,8 @@ class _Bound:
     min_end: int
     late: tuple[int, ...]
     """The same from there on."""
+    runs_on: bool
+    """Whether it may get tokens that are not drawn: what the model says of them nobody asks."""
     error: str = ""
     """Why it cannot go on."""
 
@@ -60,8 +62,10 @@ class Step:
     """What a sequence got of the tokens that were accepted."""
 
     token_ids: tuple[int, ...]
+    forced: tuple[int, ...] = ()
+    """Tokens that follow them: nothing else is allowed."""
     ended: bool = False
-    """Whether the grammar allows nothing after them."""
+    """Whether the grammar allows nothing after all these."""
     error: str = ""
 
 
@@ -151,6 +155,8 @@ class Grammars:
             early=tuple({*assignment.stop_ids, *ends}),
             min_end=len(assignment.prompt_ids) + assignment.params.min_tokens,
             late=ends if assignment.params.ignore_eos else (),
+            # A prune goes by the length at which it is looked at, so that must not leap.
+            runs_on=assignment.params.logprobs is None and not assignment.record and assignment.prune is None,
         )
         self._bound[assignment.slot] = bound
         try:
@@ -199,16 +205,13 @@ class Grammars:
         assert self.tokenizer is not None
         started = time.perf_counter()
         words = np.full((count, -(-self.tokenizer.vocab_size // 32)), -1, np.int32)
-        together = list(walks)
         if count * self.tokenizer.vocab_size < _MUCH:
             first, size = words.ctypes.data, words.strides[0]
-            together = [walk for walk in walks if walk[2]]
             for matcher, row, drafts in walks:
-                if not drafts:
-                    matcher.unsafe_compute_mask_ptr(first + row * size, size)
-        if together:
+                matcher.unsafe_compute_mask_ptr_with_draft_token(first + row * size, size, drafts)
+        else:
             self._executor = self._executor or LLExecutor()
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, together, words)
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, list(walks), words)
         bits = words.view(np.uint8)
         whole, rest = divmod(self.vocab_size, 8)
         bits[:, whole + (rest > 0) :] = 0
@@ -236,7 +239,18 @@ class Grammars:
                 return Step((), error=bound.error)
             if bound.matcher.is_stopped():
                 return Step(tuple(token_ids[:count]), ended=True)
-        return Step(tuple(token_ids))
+        return Step(tuple(token_ids), *self._forced(bound, bound.matcher) if bound.runs_on else ())
+
+    def _forced(self, bound: _Bound, matcher: LLMatcher) -> tuple[tuple[int, ...], bool]:
+        """Tokens without an alternative that come next, which the matcher consumes; whether nothing may follow them."""
+        forced = list[int]()
+        for token in matcher.compute_ff_tokens()[:MAX_FORCED_TOKENS]:
+            if token >= self.vocab_size or token in bound.ends or not matcher.consume_token(token):
+                break
+            forced.append(token)
+            if matcher.is_stopped():
+                return tuple(forced), True
+        return tuple(forced), False
 
     def walk(self, slots: IntArray) -> "DraftWalk":
         """From where the sequences of slots [S] are."""

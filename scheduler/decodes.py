@@ -165,9 +165,9 @@ class DecodeBatch:
         limits = np.clip(self._ends[places] - known - 1, 0, most)
         return self._max_lengths[places] - known, limits * self._speculates[places]
 
-    def settle(self, decodes: Decodes, sampled: IntArray, ended: Iterable[int]) -> Rows:
-        """Take in the tokens [D] of a step, of which the rows `ended` may be over; returns those and the rows that
-        end by length or stop token, failed, left meanwhile or wake, ascending.
+    def settle(self, decodes: Decodes, sampled: IntArray, apart: Iterable[int]) -> Rows:
+        """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending, and
+        with them the rows `apart`, which got something else.
 
         Of these nothing is taken in: they are no steady decodes any more.
         """
@@ -178,7 +178,7 @@ class DecodeBatch:
         self._lengths[places] = lengths
         self._room[places] -= 1
         over = (lengths >= self._ends[places]) | (sampled == NO_TOKEN)
-        over[[*ended]] = True
+        over[[*apart]] = True
         if not isinstance(places, slice):
             over |= places == self._nobody
         if self._stops.shape[1]:

@@ -251,7 +251,7 @@ class Scheduler:
         others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
         for sequence in others:
-            if sequence.num_pending > 1 or self._pruning.repeats(sequence):
+            if not sequence.decodes or self._pruning.repeats(sequence):
                 prompts.append(sequence)
             elif draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
@@ -315,11 +315,11 @@ class Scheduler:
         """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
         if not members:
             return []
-        over = self._decodes.settle(decodes, output.decoded, output.ended).tolist()
+        over = self._decodes.settle(decodes, output.decoded, output.apart).tolist()
         # Also of those that are over: they are published once they are settled.
         filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
         token_ids: list[int] = output.decoded.tolist()
-        ending = [(members[row], output.ended.get(row) or sole(token_ids[row])) for row in over]
+        ending = [(members[row], output.apart.get(row) or sole(token_ids[row])) for row in over]
         for row in reversed(over):
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
@@ -344,7 +344,7 @@ class Scheduler:
             return [self._fail(sequence.request.id, GenerationError(result.error))]
         # What is accepted is known before its entries count: a full block's name comes from its tokens.
         taken, reason = append(sequence, result)
-        self._prompt_tokens += sequence.advance(count + max(taken - 1, 0))
+        self._prompt_tokens += sequence.advance(count + max(min(taken, len(result.token_ids)) - 1, 0))
         self._cache.publish(sequence)
         self._cache.pins.pin(sequence)
         if count > 1 and self.config.row_windows is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.ids import SlotId
-from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
+from ..core.plan import MAX_FORCED_TOKENS, IntArray, Restored, SequencePlan, SlotAssignment
 from ..core.pruning import CacheUse
 from ..core.request import Request
 from .config import SchedulerConfig
@@ -147,6 +147,11 @@ class SequenceState:
     def num_pending(self) -> int:
         """Known tokens that are not computed yet: 1 while it decodes, more while a prompt is (re)computed."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it waits for its next token, and not for a prompt; beside the last one there may be forced tokens."""
+        return self.num_pending <= (1 + MAX_FORCED_TOKENS if self.num_generated else 1)
 
     @property
     def decodes_plainly(self) -> bool:

@@ -114,7 +114,7 @@ class Harness:
         for (sequence, count), output in zip(work, outputs, strict=True):
             stored = count + max(0, len(output.token_ids) - 1)
             sequence.computed += stored
-            sequence.tokens.extend(output.token_ids)
+            sequence.tokens.extend(output.token_ids + output.forced)
             sequence.outputs.append(output)
             for row in range(self.rows):
                 sequence.kept[row] += stored

@@ -187,7 +187,7 @@ def test_a_slot_forgets_its_grammar() -> None:
     harness = Harness(bound_engine())
     bound = harness.add(0, [FIRST], grammar=regex("c{30}"))
     run(harness, [bound], 3)
-    assert bound.output_ids == [PIECES.index("c")] * 3
+    assert bound.output_ids[:3] == [PIECES.index("c")] * 3
     harness.release(bound)
     free = harness.add(0, [FIRST])
     run(harness, [free], 3)
