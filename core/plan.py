@@ -259,11 +259,6 @@ class BatchPlan:
         return bool(lists or copies or len(self.shares.pages) or len(self.grants.pages))
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether the batch is `decodes` and nothing else."""
-        return not self.sequences and len(self.decodes) > 0
-
-    @property
     def num_tokens(self) -> int:
         """Rows of the forward pass, without those of drafts."""
         return len(self.decodes) + sum(len(s.token_ids) for s in self.sequences)
@@ -306,6 +301,11 @@ class SequenceOutput:
     """Tokens that follow those, up to `MAX_FORCED_TOKENS`: its grammar allows no others. They are not computed yet."""
     ended: bool = False
     """Whether its grammar allows nothing after all these."""
+
+    @staticmethod
+    def of(token: int) -> "SequenceOutput":
+        """What a row got that gave `StepOutput.decoded` the token."""
+        return SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
 
 
 MAX_FORCED_TOKENS = 32

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +25,7 @@ from ..core.plan import (
 )
 from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
-from ..kernels.decode_step_cpu import DecodeStepCPU
+from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU
 from ..models.checkpoint import open_checkpoint
 from ..models.context import PageSelector
 from ..models.loading import load_runner
@@ -51,7 +52,7 @@ from .step_costs import AnyTokens, CostProbe
 from .timer import StepTimer
 from .trees import staying_rows
 from .warm_up import first_chunk
-from .whole_decodes import decode_step
+from .whole_decodes import decode_rows, decode_step
 
 
 class Engine:
@@ -193,8 +194,8 @@ class Engine:
         if plan.changes_hands:
             self._change_hands(plan)
         unwatched = not (self._pruner.looks_on or self._selection.picks)
-        if self._decode_step is not None and plan.only_decodes and unwatched:
-            return self._decode_at_once(plan, self._decode_step)
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler.table)):
+            return self._decode_at_once(plan, self._decode_step, rows)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
     @torch.inference_mode()
@@ -221,14 +222,16 @@ class Engine:
     def finish(self, launched: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
-        decoded = np.empty(0, np.int32) if launched.decoded is None else launched.decoded
+        decoded, apart = np.empty(0, np.int32), dict[int, SequenceOutput]()
         outputs = tuple(SequenceOutput() for _ in plan.sequences)
         recorded: dict[int, bytes] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
-        apart = self.sampler.follow(plan.decodes, decoded) if self.sampler.grammars else {}
-        if self._speculation is not None and (len(decoded) or launched.drawn is not None):
+            apart = self.sampler.follow(plan.decodes.slots, decoded)
+        elif launched.decoded is not None:
+            decoded, outputs, apart = self.sampler.told(plan, launched.decoded)
+        if self._speculation is not None and plan.num_tokens:
             self._speculation.note(plan, decoded, outputs, apart)
             outputs = self._settle(launched, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
@@ -280,31 +283,30 @@ class Engine:
         plan = proposed.plan
         started = self._timer.now()
         watchers = self._pruner.observer(plan), self._selection.selector(plan)
-        # What a graph or one call computes nobody looks into.
-        if self._decode_step is not None and plan.only_decodes and watchers == (None, None):
-            return self._decode_at_once(plan, self._decode_step)
-        replayed = self._decode(plan) if watchers == (None, None) else None
+        unwatched = watchers == (None, None)  # what a graph or one call computes nobody looks into
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler.table)):
+            return replace(self._decode_at_once(plan, self._decode_step, rows), draft_seconds=proposed.seconds)
+        replayed = self._decode(plan) if unwatched else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
         drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds)
 
-    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
+    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU, rows: DecodeRows) -> LaunchedStep:
         """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.
 
         That takes no operation of torch's, so it does without the mode that those want: entering it would show.
         """
-        decodes = plan.decodes
         grammars = self.sampler.grammars
-        masks = grammars.masks(grammars.decodes(decodes), decodes.starts + 1) if grammars else None
+        masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts) if grammars else None
         started = time.perf_counter()
-        step = compute(decodes.slots, decodes.starts, decodes.token_ids, masks)
+        step = compute(rows, masks)
         computed = started + step.forward_seconds
         if step.tokens is not None:
             return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
         with torch.inference_mode():
-            layout, logits = logit_layout(plan), compute.logits(len(decodes))
+            layout, logits = logit_layout(plan), compute.logits(len(rows.slots))
             drawn = self.sampler.draw(plan, layout, logits)
         return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()))
 

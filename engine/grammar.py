@@ -20,7 +20,7 @@ from llguidance.numpy import fill_next_token_bitmask_par_with_draft_tokens
 
 from ..core.errors import InvalidRequestError
 from ..core.model_spec import ModelSpec
-from ..core.plan import MAX_FORCED_TOKENS, Decodes, IntArray, SlotAssignment
+from ..core.plan import MAX_FORCED_TOKENS, IntArray, SlotAssignment
 from ..core.request import Grammar
 from ..kernels.sampling import RowMasks
 
@@ -167,9 +167,9 @@ class Grammars:
         if not bound.matcher.consume_tokens(list(assignment.output_ids)):
             bound.error = _failure(bound.matcher)
 
-    def decodes(self, decodes: Decodes) -> Iterator[_Part]:
-        """Those of the rows whose sequences are bound."""
-        return ((slot, row, ()) for row, slot in enumerate(decodes.slots.tolist()) if slot in self._bound)
+    def bound(self, slots: IntArray) -> Iterator[_Part]:
+        """Of a row for each of the slots, those whose sequences are bound."""
+        return ((slot, row, ()) for row, slot in enumerate(slots.tolist()) if slot in self._bound)
 
     def masks(self, parts: Iterable[_Part], positions: IntArray) -> RowMasks | None:
         """For sequences' rows; None if none of them is bound.

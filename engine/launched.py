@@ -27,4 +27,4 @@ class LaunchedStep:
     """Who waits to hear which draft tokens were right."""
     draft_seconds: float = 0.0
     decoded: IntArray | None = None
-    """Tokens of the plan's decodes, where they are there already; then `drawn` is None."""
+    """Tokens of the plan's decodes and sequences, where they are there already; then `drawn` is None."""

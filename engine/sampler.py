@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan
+from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, IntArray, SequenceOutput, SequencePlan
 from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
@@ -111,10 +111,21 @@ class Sampler:
             outputs = _with_rows(outputs, layout, count, recorded)
         return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
 
-    def follow(self, decodes: Decodes, tokens: IntArray) -> dict[int, SequenceOutput]:
-        """Let grammars consume the tokens [D] of the decodes; `StepOutput.apart`."""
+    def told(
+        self, plan: BatchPlan, tokens: IntArray
+    ) -> tuple[IntArray, tuple[SequenceOutput, ...], dict[int, SequenceOutput]]:
+        """`StepOutput.decoded`, outputs and `StepOutput.apart` of a plan whose decodes and sequences drew `tokens`."""
+        decodes, others = plan.decodes, plan.sequences
+        slots = np.append(decodes.slots, [part.slot for part in others]).astype(np.int32) if others else decodes.slots
+        apart = self.follow(slots, tokens)
+        rest = enumerate(tokens[len(decodes) :].tolist(), len(decodes))
+        outputs = tuple(apart.pop(row, None) or SequenceOutput.of(token) for row, token in rest)
+        return tokens[: len(decodes)], outputs, apart
+
+    def follow(self, slots: IntArray, tokens: IntArray) -> dict[int, SequenceOutput]:
+        """Let grammars consume the tokens that the slots have got; what else came of it, by row."""
         apart: dict[int, SequenceOutput] = {}
-        for slot, row, _ in self.grammars.decodes(decodes):
+        for slot, row, _ in self.grammars.bound(slots) if self.grammars else ():
             if tokens[row] == NO_TOKEN:
                 continue
             step = self._take(slot, (int(tokens[row]),))

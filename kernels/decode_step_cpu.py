@@ -1,7 +1,7 @@
-"""A step of decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
+"""A step that decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
 
-Letters as in `kernels.decoder_cpu`; N slots, D of which bring a token, L layers, B entries of a page, M columns of a
-slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
+Letters as in `kernels.decoder_cpu`; N slots, D of which bring tokens, T in all, L layers, B entries of a page, M
+columns of a slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
 """
 
 from collections.abc import Callable
@@ -56,6 +56,20 @@ class SlotTables:
     """[N] int64: the token that each drew last; written."""
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """What a step computes."""
+
+    slots: npt.NDArray[np.int32]
+    """[D], distinct."""
+    starts: npt.NDArray[np.int32]
+    """[D]: logical positions of their first tokens."""
+    token_ids: npt.NDArray[np.int32]
+    """[T]: of one after the other, -1: the slot's newest."""
+    counts: npt.NDArray[np.int32]
+    """[D]: tokens of each, at least 1."""
+
+
 class Decoded(NamedTuple):
     """What a step of D rows gave."""
 
@@ -86,9 +100,11 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
         self._numbers = np.empty((5, len(heads)), np.int32)
+        self._ids = np.empty(len(heads), np.int32)
         self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
         columns = (row.ctypes.data for row in self._numbers)
-        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens, self._rows.masked = columns
+        self._rows.slots, self._rows.starts, self._rows.ends, self._rows.tokens, self._rows.masked = columns
+        self._rows.ids = self._ids.ctypes.data
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
 
@@ -97,19 +113,18 @@ class DecodeStepCPU:
         self._rows.cos, self._rows.sin = cos.data_ptr(), sin.data_ptr()
         self._rows.positions, self._rows.half = cos.shape
 
-    def __call__(
-        self,
-        slots: npt.NDArray[np.int32],
-        starts: npt.NDArray[np.int32],
-        token_ids: npt.NDArray[np.int32],
-        masks: RowMasks | None = None,
-    ) -> Decoded:
-        """Compute token_ids [D] (-1: the slot's newest) at the logical positions starts [D] of the distinct slots [D].
+    def __call__(self, step: DecodeRows, masks: RowMasks | None = None) -> Decoded:
+        """Compute the tokens, and draw what follows.
 
-        masks: what some of the rows may draw. Raises `IndexError` where an id is no token.
+        masks: what some of the D may draw. Raises `IndexError` where an id is no token.
         """
-        count, rows, numbers = len(slots), self._rows, self._numbers
-        numbers[0, :count], numbers[1, :count], numbers[2, :count] = slots, starts, token_ids
+        count, total, rows, numbers = len(step.slots), len(step.token_ids), self._rows, self._numbers
+        numbers[0, :count], numbers[1, :count] = step.slots, step.starts
+        step.counts.cumsum(out=numbers[2, :count])
+        if total > len(self._ids):
+            self._ids = np.empty(2 * total, np.int32)
+            rows.ids = self._ids.ctypes.data
+        self._ids[:total] = step.token_ids
         if len(self._logits) < count:
             self._logits = torch.empty(count, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..core.messages import Decoded, Event, Finished, FinishReason, Logprob, Recorded, StepEvent, Tokens
-from ..core.plan import NO_TOKEN, NON_FINITE, SequenceOutput, SequencePlan, StepOutput, TokenLogprob
+from ..core.plan import SequenceOutput, SequencePlan, StepOutput, TokenLogprob
 from .batch import BatchDraft
 from .config import SchedulerConfig
 from .sequence import SequenceState
@@ -23,11 +23,6 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
         table.room -= 1
     ids = [sequence.request.id for sequence in sequences]
     return Decoded(ids, [sequence.index for sequence in sequences], token_ids)
-
-
-def sole(token: int) -> SequenceOutput:
-    """What a row of the decode batch got that sampled the token."""
-    return SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
 
 
 def append(sequence: SequenceState, result: SequenceOutput) -> tuple[int, FinishReason | None]:

@@ -30,7 +30,7 @@ from .entrance import Entrance
 from .growth import Growth
 from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
-from .outcome import accept_tokens, append, check_result, news, recorded_rows, sole
+from .outcome import accept_tokens, append, check_result, news, recorded_rows
 from .oversight import Oversight
 from .pace import Pace
 from .policy import POLICIES, position
@@ -319,7 +319,7 @@ class Scheduler:
         # Also of those that are over: they are published once they are settled.
         filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
         token_ids: list[int] = output.decoded.tolist()
-        ending = [(members[row], output.apart.get(row) or sole(token_ids[row])) for row in over]
+        ending = [(members[row], output.apart.get(row) or SequenceOutput.of(token_ids[row])) for row in over]
         for row in reversed(over):
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
