@@ -92,7 +92,8 @@ class Engine:
         # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
             drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
-            self._graphs = DecodeGraphs(runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts)
+            graphs = runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts
+            self._graphs = DecodeGraphs(*graphs, self.sampler.grammars.binds)
         self._decode_step = decode_step(runner, self.cache, self.sampler.table)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
@@ -332,7 +333,9 @@ class Engine:
         if step is None:
             return None
         self.cache.advance(step.slots, step.new_entries, step.host_slots, step.host_lengths)
-        return step.logits, logit_layout(plan)
+        layout = logit_layout(plan)
+        every = len(layout.rows) == len(step.logits)
+        return step.logits if every else step.logits[upload(layout.rows, self._place.device)], layout
 
     def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
         """Write the blocks' pages to a file, see `engine.snapshot`; raises `OSError` or `ModelLoadError`."""

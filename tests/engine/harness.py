@@ -178,6 +178,9 @@ def in_columns(engine: Engine, known: bool) -> None:
         ]
         decodes = Decodes(*np.array(columns, np.int32).T)
         output = step(replace(plan, sequences=(), decodes=decodes))
-        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
+        told = tuple(
+            output.apart.get(row) or SequenceOutput.of(token) for row, token in enumerate(output.decoded.tolist())
+        )
+        return replace(output, sequences=told)
 
     engine.step = convert  # type: ignore[method-assign]
