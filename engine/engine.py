@@ -195,7 +195,7 @@ class Engine:
         if plan.changes_hands:
             self._change_hands(plan)
         unwatched = not (self._pruner.looks_on or self._selection.picks)
-        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler.table)):
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
             return self._decode_at_once(plan, self._decode_step, rows)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
@@ -285,7 +285,7 @@ class Engine:
         started = self._timer.now()
         watchers = self._pruner.observer(plan), self._selection.selector(plan)
         unwatched = watchers == (None, None)  # what a graph or one call computes nobody looks into
-        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler.table)):
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
             return replace(self._decode_at_once(plan, self._decode_step, rows), draft_seconds=proposed.seconds)
         replayed = self._decode(plan) if unwatched else None
         logits, layout = replayed or self._forward(plan, *watchers)

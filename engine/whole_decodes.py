@@ -9,6 +9,7 @@ from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU, SlotTables
 from ..models.native import NativeRunner
 from ..models.runner import ModelRunner
 from .cache import KVCache
+from .sampler import Sampler
 from .slots import SlotTable
 
 
@@ -32,14 +33,14 @@ def decode_step(runner: ModelRunner, cache: KVCache, table: SlotTable) -> Decode
     return runner.decode_step(tables, cache.layout.max_model_len)
 
 
-def decode_rows(plan: BatchPlan, table: SlotTable) -> DecodeRows | None:
-    """What a step computes in which everyone brings a few tokens, draws the next, and wants nothing else; None if it
-    does more."""
+def decode_rows(plan: BatchPlan, sampler: Sampler) -> DecodeRows | None:
+    """What a step computes in which everyone brings its newest token, and what a grammar has forced after it, draws the
+    next, and wants nothing else; None if it does more."""
     decodes, others = plan.decodes, plan.sequences
     ones = np.ones(len(decodes), np.int32)
     if not others:
         return DecodeRows(decodes.slots, decodes.starts, decodes.token_ids, ones) if len(decodes) else None
-    if not all(_is_plain(part, table) for part in others):
+    if not all(_is_plain(part, sampler) for part in others):
         return None
     slots, starts = ([getattr(part, name) for part in others] for name in ("slot", "start"))
     counts, ids = [len(part.token_ids) for part in others], chain.from_iterable(part.token_ids for part in others)
@@ -47,6 +48,8 @@ def decode_rows(plan: BatchPlan, table: SlotTable) -> DecodeRows | None:
     return DecodeRows(*(np.append(first, rest).astype(np.int32) for first, rest in columns))
 
 
-def _is_plain(part: SequencePlan, table: SlotTable) -> bool:
-    alone = part.sample and not (part.drafts or part.score_ids or part.scratch)
-    return alone and len(part.token_ids) <= 1 + MAX_FORCED_TOKENS and table.states[part.slot].params.logprobs is None
+def _is_plain(part: SequencePlan, sampler: Sampler) -> bool:
+    if not part.sample or part.drafts or part.score_ids or part.scratch or not part.start:
+        return False
+    most = 1 + MAX_FORCED_TOKENS if sampler.grammars.binds(part.slot) else 1
+    return len(part.token_ids) <= most and sampler.table.states[part.slot].params.logprobs is None

@@ -109,6 +109,7 @@ def test_known_tokens_come_along() -> None:
         engine = make_engine()
         sizes = counting(engine)
         engine._decode_step = engine._decode_step if whole else None
+        engine.sampler.grammars.binds = lambda slot: True  # type: ignore[method-assign]
         harness = Harness(engine)
         sequences = [harness.add(s, [7 + s], params, s) for s, params in zip((4, 1, 3), UNALTERED, strict=False)]
         harness.step([(sequence, 1) for sequence in sequences])
@@ -121,7 +122,7 @@ def test_known_tokens_come_along() -> None:
         told.append(
             ([s.tokens for s in sequences], [engine.cache.pool[table] for table in pages], engine.cache.computed)
         )
-        assert sizes == ([3] * 4 if whole else [])
+        assert sizes == ([3] * 3 if whole else [])
     assert told[0][0] == told[1][0] and np.array_equal(told[0][2], told[1][2])
     assert all(torch.equal(*pair) for pair in zip(told[0][1], told[1][1], strict=True))
 
