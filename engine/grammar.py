@@ -208,7 +208,8 @@ class Grammars:
         if count * self.tokenizer.vocab_size < _MUCH:
             first, size = words.ctypes.data, words.strides[0]
             for matcher, row, drafts in walks:
-                matcher.unsafe_compute_mask_ptr_with_draft_token(first + row * size, size, drafts)
+                # The library's stubs lack it.
+                matcher.unsafe_compute_mask_ptr_with_draft_token(first + row * size, size, drafts)  # type: ignore[attr-defined]
         else:
             self._executor = self._executor or LLExecutor()
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, list(walks), words)

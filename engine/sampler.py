@@ -119,7 +119,7 @@ class Sampler:
         slots = np.append(decodes.slots, [part.slot for part in others]).astype(np.int32) if others else decodes.slots
         apart = self.follow(slots, tokens)
         rest = enumerate(tokens[len(decodes) :].tolist(), len(decodes))
-        outputs = tuple(apart.pop(row, None) or SequenceOutput.of(token) for row, token in rest)
+        outputs = tuple(apart.pop(row) if row in apart else SequenceOutput.of(token) for row, token in rest)
         return tokens[: len(decodes)], outputs, apart
 
     def follow(self, slots: IntArray, tokens: IntArray) -> dict[int, SequenceOutput]:

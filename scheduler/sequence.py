@@ -150,8 +150,9 @@ class SequenceState:
 
     @property
     def decodes(self) -> bool:
-        """Whether it waits for its next token, and not for a prompt; beside the last one there may be forced tokens."""
-        return self.num_pending <= (1 + MAX_FORCED_TOKENS if self.num_generated else 1)
+        """Whether it waits for its next token, and not for a prompt; a grammar may have forced some before that."""
+        may_be_forced = self.request.grammar is not None and self.num_generated > 0
+        return self.num_pending <= (1 + MAX_FORCED_TOKENS if may_be_forced else 1)
 
     @property
     def decodes_plainly(self) -> bool:
