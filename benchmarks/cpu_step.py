@@ -155,7 +155,7 @@ def timed_step(engine: Engine, scheduler: Scheduler) -> Times:
         spent["step"] = time.perf_counter() - began
     spent["scheduling"] = spent["step"] - (left - planned)
     spent["sampling"] = output.sample_seconds
-    if plan.only_decodes:
+    if not plan.sequences:
         spent["network"] -= output.sample_seconds
     else:
         spent["inputs"] += spent["forward"] - spent["network"]

@@ -47,7 +47,7 @@ class SlotAssignment:
     record: bool = False
     """Whether the most likely tokens of each row that it samples from are wanted, see `core.top_rows`."""
     grammar: Grammar | None = None
-    """What its output is bound to. It is always one of `BatchPlan.sequences`, never a row of the `Decodes`."""
+    """What its output is bound to. Its tokens must be known before it decodes on."""
     namespace: tuple[object, ...] = ()
     """What anybody computed of its tokens serves sequences of an equal namespace alone: it makes those faster, which
     tells what was asked before."""
@@ -262,11 +262,6 @@ class BatchPlan:
         return bool(lists or copies or len(self.shares.pages) or len(self.grants.pages))
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether the batch is `decodes` and nothing else."""
-        return not self.sequences and len(self.decodes) > 0
-
-    @property
     def num_tokens(self) -> int:
         """Rows of the forward pass, without those of drafts."""
         return len(self.decodes) + sum(len(s.token_ids) for s in self.sequences)
@@ -305,10 +300,19 @@ class SequenceOutput:
     unaffected."""
     recorded: tuple[bytes, ...] = ()
     """One row of `core.top_rows` per accepted token, if asked for."""
+    forced: tuple[int, ...] = ()
+    """Tokens that follow those, up to `MAX_FORCED_TOKENS`: its grammar allows no others. They are not computed yet."""
     ended: bool = False
-    """Whether its grammar allows nothing after the tokens."""
+    """Whether its grammar allows nothing after all these."""
+
+    @staticmethod
+    def of(token: int) -> "SequenceOutput":
+        """What a row got that gave `StepOutput.decoded` the token."""
+        return SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
 
 
+MAX_FORCED_TOKENS = 32
+"""Of a sequence in one step."""
 NON_FINITE = "the model produced non-finite values"
 """Why a sequence cannot go on: its logits have no meaning."""
 NO_TOKEN = -1
@@ -349,6 +353,8 @@ class StepOutput:
     """Time in computing what grammars allow, a part of the others, since the last step was finished."""
     recorded: Mapping[int, bytes] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
+    apart: Mapping[int, SequenceOutput] = field(default_factory=dict)
+    """Of the rows of `BatchPlan.decodes` whose grammars end, fail, or force more tokens: what they got."""
     foreseen: IntArray | None = None
     """[D + S], if asked for: of the rows of `BatchPlan.decodes` and of its sequences, how many tokens the drafter would
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,6 @@ from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec
 from ..core.plan import (
     BatchPlan,
-    IntArray,
     SequenceOutput,
     SequencePlan,
     StepOutput,
@@ -25,7 +25,7 @@ from ..core.plan import (
 )
 from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
-from ..kernels.decode_step_cpu import DecodeStepCPU
+from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU
 from ..models.checkpoint import open_checkpoint
 from ..models.context import PageSelector
 from ..models.loading import load_runner
@@ -52,7 +52,7 @@ from .step_costs import AnyTokens, CostProbe
 from .timer import StepTimer
 from .trees import staying_rows
 from .warm_up import first_chunk
-from .whole_decodes import decode_step
+from .whole_decodes import decode_rows, decode_step
 
 
 class Engine:
@@ -92,7 +92,8 @@ class Engine:
         # The library's modelling code may read the device in a step, and xformers builds its masks on the host.
         if config.cuda_graphs and kind == "native" and place.device.type == "cuda" and place.backend == "triton":
             drafts = 0 if config.draft == "none" else config.draft_tokens or MAX_DRAFT_TOKENS
-            self._graphs = DecodeGraphs(runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts)
+            graphs = runner, self.cache, config.max_num_seqs, place.backend, CudaCapture(), drafts
+            self._graphs = DecodeGraphs(*graphs, self.sampler.grammars.binds)
         self._decode_step = decode_step(runner, self.cache, self.sampler.table)
         self._speculation: Speculation | None = None
         self._max_rows = config.max_batch_tokens
@@ -194,8 +195,8 @@ class Engine:
         if plan.changes_hands:
             self._change_hands(plan)
         unwatched = not (self._pruner.looks_on or self._selection.picks)
-        if self._decode_step is not None and plan.only_decodes and unwatched:
-            return self._decode_at_once(plan, self._decode_step)
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
+            return self._decode_at_once(plan, self._decode_step, rows)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
     @torch.inference_mode()
@@ -222,31 +223,30 @@ class Engine:
     def finish(self, launched: LaunchedStep) -> StepOutput:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
-        decoded = np.empty(0, np.int32) if launched.decoded is None else launched.decoded
+        decoded, apart = np.empty(0, np.int32), dict[int, SequenceOutput]()
         outputs = tuple(SequenceOutput() for _ in plan.sequences)
         recorded: dict[int, bytes] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
-            outputs = self._settle(launched, decoded, outputs)
-        elif len(decoded) and self._speculation is not None:
-            self._speculation.note(plan, decoded, outputs)
+            apart = self.sampler.follow(plan.decodes.slots, decoded)
+        elif launched.decoded is not None:
+            decoded, outputs, apart = self.sampler.told(plan, launched.decoded)
+        if self._speculation is not None and plan.num_tokens:
+            self._speculation.note(plan, decoded, outputs, apart)
+            outputs = self._settle(launched, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         spent = (launched.draft_seconds, self.sampler.grammars.spent())
         drafting = (launched.caught_up, () if self._speculation is None else self._speculation.recall(plan))
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, *foresight, *drafting)
+        taken = (recorded, apart, *foresight, *drafting)
+        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, *taken)
 
-    def _settle(
-        self, launched: LaunchedStep, decoded: IntArray, outputs: tuple[SequenceOutput, ...]
-    ) -> tuple[SequenceOutput, ...]:
-        """Keep of the sequences with draft tokens what was right, and note what is known now."""
+    def _settle(self, launched: LaunchedStep, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
+        """Keep of the sequences with draft tokens what was right."""
         plan = launched.plan
-        if self._speculation is None:
-            return outputs
-        self._speculation.note(plan, decoded, outputs)
         verified = [(part, output) for part, output in zip(plan.sequences, outputs, strict=True) if part.drafts]
         if not verified:
             return outputs
@@ -286,28 +286,30 @@ class Engine:
         plan = proposed.plan
         started = self._timer.now()
         watchers = self._pruner.observer(plan), self._selection.selector(plan)
-        # What a graph or one call computes nobody looks into.
-        if self._decode_step is not None and plan.only_decodes and watchers == (None, None):
-            return self._decode_at_once(plan, self._decode_step)
-        replayed = self._decode(plan) if watchers == (None, None) else None
+        unwatched = watchers == (None, None)  # what a graph or one call computes nobody looks into
+        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
+            return replace(self._decode_at_once(plan, self._decode_step, rows), draft_seconds=proposed.seconds)
+        replayed = self._decode(plan) if unwatched else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
         drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds, proposed.caught_up)
 
-    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU) -> LaunchedStep:
+    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU, rows: DecodeRows) -> LaunchedStep:
         """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.
 
         That takes no operation of torch's, so it does without the mode that those want: entering it would show.
         """
-        decodes, started = plan.decodes, time.perf_counter()
-        step = compute(decodes.slots, decodes.starts, decodes.token_ids)
+        grammars = self.sampler.grammars
+        masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts) if grammars else None
+        started = time.perf_counter()
+        step = compute(rows, masks)
         computed = started + step.forward_seconds
         if step.tokens is not None:
             return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
         with torch.inference_mode():
-            layout, logits = logit_layout(plan), compute.logits(len(decodes))
+            layout, logits = logit_layout(plan), compute.logits(len(rows.slots))
             drawn = self.sampler.draw(plan, layout, logits)
         return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()))
 
@@ -333,7 +335,9 @@ class Engine:
         if step is None:
             return None
         self.cache.advance(step.slots, step.new_entries, step.host_slots, step.host_lengths)
-        return step.logits, logit_layout(plan)
+        layout = logit_layout(plan)
+        every = len(layout.rows) == len(step.logits)
+        return step.logits if every else step.logits[upload(layout.rows, self._place.device)], layout
 
     def save_prefixes(self, path: Path, blocks: Sequence[StoredBlock]) -> None:
         """Write the blocks' pages to a file, see `engine.snapshot`; raises `OSError` or `ModelLoadError`."""

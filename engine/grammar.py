@@ -9,38 +9,33 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import fill_next_token_bitmask_par_with_draft_tokens
 
 from ..core.errors import InvalidRequestError
 from ..core.model_spec import ModelSpec
-from ..core.plan import IntArray, SlotAssignment
+from ..core.plan import MAX_FORCED_TOKENS, IntArray, SlotAssignment
 from ..core.request import Grammar
+from ..kernels.sampling import RowMasks
 
 Bits = npt.NDArray[np.uint8]
 
 _Walk = tuple[LLMatcher, int, list[int]]
 """A matcher, its first row, and the draft tokens that its other rows follow."""
+_Part = tuple[int, int, Sequence[int]]
+"""Of a sequence: slot, first row, draft tokens."""
+_MUCH = 2**19
+"""Bits of masks that are worth waking other threads, which takes 0.1 ms."""
 _MOST_COMPILED = 64
 """Grammars kept; each with what was ever found out of it, some megabytes for the worst."""
 _LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, verbose_errors=False)
 """A step of the worst grammar takes 35 ms then, and fails; no usual one comes near."""
-
-
-@dataclass(frozen=True, slots=True)
-class RowMasks:
-    """What grammars allow in M rows of logits."""
-
-    rows: npt.NDArray[np.int64]
-    """[M], ascending."""
-    bits: Bits
-    """[M, at least V / 8]: bit t % 8 of byte t / 8 says whether token t is allowed; none is for tokens from V on."""
 
 
 @dataclass(slots=True)
@@ -56,6 +51,8 @@ class _Bound:
     min_end: int
     late: tuple[int, ...]
     """The same from there on."""
+    runs_on: bool
+    """Whether it may get tokens that are not drawn: what the model says of them nobody asks."""
     error: str = ""
     """Why it cannot go on."""
 
@@ -65,8 +62,10 @@ class Step:
     """What a sequence got of the tokens that were accepted."""
 
     token_ids: tuple[int, ...]
+    forced: tuple[int, ...] = ()
+    """Tokens that follow them: nothing else is allowed."""
     ended: bool = False
-    """Whether the grammar allows nothing after them."""
+    """Whether the grammar allows nothing after all these."""
     error: str = ""
 
 
@@ -156,6 +155,8 @@ class Grammars:
             early=tuple({*assignment.stop_ids, *ends}),
             min_end=len(assignment.prompt_ids) + assignment.params.min_tokens,
             late=ends if assignment.params.ignore_eos else (),
+            # A prune goes by the length at which it is looked at, so that must not leap.
+            runs_on=assignment.params.logprobs is None and not assignment.record and assignment.prune is None,
         )
         self._bound[assignment.slot] = bound
         try:
@@ -166,8 +167,12 @@ class Grammars:
         if not bound.matcher.consume_tokens(list(assignment.output_ids)):
             bound.error = _failure(bound.matcher)
 
-    def masks(self, parts: Sequence[tuple[int, int, Sequence[int]]], positions: IntArray) -> RowMasks | None:
-        """For sequences' rows: (slot, first row, draft tokens) of each; None if none of them is bound.
+    def bound(self, slots: IntArray) -> Iterator[_Part]:
+        """Of a row for each of the slots, those whose sequences are bound."""
+        return ((slot, row, ()) for row, slot in enumerate(slots.tolist()) if slot in self._bound)
+
+    def masks(self, parts: Iterable[_Part], positions: IntArray) -> RowMasks | None:
+        """For sequences' rows; None if none of them is bound.
 
         A row follows the draft tokens before it. One after a token that is not allowed, or ends the output, allows all.
         positions [N]: of the tokens that the rows give.
@@ -189,19 +194,25 @@ class Grammars:
             assert bound.matcher is not None
             if bound.matcher.is_error():
                 bound.error = bound.error or _failure(bound.matcher)
-            self._hold_back(bits[row], bound, int(positions[rows[row]]))
+                bits[row] = 255
+            elif ends := bound.early if positions[rows[row]] < bound.min_end else bound.late:
+                _hold_back(bits[row], ends)
+        bits[~bits.any(1)] = 255  # the model has no such token: whatever is drawn then, `take` will say so
         return RowMasks(np.array(rows, np.int64), bits)
 
     def fill(self, walks: Sequence[_Walk], count: int) -> Bits:
         """Masks of `count` rows, as `RowMasks` has them; rows of no walk allow all."""
         assert self.tokenizer is not None
         started = time.perf_counter()
-        self._executor = self._executor or LLExecutor()
         words = np.full((count, -(-self.tokenizer.vocab_size // 32)), -1, np.int32)
-        if single := [(matcher, row) for matcher, row, drafts in walks if not drafts]:
-            fill_next_token_bitmask_par(self._executor, single, words)
-        if others := [walk for walk in walks if walk[2]]:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, others, words)
+        if count * self.tokenizer.vocab_size < _MUCH:
+            first, size = words.ctypes.data, words.strides[0]
+            for matcher, row, drafts in walks:
+                # The library's stubs lack it.
+                matcher.unsafe_compute_mask_ptr_with_draft_token(first + row * size, size, drafts)  # type: ignore[attr-defined]
+        else:
+            self._executor = self._executor or LLExecutor()
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, list(walks), words)
         bits = words.view(np.uint8)
         whole, rest = divmod(self.vocab_size, 8)
         bits[:, whole + (rest > 0) :] = 0
@@ -209,21 +220,6 @@ class Grammars:
             bits[:, whole] &= (1 << rest) - 1
         self._seconds += time.perf_counter() - started
         return bits
-
-    def _hold_back(self, bits: Bits, bound: _Bound, position: int) -> None:
-        """Forbid end tokens that are not to come yet, if then anything is left to come [V / 8]."""
-        if bound.error:
-            bits[:] = 255
-            return
-        ends = bound.early if position < bound.min_end else bound.late
-        if ends:
-            kept = bits.copy()
-            for token in ends:
-                bits[token >> 3] &= ~(1 << (token & 7)) & 255
-            if not bits.any():
-                bits[:] = kept
-        if not bits.any():  # the model has no such token: whatever is drawn then, `take` will say so
-            bits[:] = 255
 
     def allowed(self, slot: int, token_ids: Sequence[int]) -> int:
         """How many of the tokens that are to follow its output the grammar of a slot that has one allows."""
@@ -244,7 +240,18 @@ class Grammars:
                 return Step((), error=bound.error)
             if bound.matcher.is_stopped():
                 return Step(tuple(token_ids[:count]), ended=True)
-        return Step(tuple(token_ids))
+        return Step(tuple(token_ids), *self._forced(bound, bound.matcher) if bound.runs_on else ())
+
+    def _forced(self, bound: _Bound, matcher: LLMatcher) -> tuple[tuple[int, ...], bool]:
+        """Tokens without an alternative that come next, which the matcher consumes; whether nothing may follow them."""
+        forced = list[int]()
+        for token in matcher.compute_ff_tokens()[:MAX_FORCED_TOKENS]:
+            if token >= self.vocab_size or token in bound.ends or not matcher.consume_token(token):
+                break
+            forced.append(token)
+            if matcher.is_stopped():
+                return tuple(forced), True
+        return tuple(forced), False
 
     def walk(self, slots: IntArray) -> "DraftWalk":
         """From where the sequences of slots [S] are."""
@@ -288,6 +295,15 @@ class DraftWalk:
             matcher = self._matchers.get(place)
             if matcher is not None and (not matcher.consume_token(token) or matcher.is_stopped()):
                 del self._matchers[place]
+
+
+def _hold_back(bits: Bits, ends: Sequence[int]) -> None:
+    """Forbid these tokens in a row [V / 8], if then anything is left to come."""
+    kept = bits.copy()
+    for token in ends:
+        bits[token >> 3] &= ~(1 << (token & 7)) & 255
+    if not bits.any():
+        bits[:] = kept
 
 
 def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher | str:

@@ -1,9 +1,9 @@
 """Decode steps as CUDA graphs: a step's hundreds of launches cost the host one.
 
-A step is taken in which every sequence brings its newest token, and after it as many draft tokens to be verified as it
-likes. Its rows stand one behind another, padded to the next of at most 16 sizes; a graph is captured for a size when a
-step first needs it: one for steps without drafts, one for those with, and one for steps with trees of draft tokens, in
-which attention reads masks. Padding is harmless by construction: its rows are tokens of a slot of their own
+A step is taken in which every sequence brings its newest tokens, mostly one, and after them as many draft tokens to be
+verified as it likes. Its rows stand one behind another, padded to the next of at most 16 sizes; a graph is captured for
+a size when a step first needs it: one for steps of one row each, one for others, and one for steps with trees of draft
+tokens, in which attention reads masks. Padding is harmless by construction: its rows are tokens of a slot of their own
 (`KVCache.padded_table`), each a sequence by itself, which has no entries, writes into a page that is nobody's, and
 sees only what it wrote there. Inside a graph nothing depends on a length: which rows are whose is read on the device,
 kernels read the tables of all slots in place and the kept lengths on the device, and heads are split into as many parts
@@ -22,7 +22,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..core.plan import BatchPlan, IntArray
+from ..core.ids import SlotId
+from ..core.plan import MAX_FORCED_TOKENS, BatchPlan, IntArray, SequencePlan
 from ..kernels.backend import Backend
 from ..kernels.cache import row_destinations
 from ..models.context import AttentionContext
@@ -98,7 +99,7 @@ class _Rows:
         slots = np.concatenate([plan.decodes.slots, np.array([part.slot for part in others], np.int32)])
         counts, kept = np.ones(len(slots), np.int64), np.ones(len(slots), np.int32)
         counts[decodes:] = [len(part.token_ids) for part in others]
-        kept[decodes:] = [part.drafts == 0 for part in others]
+        kept[decodes:] = [0 if part.drafts else len(part.token_ids) for part in others]
         return _Rows(slots, counts, kept)
 
 
@@ -128,8 +129,10 @@ class DecodeGraphs:
         backend: Backend,
         capture: Capture,
         most_drafts: int = 0,
+        binds: Callable[[SlotId], bool] = lambda slot: False,
     ) -> None:
-        """most_drafts: draft tokens that a sequence may bring along."""
+        """most_drafts: draft tokens that a sequence may bring along; binds: whether a slot's has a grammar."""
+        self._binds = binds
         self._runner = runner
         self._cache = cache
         self._sizes = graph_sizes(max_num_seqs * (1 + most_drafts))
@@ -146,10 +149,15 @@ class DecodeGraphs:
     def takes(self, plan: BatchPlan) -> bool:
         """Whether a graph can compute the plan, whose drafts are proposed: the last `drafts` of the `token_ids`."""
         sampled = all(
-            part.sample and not part.score_ids and not part.scratch and len(part.token_ids) == part.drafts + 1
+            part.sample and not part.score_ids and not part.scratch and self._are_newest(part)
             for part in plan.sequences
         )
         return sampled and 0 < plan.num_tokens <= max(self._sizes, default=0)
+
+    def _are_newest(self, part: SequencePlan) -> bool:
+        """Whether the tokens, drafts apart, are one, or one and what may be forced; a prompt is no such step's."""
+        forced = len(part.token_ids) - part.drafts - 1
+        return forced == 0 or (0 < forced <= MAX_FORCED_TOKENS and self._binds(part.slot))
 
     def run(self, plan: BatchPlan, max_lengths: np.ndarray, newest: Tensor) -> DecodeStep | None:
         """Replay the step (capturing first, if its shape is new); None, with one warning, where capturing fails.
@@ -173,7 +181,7 @@ class DecodeGraphs:
         fill_unknown(graph.inputs[_IDS, known], graph.inputs[_SLOTS, known], decodes, newest)
         graph.replay()
         # Which draft tokens were right, and so what is kept, is known only later.
-        alike = (rows.kept == rows.kept[0]).all()
+        alike = rows.kept[0] < len(self._new_entries) and (rows.kept == rows.kept[0]).all()
         new = self._new_entries[int(rows.kept[0]), :sequences] if alike else upload(rows.kept, self._cache.device)
         slots = graph.inputs[_OWNERS, :sequences]
         return DecodeStep(self._logits[:total], slots, new, rows.slots, tuple(rows.kept.tolist()))

@@ -28,4 +28,4 @@ class LaunchedStep:
     draft_seconds: float = 0.0
     caught_up: CaughtUp = field(default_factory=CaughtUp)
     decoded: IntArray | None = None
-    """Tokens of the plan's decodes, where they are there already; then `drawn` is None."""
+    """Tokens of the plan's decodes and sequences, where they are there already; then `drawn` is None."""

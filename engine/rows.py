@@ -6,7 +6,8 @@ import numpy as np
 from torch import Tensor, device
 
 from ..core.plan import NO_TOKEN, BatchPlan, IntArray
-from .grammar import Grammars, RowMasks
+from ..kernels.sampling import RowMasks
+from .grammar import Grammars
 from .inputs import LogitLayout
 from .slots import SlotTable
 from .staging import upload
@@ -80,7 +81,7 @@ def sampled_rows(
 def bound_rows(rows: Rows, plan: BatchPlan, layout: LogitLayout, grammars: Grammars) -> Rows:
     """The rows with the masks of those whose sequences are bound."""
     parts = [(plan.sequences[index].slot, row, drafts) for index, row, drafts in _first_rows(plan, layout)]
-    return replace(rows, masks=grammars.masks(parts, rows.positions))
+    return replace(rows, masks=grammars.masks([*grammars.bound(plan.decodes.slots), *parts], rows.positions))
 
 
 def _first_rows(plan: BatchPlan, layout: LogitLayout) -> list[tuple[int, int, tuple[int, ...]]]:

@@ -4,7 +4,7 @@ Randomness is a function of (the sequence's seed, the new token's absolute posit
 same request gives the same tokens alone, in any batch, chunked or preempted.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
 from ..kernels.rejection import draw_drafts, judge_drafts
-from .grammar import Grammars
+from .grammar import Grammars, Step
 from .inputs import LogitLayout
 from .logprobs import told_logprobs
 from .recording import Drawn, record
@@ -48,7 +48,7 @@ class Sampler:
         distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
-        if self.grammars and layout.samplers:
+        if self.grammars:
             rows = bound_rows(rows, plan, layout, self.grammars)
         if self.backend == "cpu" and self._are_likeliest(rows, layout):
             survey = sampling.survey_rows(logits)
@@ -103,31 +103,60 @@ class Sampler:
         decoded = np.where(finite[:count], drawn[:count], NO_TOKEN).astype(np.int32)
         accepted = _accepted(plan, layout, drawn[count:].tolist())
         failed = dict.fromkeys(_failed_sequences(plan, layout, finite.tolist()), NON_FINITE)
-        ended = self._follow_grammars(plan, layout, accepted, failed) if self.grammars else frozenset[int]()
-        outputs = self._outputs(plan, layout, logits, accepted, failed, ended)
+        steps = self._follow_grammars(plan, layout, accepted, failed) if self.grammars else {}
+        outputs = self._outputs(plan, layout, logits, accepted, failed, steps)
         if any(layout.drafted):
             self._remember_accepted(plan, outputs)
         if recorded:
             outputs = _with_rows(outputs, layout, count, recorded)
         return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
 
+    def told(
+        self, plan: BatchPlan, tokens: IntArray
+    ) -> tuple[IntArray, tuple[SequenceOutput, ...], dict[int, SequenceOutput]]:
+        """`StepOutput.decoded`, outputs and `StepOutput.apart` of a plan whose decodes and sequences drew `tokens`."""
+        decodes, others = plan.decodes, plan.sequences
+        slots = np.append(decodes.slots, [part.slot for part in others]).astype(np.int32) if others else decodes.slots
+        apart = self.follow(slots, tokens)
+        rest = enumerate(tokens[len(decodes) :].tolist(), len(decodes))
+        outputs = tuple(apart.pop(row) if row in apart else SequenceOutput.of(token) for row, token in rest)
+        return tokens[: len(decodes)], outputs, apart
+
+    def follow(self, slots: IntArray, tokens: IntArray) -> dict[int, SequenceOutput]:
+        """Let grammars consume the tokens that the slots have got; what else came of it, by row."""
+        apart: dict[int, SequenceOutput] = {}
+        for slot, row, _ in self.grammars.bound(slots) if self.grammars else ():
+            if tokens[row] == NO_TOKEN:
+                continue
+            step = self._take(slot, (int(tokens[row]),))
+            if step.error:
+                apart[row] = SequenceOutput(error=step.error)
+            elif step.ended or step.forced:
+                apart[row] = SequenceOutput(step.token_ids, forced=step.forced, ended=step.ended)
+        return apart
+
+    def _take(self, slot: int, token_ids: Sequence[int]) -> Step:
+        """Let a slot's grammar consume tokens that its sequence has got, and count those that it forces."""
+        step = self.grammars.take(slot, token_ids)
+        if step.forced and self.table.penalised[slot]:
+            self.table.count_outputs(*self._pairs([slot] * len(step.forced), step.forced))
+        return step
+
     def _follow_grammars(
         self, plan: BatchPlan, layout: LogitLayout, accepted: list[tuple[int, ...]], failed: dict[int, str]
-    ) -> frozenset[int]:
-        """Let grammars consume the `accepted` tokens of the layout's samplers, which they may cut short; which of the
-        plan's sequences have ended by it. Who cannot go on is `failed` from then on."""
-        ended = set[int]()
+    ) -> dict[int, Step]:
+        """Let grammars consume the `accepted` tokens of the layout's samplers, which they may cut short; what came of
+        it, by sequence of the plan. Who cannot go on is `failed` from then on."""
+        steps: dict[int, Step] = {}
         for place, index in enumerate(layout.samplers):
             slot = plan.sequences[index].slot
             if index in failed or not self.grammars.binds(slot):
                 continue
-            step = self.grammars.take(slot, accepted[place])
+            steps[index] = step = self._take(slot, accepted[place])
             accepted[place] = step.token_ids
-            if step.ended:
-                ended.add(index)
-            elif step.error:
+            if step.error:
                 failed[index] = step.error
-        return frozenset(ended)
+        return steps
 
     def _outputs(
         self,
@@ -136,7 +165,7 @@ class Sampler:
         logits: Tensor,
         accepted: Sequence[tuple[int, ...]],
         failed: Mapping[int, str],
-        ended: Collection[int],
+        steps: Mapping[int, Step],
     ) -> tuple[SequenceOutput, ...]:
         """Of the plan's sequences, of which some have `failed` and why; `accepted` are the tokens of the layout's
         samplers."""
@@ -148,7 +177,9 @@ class Sampler:
                 outputs.append(SequenceOutput(error=failed[index]))
                 continue
             of_output, of_prompt = (tuple(logprobs.get((index, kind), ())) for kind in (False, True))
-            output = SequenceOutput(chosen.get(index, ()), of_output, of_prompt, ended=index in ended)
+            output = SequenceOutput(chosen.get(index, ()), of_output, of_prompt)
+            if step := steps.get(index):
+                output = replace(output, forced=step.forced, ended=step.ended)
             outputs.append(with_drafts(output, part) if part.drafts else output)
         return tuple(outputs)
 

@@ -57,16 +57,17 @@ class SlotTable:
         self.biased = np.zeros(num_slots, np.bool_)
         """[N]: whether its state has a bias, or a grammar binds it."""
         self.unaltered = np.zeros(num_slots, np.bool_)
-        """[N]: draws from the logits as they are, from `min_ends` on, and is not recorded."""
+        """[N]: draws from the logits as they are, but for what its grammar forbids, from `min_ends` on, and is not
+        recorded."""
         self.likeliest = np.zeros(num_slots, np.bool_)
-        """[N]: so, and gets the likeliest token."""
+        """[N]: so, with no grammar, and gets the likeliest token."""
         self.free = np.zeros(num_slots, np.bool_)
         """[N]: drawn at random with nobody asking for a seed, so that draft tokens may change which token is drawn, not
         how likely each is."""
         self.recorded = np.zeros(num_slots, np.bool_)
         """[N]: `SlotAssignment.record`."""
         self.min_ends = np.zeros(num_slots, np.int64)
-        """[N]: first position that an end token may have."""
+        """[N]: first position that an end token may have; 0 where a grammar says that."""
         self.strengths = torch.zeros(num_slots, 6, device=device)
         """[N, 6] float32, see the column names."""
         self.keys = torch.zeros(num_slots, 2, dtype=torch.int64, device=device)
@@ -102,15 +103,15 @@ class SlotTable:
         self.penalised[slot] = penalised
         self.free[slot] = draw_kind(params) != "greedy" and params.seed is None
         self.recorded[slot] = assignment.record
-        self.min_ends[slot] = len(assignment.prompt_ids) + params.min_tokens
+        self.min_ends[slot] = 0 if bound else len(assignment.prompt_ids) + params.min_tokens
         self.states[slot] = state = SlotState(
             params=params,
             stop_ids=() if bound else tuple(i for i in assignment.stop_ids if 0 <= i < self.vocab_size),
             bias=tuple((i, b) for i, b in params.logit_bias.items() if 0 <= i < self.vocab_size),
         )
         self.biased[slot] = bound or bool(state.bias)
-        self.unaltered[slot] = not penalised and not self.biased[slot] and not assignment.record
-        self.likeliest[slot] = self.unaltered[slot] and draw_kind(params) == "greedy"
+        self.unaltered[slot] = not (penalised or state.bias or assignment.record)
+        self.likeliest[slot] = self.unaltered[slot] and not bound and draw_kind(params) == "greedy"
         # The kernel that draws all rows together knows greedy ones by a temperature of 0.
         temperature = 0.0 if DRAW_KINDS[self.kinds[slot]] == "greedy" else params.temperature
         strengths = [temperature, params.top_p, params.min_p]

@@ -5,7 +5,7 @@ In the plan that it returns, and wherever a step is computed, a sequence's `toke
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 
@@ -110,12 +110,19 @@ class Speculation:
         ids = part.token_ids + drafts
         return replace(part, token_ids=ids, drafts=count, model_drafts=count if drew else 0, parents=parents)
 
-    def note(self, plan: BatchPlan, decoded: IntArray, outputs: tuple[SequenceOutput, ...]) -> None:
-        """What a step has made known."""
+    def note(
+        self,
+        plan: BatchPlan,
+        decoded: IntArray,
+        outputs: tuple[SequenceOutput, ...],
+        apart: Mapping[int, SequenceOutput],
+    ) -> None:
+        """What a step has made known, see `StepOutput`."""
         if len(decoded):
             self._decoded.append((plan.decodes.slots, decoded))
-        accepted = [(part.slot, output.token_ids) for part, output in zip(plan.sequences, outputs, strict=True)
-                    if output.token_ids]  # fmt: skip
+        accepted = [(plan.decodes.slots[row], output.forced) for row, output in apart.items() if output.forced]
+        accepted += [(part.slot, output.token_ids + output.forced)
+                     for part, output in zip(plan.sequences, outputs, strict=True) if output.token_ids]  # fmt: skip
         if accepted or len(self._decoded) >= _MOST_WAITING:
             self._enter_decoded()
         for slot, token_ids in accepted:

@@ -1,9 +1,15 @@
 """Steps of nothing but decodes on a CPU, as one call of a kernel over the engine's own tables."""
 
-from ..kernels.decode_step_cpu import DecodeStepCPU, SlotTables
+from itertools import chain
+
+import numpy as np
+
+from ..core.plan import MAX_FORCED_TOKENS, BatchPlan, SequencePlan
+from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU, SlotTables
 from ..models.native import NativeRunner
 from ..models.runner import ModelRunner
 from .cache import KVCache
+from .sampler import Sampler
 from .slots import SlotTable
 
 
@@ -25,3 +31,25 @@ def decode_step(runner: ModelRunner, cache: KVCache, table: SlotTable) -> Decode
         newest=table.newest,
     )
     return runner.decode_step(tables, cache.layout.max_model_len)
+
+
+def decode_rows(plan: BatchPlan, sampler: Sampler) -> DecodeRows | None:
+    """What a step computes in which everyone brings its newest token, and what a grammar has forced after it, draws the
+    next, and wants nothing else; None if it does more."""
+    decodes, others = plan.decodes, plan.sequences
+    ones = np.ones(len(decodes), np.int32)
+    if not others:
+        return DecodeRows(decodes.slots, decodes.starts, decodes.token_ids, ones) if len(decodes) else None
+    if not all(_is_plain(part, sampler) for part in others):
+        return None
+    slots, starts = ([getattr(part, name) for part in others] for name in ("slot", "start"))
+    counts, ids = [len(part.token_ids) for part in others], chain.from_iterable(part.token_ids for part in others)
+    columns = ((decodes.slots, slots), (decodes.starts, starts), (decodes.token_ids, [*ids]), (ones, counts))
+    return DecodeRows(*(np.append(first, rest).astype(np.int32) for first, rest in columns))
+
+
+def _is_plain(part: SequencePlan, sampler: Sampler) -> bool:
+    if not part.sample or part.drafts or part.score_ids or part.scratch or not part.start:
+        return False
+    most = 1 + MAX_FORCED_TOKENS if sampler.grammars.binds(part.slot) else 1
+    return len(part.token_ids) <= most and sampler.table.states[part.slot].params.logprobs is None

@@ -1,5 +1,5 @@
-// A step in which every sequence computes one token and samples the next, in one call: inputs from the tables of all
-// slots, forward pass, choice of tokens, and the count of new entries. The functions are those of a step put together
+// A step in which every sequence computes its newest tokens and samples the next, in one call: inputs from the tables of
+// all slots, forward pass, choice of tokens, and the count of new entries. The functions are those of a step put together
 // in Python, so the tokens are the same; Python's share of such a step would be as long as a small model's arithmetic.
 #include "cpu_distributions.h"
 #include "cpu_kernels.h"
@@ -16,7 +16,7 @@ struct SlotTables {
   int32_t* kept;              // [N, L, K]
   int64_t* computed;          // [N]
   const uint8_t* closes_up;   // [N]: whether entries are rotated to their places in the cache
-  const uint8_t* unaltered;       // [N]: whether tokens are drawn from the logits as they are, from min_ends on
+  const uint8_t* unaltered;   // [N]: whether tokens are drawn from the logits, masks apart, as they are from min_ends on
   const int64_t* min_ends;    // [N]
   const float* strengths;     // [N, strength_columns]: temperature (0: the likeliest token), top-p, min-p
   const int64_t* keys;        // [N, 2]: seed, top-k
@@ -24,13 +24,16 @@ struct SlotTables {
   long columns, strength_columns;
 };
 
-// One step of D sequences.
+// One step of D sequences, which bring T tokens.
 struct DecodeRows {
-  const int32_t *slots, *starts, *ids;  // [D]: distinct; logical positions; tokens, -1: the slot's newest
+  const int32_t *slots, *starts, *ends;  // [D]: distinct; logical positions of their first tokens; where their rows end
+  const int32_t* ids;                   // [T]: tokens, -1: the slot's newest
   const void *cos, *sin;                // [positions, half]
   int32_t* tokens;                      // [D]: what is drawn; -1 where logits are not finite
   float* logits;                        // [D, V]
-  long count, half, positions;
+  const int32_t* masked;                // [D]: each row's mask, -1: none
+  const uint8_t* masks;                 // [masks, mask_stride]: bit t % 8 of byte t / 8: may t be drawn; null: no mask
+  long count, half, positions, mask_stride;
   int threads, drawn;                   // drawn: whether tokens were; if not, the logits wait for who draws
   double forward_seconds, sample_seconds;
 };
@@ -40,6 +43,9 @@ enum Refusal { kNoToken = -1, kOutgrown = -2 };
 constexpr float kLeastTemperature = 1e-30f;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+long first_row(const DecodeRows& r, long i) { return i ? r.ends[i - 1] : 0; }
+long tokens_of(const DecodeRows& r, long i) { return r.ends[i] - first_row(r, i); }
 
 // Pieces of one buffer, one after another, each aligned.
 class Pieces {
@@ -58,7 +64,7 @@ class Pieces {
 
 // Lays out what a step needs besides, from `memory` on; returns its bytes.
 long lay_out(const Decoder& d, const DecodeRows& r, long pages, char* memory, DecoderStep& s, Args& a) {
-  const long item = d.is_bf16 ? 2 : 4, rows = r.count, heads = d.count * a.kv_heads;
+  const long item = d.is_bf16 ? 2 : 4, rows = r.ends[r.count - 1], heads = d.count * a.kv_heads;
   Pieces pieces(memory);
   s.x = pieces.take(rows * d.hidden * item);
   s.heads = pieces.take(rows * a.query_stride * item);
@@ -69,9 +75,10 @@ long lay_out(const Decoder& d, const DecodeRows& r, long pages, char* memory, De
   s.ids = (int64_t*)pieces.take(rows * 8);
   s.angle_rows = (int64_t*)pieces.take(rows * 8);
   a.positions = (int64_t*)pieces.take(rows * 8);
-  a.query_start = (int32_t*)pieces.take((rows + 1) * 4);
-  a.kept = (int32_t*)pieces.take(rows * heads * 4);
-  a.page_table = (int32_t*)pieces.take(rows * heads * pages * 4);
+  s.logit_rows = (int64_t*)pieces.take(r.count * 8);
+  a.query_start = (int32_t*)pieces.take((r.count + 1) * 4);
+  a.kept = (int32_t*)pieces.take(r.count * heads * 4);
+  a.page_table = (int32_t*)pieces.take(r.count * heads * pages * 4);
   return pieces.used(memory);
 }
 
@@ -80,19 +87,19 @@ long lacking_angles(const SlotTables& t, const DecodeRows& r, long heads) {
   long most = 0;
   for (long i = 0; i < r.count; i++) {
     const long slot = r.slots[i];
-    most = std::max<long>(most, (t.closes_up[slot] ? t.kept[slot * heads] : r.starts[i]) + 1);
+    most = std::max<long>(most, (t.closes_up[slot] ? t.kept[slot * heads] : r.starts[i]) + tokens_of(r, i));
   }
   return most > r.positions ? most : 0;
 }
 
-// Pages that hold the longest head once it has got an entry more.
+// Pages that hold the longest head once it has got its new entries.
 long longest_head(const SlotTables& t, const DecodeRows& r, long heads, long page_size) {
-  int32_t most = 0;
+  long most = 0;
   for (long i = 0; i < r.count; i++) {
     const int32_t* kept = t.kept + r.slots[i] * heads;
-    most = std::max(most, *std::max_element(kept, kept + heads));
+    most = std::max(most, *std::max_element(kept, kept + heads) + tokens_of(r, i));
   }
-  return most / page_size + 1;
+  return (most - 1) / page_size + 1;
 }
 
 // The rows' numbers, from the slots' tables.
@@ -100,15 +107,30 @@ void fill(const SlotTables& t, const DecodeRows& r, long heads, long pages, cons
   for (long i = 0; i < r.count; i++) {
     const long slot = r.slots[i];
     const int32_t *kept = t.kept + slot * heads, *table = t.page_table + slot * heads * t.columns;
-    ((int64_t*)s.ids)[i] = r.ids[i] < 0 ? t.newest[slot] : r.ids[i];
-    ((int64_t*)s.angle_rows)[i] = t.closes_up[slot] ? kept[0] : r.starts[i];
-    ((int64_t*)a.positions)[i] = r.starts[i];
-    ((int32_t*)a.query_start)[i] = i;
+    const long first = first_row(r, i), angle = t.closes_up[slot] ? kept[0] : r.starts[i];
+    for (long row = first; row < r.ends[i]; row++) {
+      ((int64_t*)s.ids)[row] = r.ids[row] < 0 ? t.newest[slot] : r.ids[row];
+      ((int64_t*)s.angle_rows)[row] = angle + row - first;
+      ((int64_t*)a.positions)[row] = r.starts[i] + row - first;
+    }
+    ((int64_t*)s.logit_rows)[i] = r.ends[i] - 1;
+    ((int32_t*)a.query_start)[i] = first;
     memcpy((int32_t*)a.kept + i * heads, kept, heads * 4);
     for (long head = 0; head < heads; head++)
       memcpy((int32_t*)a.page_table + (i * heads + head) * pages, table + head * t.columns, pages * 4);
   }
-  ((int32_t*)a.query_start)[r.count] = r.count;
+  ((int32_t*)a.query_start)[r.count] = r.ends[r.count - 1];
+}
+
+// Sets the logits [V] to -inf whose bits are not set.
+void forbid_unset(float* x, long vocab, const uint8_t* bits) {
+  for (long first = 0; first < vocab; first += 32, bits += 4) {
+    uint32_t word;
+    memcpy(&word, bits, 4);
+    if (word == 0xFFFFFFFFu) continue;
+    const long count = std::min<long>(32, vocab - first);
+    for (long i = 0; i < count; i++) x[first + i] = word >> i & 1 ? x[first + i] : -INFINITY;
+  }
 }
 
 // The token drawn from the slot's logits [V], which may be overwritten; -1 if they are not finite.
@@ -116,6 +138,10 @@ int64_t draw(const SlotTables& t, const DecodeRows& r, long i, long vocab, CutBu
   const long slot = r.slots[i];
   const float* strengths = t.strengths + slot * t.strength_columns;
   float* logits = r.logits + i * vocab;
+  if (r.masks && r.masked[i] >= 0) {
+    if (!std::isfinite(largest(logits, vocab))) return -1;  // also where that is forbidden
+    forbid_unset(logits, vocab, r.masks + r.masked[i] * r.mask_stride);
+  }
   if (strengths[0] == 0) {
     int64_t token;
     return std::isfinite(likeliest(logits, vocab, &token)) ? token : -1;
@@ -123,12 +149,12 @@ int64_t draw(const SlotTables& t, const DecodeRows& r, long i, long vocab, CutBu
   const Cuts cuts{std::max(strengths[0], kLeastTemperature), strengths[1], logf(strengths[2]), (long)t.keys[2 * slot + 1]};
   shape_row(logits, logits, vocab, cuts, buffers);
   if (logits[0] != logits[0]) return -1;
-  return draw_row(logits, vocab, NoiseKey(t.keys[2 * slot], r.starts[i] + 1));
+  return draw_row(logits, vocab, NoiseKey(t.keys[2 * slot], r.starts[i] + tokens_of(r, i)));
 }
 
 void draw_all(const SlotTables& t, DecodeRows& r, long vocab) {
   for (long i = 0; i < r.count; i++)
-    if (!t.unaltered[r.slots[i]] || r.starts[i] + 1 < t.min_ends[r.slots[i]]) return;
+    if (!t.unaltered[r.slots[i]] || r.starts[i] + tokens_of(r, i) < t.min_ends[r.slots[i]]) return;
   r.drawn = true;
 #pragma omp parallel num_threads(r.count < r.threads ? r.count : r.threads)
   {
@@ -166,14 +192,15 @@ extern "C" long quire_decode_step(const quire::Decoder* decoder, const quire::Ar
   a.query = s.heads;
   a.key = (char*)s.heads + a.heads * a.width * item;
   a.value = (char*)a.key + a.kv_heads * a.width * item;
-  a.sequences = s.rows = s.wanted = r.count;
+  a.sequences = s.wanted = r.count, s.rows = r.ends[r.count - 1];
+  if (s.rows == s.wanted) s.logit_rows = nullptr;
   a.table_head = pages, a.table_sequence = heads * pages, a.kept_sequence = heads;
   s.table_layer = a.kv_heads * pages, s.kept_layer = a.kv_heads;
   s.cos = r.cos, s.sin = r.sin, s.half = r.half, s.logits = r.logits, s.threads = r.threads;
   if (!quire_forward(decoder, &s, &a)) return kNoToken;
   for (long i = 0; i < r.count; i++) {
-    for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head]++;
-    t.computed[r.slots[i]]++;
+    for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head] += tokens_of(r, i);
+    t.computed[r.slots[i]] += tokens_of(r, i);
   }
   const double computed = now();
   r.drawn = false;

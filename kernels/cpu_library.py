@@ -95,8 +95,9 @@ class DecodeRowsArgs(ctypes.Structure):
     """`quire::DecodeRows` of cpu_decode_step.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("slots", "starts", "ids", "cos", "sin", "tokens", "logits")),
-        *((name, _LONG) for name in ("count", "half", "positions")),
+        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "cos", "sin", "tokens", "logits")),
+        *((name, _POINTER) for name in ("masked", "masks")),
+        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride")),
         *((name, _INT) for name in ("threads", "drawn")),
         *((name, ctypes.c_double) for name in ("forward_seconds", "sample_seconds")),
     )

@@ -1,7 +1,7 @@
-"""A step of decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
+"""A step that decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
 
-Letters as in `kernels.decoder_cpu`; N slots, D of which bring a token, L layers, B entries of a page, M columns of a
-slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
+Letters as in `kernels.decoder_cpu`; N slots, D of which bring tokens, T in all, L layers, B entries of a page, M
+columns of a slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .cpu_library import AttentionArgs, DecodeRowsArgs, SlotTablesArgs, loaded_library
 from .decoder_cpu import DecoderCPU
+from .sampling import RowMasks
 
 _NO_TOKEN, _OUTGROWN = -1, -2
 """What the kernel returns where an id is no token, and where a head has more entries than its pages."""
@@ -44,7 +45,7 @@ class SlotTables:
     closes_up: npt.NDArray[np.bool_]
     """[N]: whether entries are rotated to their places in the cache."""
     unaltered: npt.NDArray[np.bool_]
-    """[N]: whether tokens are drawn from the logits as they are,"""
+    """[N]: whether tokens are drawn from the logits as they are, but for masks,"""
     min_ends: npt.NDArray[np.int64]
     """[N]: from this position on."""
     strengths: Tensor
@@ -53,6 +54,20 @@ class SlotTables:
     """[N, 2] int64: seed, top-k."""
     newest: Tensor
     """[N] int64: the token that each drew last; written."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """What a step computes."""
+
+    slots: npt.NDArray[np.int32]
+    """[D], distinct."""
+    starts: npt.NDArray[np.int32]
+    """[D]: logical positions of their first tokens."""
+    token_ids: npt.NDArray[np.int32]
+    """[T]: of one after the other, -1: the slot's newest."""
+    counts: npt.NDArray[np.int32]
+    """[D]: tokens of each, at least 1."""
 
 
 class Decoded(NamedTuple):
@@ -84,10 +99,12 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).ctypes.data for name in arrays},
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
-        self._numbers = np.empty((4, len(heads)), np.int32)
+        self._numbers = np.empty((5, len(heads)), np.int32)
+        self._ids = np.empty(len(heads), np.int32)
         self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
         columns = (row.ctypes.data for row in self._numbers)
-        self._rows.slots, self._rows.starts, self._rows.ids, self._rows.tokens = columns
+        self._rows.slots, self._rows.starts, self._rows.ends, self._rows.tokens, self._rows.masked = columns
+        self._rows.ids = self._ids.ctypes.data
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
 
@@ -96,19 +113,26 @@ class DecodeStepCPU:
         self._rows.cos, self._rows.sin = cos.data_ptr(), sin.data_ptr()
         self._rows.positions, self._rows.half = cos.shape
 
-    def __call__(
-        self, slots: npt.NDArray[np.int32], starts: npt.NDArray[np.int32], token_ids: npt.NDArray[np.int32]
-    ) -> Decoded:
-        """Compute token_ids [D] (-1: the slot's newest) at the logical positions starts [D] of the distinct slots [D].
+    def __call__(self, step: DecodeRows, masks: RowMasks | None = None) -> Decoded:
+        """Compute the tokens, and draw what follows.
 
-        Raises `IndexError` where an id is no token.
+        masks: what some of the D may draw. Raises `IndexError` where an id is no token.
         """
-        count, rows, numbers = len(slots), self._rows, self._numbers
-        numbers[0, :count], numbers[1, :count], numbers[2, :count] = slots, starts, token_ids
+        count, total, rows, numbers = len(step.slots), len(step.token_ids), self._rows, self._numbers
+        numbers[0, :count], numbers[1, :count] = step.slots, step.starts
+        step.counts.cumsum(out=numbers[2, :count])
+        if total > len(self._ids):
+            self._ids = np.empty(2 * total, np.int32)
+            rows.ids = self._ids.ctypes.data
+        self._ids[:total] = step.token_ids
         if len(self._logits) < count:
             self._logits = torch.empty(count, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()
-        rows.count = count
+        rows.count, rows.masks = count, None
+        if masks is not None:
+            numbers[4, :count] = -1
+            numbers[4, masks.rows] = np.arange(len(masks.rows))
+            rows.masks, rows.mask_stride = masks.bits.ctypes.data, masks.bits.strides[0]
         found = self._call(self._decoder.args, self._attention, self._slots, rows)
         if found > 0:
             self._set_angles(found)

@@ -5,7 +5,10 @@ masses float64). No row's result depends on another row. Ties are always broken 
 the rules: penalties, bias, forbidden tokens (`adjust_*`), then temperature, top-k, top-p, min-p (`sample_*`).
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,6 +16,17 @@ from .backend import TRITON_BACKENDS, Backend
 from .cpu_library import loaded_library
 from .distributions import CANDIDATES, best_candidates, full_logits, rank_tokens, scale, truncated_logits
 from .noise import gumbel_noise
+
+
+@dataclass(frozen=True, slots=True)
+class RowMasks:
+    """What may be drawn in M rows of logits."""
+
+    rows: npt.NDArray[np.int64]
+    """[M], ascending."""
+    bits: npt.NDArray[np.uint8]
+    """[M, at least V / 8]: bit t % 8 of byte t / 8 says whether token t may be. Contiguous, in words of 32 bits."""
+
 
 _LOGPROB_ROWS = 32
 """Rows ranked at a time for log-probabilities: bounds the sort keys to 32 * V * 8 bytes."""

@@ -5,6 +5,8 @@ arrays, one entry per member, so planning and checking results cost a few vector
 sequence joins when it has sampled a token and wants nothing else; it leaves with its slot.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -43,6 +45,8 @@ class DecodeBatch:
         self._arrivals = np.zeros(num_slots + 1, np.int64)
         self._stops: IntArray = np.full((num_slots + 1, 0), NO_TOKEN, np.int32)
         """[N + 1, widest]: end tokens, padded with what is none."""
+        self.bound = 0
+        """Members whose outputs are bound to grammars."""
         self._whole: list[Decodes] = []
         """What is on its way, or was thought of, with a row of each member in their order."""
 
@@ -63,6 +67,7 @@ class DecodeBatch:
         self._arrivals[row] = sequence.arrival
         self._set_stops(row, sequence.stop_ids)
         self._whole.clear()
+        self.bound += sequence.request.grammar is not None
         sequence.steady = True
 
     def leave(self, sequence: SequenceState) -> None:
@@ -71,6 +76,7 @@ class DecodeBatch:
             return
         assert sequence.slot is not None
         sequence.steady = False
+        self.bound -= sequence.request.grammar is not None
         row = self._rows.pop(sequence.slot)
         final = self.members.pop()
         if final is not sequence:
@@ -159,8 +165,9 @@ class DecodeBatch:
         limits = np.clip(self._ends[places] - known - 1, 0, most)
         return self._max_lengths[places] - known, limits * self._speculates[places]
 
-    def settle(self, decodes: Decodes, sampled: IntArray) -> Rows:
-        """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending.
+    def settle(self, decodes: Decodes, sampled: IntArray, apart: Iterable[int]) -> Rows:
+        """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending, and
+        with them the rows `apart`, which got something else.
 
         Of these nothing is taken in: they are no steady decodes any more.
         """
@@ -171,6 +178,7 @@ class DecodeBatch:
         self._lengths[places] = lengths
         self._room[places] -= 1
         over = (lengths >= self._ends[places]) | (sampled == NO_TOKEN)
+        over[[*apart]] = True
         if not isinstance(places, slice):
             over |= places == self._nobody
         if self._stops.shape[1]:
@@ -190,6 +198,7 @@ class DecodeBatch:
             assert self._ends[row] == min(member.max_length, member.wakes)
             assert self._arrivals[row] == member.arrival and self._max_lengths[row] == member.max_length
             assert {*self._stops[row].tolist()} - {NO_TOKEN} == {*member.stop_ids}
+        assert self.bound == sum(member.request.grammar is not None for member in self.members)
         assert all(np.array_equal(whole.slots, self._slots[: len(self.members)]) for whole in self._whole)
 
     def _set_stops(self, row: int, stop_ids: tuple[int, ...]) -> None:

@@ -59,23 +59,23 @@ class Growth:
         return True
 
     def ahead(self, sequences: list[SequenceState], counts: list[int], draft: BatchDraft) -> list[int]:
-        """Room for `counts` draft tokens of sequences that have room for one token; returns how many get it.
+        """Room for `counts` draft tokens of sequences that have room for their known ones; returns how many get it.
 
         Drafts push nobody out: they get what is left when all others have theirs, and admission its reserve.
         """
         spare = 0 if draft.waiting else self._cache.available - self._cache.watermark - draft.owed
         granted, together = list(counts), list[SequenceState]()
         for index, (sequence, count) in enumerate(zip(sequences, counts, strict=True)):
-            room = sequence.table.room
-            if count < room:
+            room = sequence.table.room - max(sequence.in_flight, 1)
+            if count <= room:
                 continue
-            granted[index] = room - 1
-            if count < room + self._config.page_size and self._is_regular(sequence):
+            granted[index] = room
+            if count <= room + self._config.page_size and self._is_regular(sequence):
                 if self._config.num_rows <= spare:
                     spare -= self._config.num_rows
                     together.append(sequence)
                     granted[index] = count
-            elif (taken := self._extend(sequence, count + 1, spare, draft)) is not None:
+            elif (taken := self._extend(sequence, count + max(sequence.in_flight, 1), spare, draft)) is not None:
                 spare -= taken
                 granted[index] = count
         if together:

@@ -26,20 +26,21 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
 
 
 def append(sequence: SequenceState, result: SequenceOutput) -> tuple[int, FinishReason | None]:
-    """Append the accepted tokens up to the end, if it is among them; returns how many, and how it ended.
+    """Append accepted and forced tokens up to the end, if it is among them; returns how many, and how it ended.
 
     The caller takes slot and pages back. End tokens count only once `min_tokens` came before them, which is how long
     the engine masks them out; where a grammar ends, so does the sequence.
     """
     taken, min_tokens = 0, sequence.request.params.min_tokens
-    for token in result.token_ids:
+    for token in (*result.token_ids, *result.forced):
         is_end = token in sequence.stop_ids and sequence.num_generated >= min_tokens
         sequence.tokens.append(token)
         taken += 1
         if is_end:
             return taken, "stop"
         if len(sequence.tokens) >= sequence.max_length:
-            return taken, "stop" if result.ended and taken == len(result.token_ids) else "length"
+            whole = taken == len(result.token_ids) + len(result.forced)
+            return taken, "stop" if result.ended and whole else "length"
     return taken, "stop" if result.ended else None
 
 
@@ -91,7 +92,7 @@ def _tokens(sequence: SequenceState, result: SequenceOutput, taken: int, config:
     return Tokens(
         request_id=sequence.request.id,
         index=sequence.index,
-        token_ids=list(result.token_ids[:taken]),
+        token_ids=sequence.tokens[len(sequence.tokens) - taken :],
         logprobs=_wire(result.logprobs[:taken]) if wanted else None,
         prompt_logprobs=_wire(result.prompt_logprobs) if result.prompt_logprobs else None,
         cached_tokens=sequence.cached_tokens if is_first else 0,

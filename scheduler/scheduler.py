@@ -18,7 +18,7 @@ import numpy as np
 from ..core.errors import GenerationError, InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId, SlotId
 from ..core.messages import EngineStats, Event, Failed, StepEvent
-from ..core.plan import NO_TOKEN, NON_FINITE, BatchPlan, Decodes, IntArray, SequenceOutput, StepOutput
+from ..core.plan import BatchPlan, Decodes, SequenceOutput, StepOutput
 from ..core.request import Request
 from ..core.speculation import SpeculationCounts
 from .admission import check_request, check_room
@@ -180,7 +180,7 @@ class Scheduler:
         self._batch_tokens = plan.num_tokens
         self._pace.learn(plan, output)
         self._swap_costs.observe(plan, output)
-        events = recorded_rows(draft, output) + self._commit_decodes(plan.decodes, draft.decoders, output.decoded)
+        events = recorded_rows(draft, output) + self._commit_decodes(plan.decodes, draft.decoders, output)
         for sequence, part, result in zip(draft.members, plan.sequences, output.sequences, strict=True):
             check_result(sequence, part, result)
             sequence.in_flight = 0
@@ -251,7 +251,7 @@ class Scheduler:
         others.sort(key=lambda sequence: position(self._policy, sequence))
         prompts = []
         for sequence in others:
-            if sequence.num_pending > 1 or self._pruning.repeats(sequence):
+            if not sequence.decodes or self._pruning.repeats(sequence):
                 prompts.append(sequence)
             elif draft.budget and sequence.slot is not None:
                 self._continue(sequence, draft)
@@ -311,15 +311,15 @@ class Scheduler:
 
     # --- results ---
 
-    def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], sampled: IntArray) -> list[StepEvent]:
+    def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], output: StepOutput) -> list[StepEvent]:
         """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
         if not members:
             return []
-        over = self._decodes.settle(decodes, sampled).tolist()
+        over = self._decodes.settle(decodes, output.decoded, output.apart).tolist()
         # Also of those that are over: they are published once they are settled.
         filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
-        token_ids: list[int] = sampled.tolist()
-        ending = [(members[row], token_ids[row]) for row in over]
+        token_ids: list[int] = output.decoded.tolist()
+        ending = [(members[row], output.apart.get(row) or SequenceOutput.of(token_ids[row])) for row in over]
         for row in reversed(over):
             del members[row], token_ids[row]
         events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
@@ -327,10 +327,9 @@ class Scheduler:
         self._policy.generated(members)
         for sequence in filled:
             self._cache.publish(sequence)
-        for sequence, token in ending:
+        for sequence, result in ending:
             sequence.in_flight -= 1
             self._decodes.leave(sequence)
-            result = SequenceOutput(error=NON_FINITE) if token == NO_TOKEN else SequenceOutput((token,))
             events += self._settle(sequence, 1, result)
         return events
 
@@ -345,7 +344,7 @@ class Scheduler:
             return [self._fail(sequence.request.id, GenerationError(result.error))]
         # What is accepted is known before its entries count: a full block's name comes from its tokens.
         taken, reason = append(sequence, result)
-        self._prompt_tokens += sequence.advance(count + max(taken - 1, 0))
+        self._prompt_tokens += sequence.advance(count + max(min(taken, len(result.token_ids)) - 1, 0))
         self._cache.publish(sequence)
         self._cache.pins.pin(sequence)
         if count > 1 and self.config.row_windows is not None:

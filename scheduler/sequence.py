@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.ids import SlotId
-from ..core.plan import IntArray, Restored, SequencePlan, SlotAssignment
+from ..core.plan import MAX_FORCED_TOKENS, IntArray, Restored, SequencePlan, SlotAssignment
 from ..core.prefix import BlockHashes, Bundle
 from ..core.pruning import CacheUse
 from ..core.request import Request
@@ -152,11 +152,16 @@ class SequenceState:
         return len(self.tokens) - self.num_computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether it waits for its next token, and not for a prompt; a grammar may have forced some before that."""
+        may_be_forced = self.request.grammar is not None and self.num_generated > 0
+        return self.num_pending <= (1 + MAX_FORCED_TOKENS if may_be_forced else 1)
+
+    @property
     def decodes_plainly(self) -> bool:
         """Whether all it wants of the next step is one more token."""
         # What a step is to choose, or what is told of it, takes more than a column.
-        bare = self.request.params.logprobs is None and self.request.grammar is None
-        plain = bare and len(self.tokens) < self.wakes
+        plain = self.request.params.logprobs is None and len(self.tokens) < self.wakes
         return plain and self.num_pending == 1 and self.num_generated > 0
 
     @property

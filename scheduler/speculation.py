@@ -190,7 +190,7 @@ class Speculation:
 
 def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
     """Whether one that is no steady decode computes its newest token, and may draft after it."""
-    decodes = part.sample and len(part.token_ids) == 1 and sequence.num_generated > 0
+    decodes = part.sample and sequence.decodes and sequence.num_generated > 0
     return decodes and not part.score_ids and sequence.request.speculate
 
 
@@ -202,5 +202,5 @@ def _outcome(drafts: list[tuple[SequencePlan, SequenceOutput]]) -> Outcome:
 def _numbers(part: SequencePlan, result: SequenceOutput) -> tuple[int, ...]:
     """One row of an `Outcome`."""
     asked_model = part.drafts if part.model_drafts is None else part.model_drafts
-    accepted, known = len(result.token_ids) - 1, part.start + 1 + len(result.token_ids)
+    accepted, known = len(result.token_ids) - 1, part.start + len(part.token_ids) + len(result.token_ids)
     return (part.slot, part.drafts, asked_model, result.drafted, result.model_drafted, accepted, known, result.branched)

@@ -30,8 +30,9 @@ class TokenHistory:
         self.known[slots] = known + more
 
     def extend(self, slot: int, tokens: tuple[int, ...]) -> None:
-        """More tokens for one slot."""
+        """More tokens for one slot, as many as it may have: what a grammar forces beyond its sequence ends before."""
         start = int(self.known[slot])
+        tokens = tokens[: self.tokens.shape[1] - start]
         self.tokens[slot, start : start + len(tokens)] = tokens
         self.known[slot] = start + len(tokens)
 

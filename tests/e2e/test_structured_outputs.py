@@ -163,6 +163,18 @@ def test_requests_are_told_the_same(
         assert run.counts.accepted_tokens > 100
 
 
+@pytest.mark.parametrize("name", ["nobody", "ngram", "like"])
+def test_forced_tokens_change_nothing(
+    stack: Stack, plain: Run, drafts: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = stack.draft(drafts[name]) if drafts[name] else None
+    most = max(choice.most_at_once for choice in stack.serve(requests(), draft).told.values())
+    monkeypatch.setattr("quire.engine.grammar.MAX_FORCED_TOKENS", 0)
+    run = stack.serve(requests(), draft)
+    assert_equal(run.told, plain.told)
+    assert most > 5 >= max(choice.most_at_once for choice in run.told.values())
+
+
 def test_trees_become_chains(stack: Stack, plain: Run, drafts: dict[str, str]) -> None:
     run = stack.serve(requests(), stack.draft(drafts["like"], trees=True))
     assert_equal(run.told, plain.told)

@@ -114,7 +114,7 @@ class Harness:
         for (sequence, count), output in zip(work, outputs, strict=True):
             stored = count + max(0, len(output.token_ids) - 1)
             sequence.computed += stored
-            sequence.tokens.extend(output.token_ids)
+            sequence.tokens.extend(output.token_ids + output.forced)
             sequence.outputs.append(output)
             for row in range(self.rows):
                 sequence.kept[row] += stored
@@ -178,6 +178,9 @@ def in_columns(engine: Engine, known: bool) -> None:
         ]
         decodes = Decodes(*np.array(columns, np.int32).T)
         output = step(replace(plan, sequences=(), decodes=decodes))
-        return replace(output, sequences=tuple(SequenceOutput((int(token),)) for token in output.decoded))
+        told = tuple(
+            output.apart.get(row) or SequenceOutput.of(token) for row, token in enumerate(output.decoded.tolist())
+        )
+        return replace(output, sequences=told)
 
     engine.step = convert  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections import Counter
+from dataclasses import replace as replaced
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from scipy import stats
 from quire.core.errors import InvalidRequestError
 from quire.core.ids import SlotId
 from quire.core.plan import SequenceOutput, SlotAssignment
+from quire.core.pruning import PruneParams
 from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
 from quire.engine.grammar import Grammars
@@ -141,6 +143,39 @@ def test_a_draft_is_masked_too() -> None:
     assert len(verified) > 200 and all(len(output.token_ids) == 2 or output.ended for output in verified)
 
 
+@pytest.mark.parametrize("case", ["alone", "drawn, good", "points", "coupled"])
+def test_forced_tokens_change_nothing(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of seeded sequences, with penalties that count them; drawn freely they are judged above."""
+    grammar = regex("((a|c)(bab|cc)(ba){2}|b{3}c)+")
+    told = []
+    for most in (32, 2, 0):
+        monkeypatch.setattr("quire.engine.grammar.MAX_FORCED_TOKENS", most)
+        drafter = CASES[case][1]
+        harness = Harness(bound_engine(drafter, max_num_seqs=40, max_batch_tokens=400), drafts=3 if drafter else 0)
+        kinds = [SamplingParams(seed=1), SamplingParams(seed=1, frequency_penalty=1.5), SamplingParams(temperature=0.0)]
+        sequences = [harness.add(s, [FIRST], kinds[s % 3], seed=s, grammar=grammar) for s in range(40)]
+        run(harness, sequences, 12)
+        told.append([sequence.output_ids[:12] for sequence in sequences])
+        forced = [len(output.forced) for sequence in sequences for output in sequence.outputs]
+        assert max(forced) == most if most < 3 else max(forced) > 3
+    assert told[0] == told[1] == told[2] and len({tuple(ids) for ids in told[0]}) > 10
+
+
+def test_nothing_is_forced_on_who_wants_to_hear_of_every_token() -> None:
+    engine = bound_engine()
+    wants: list[dict[str, Any]] = [
+        {"params": SamplingParams(logprobs=0)}, {"record": True}, {"prune": PruneParams(policy="window")}, {},
+    ]  # fmt: skip
+    for slot, want in enumerate(wants):
+        given = {"params": SamplingParams()} | want
+        assignment = SlotAssignment(
+            SlotId(slot), given.pop("params"), 0, (), (FIRST,), (), 99, grammar=regex("ab*c{3}")
+        )
+        engine.sampler.grammars.assign(replaced(assignment, **given))
+        step = engine.sampler.grammars.take(slot, [1, 3])
+        assert (step.forced, step.ended) == (((3, 3), True) if slot == 3 else ((), False))
+
+
 def said(grammar: Grammar | None, count: int = 12, **params: Any) -> Sequence:
     harness = Harness(bound_engine())
     sequence = harness.add(0, [FIRST], SamplingParams(**params), 3, grammar=grammar)
@@ -187,7 +222,7 @@ def test_a_slot_forgets_its_grammar() -> None:
     harness = Harness(bound_engine())
     bound = harness.add(0, [FIRST], grammar=regex("c{30}"))
     run(harness, [bound], 3)
-    assert bound.output_ids == [PIECES.index("c")] * 3
+    assert bound.output_ids[:3] == [PIECES.index("c")] * 3
     harness.release(bound)
     free = harness.add(0, [FIRST])
     run(harness, [free], 3)

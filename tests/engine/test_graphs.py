@@ -157,6 +157,26 @@ def test_drafts_are_verified_by_graphs_of_their_own(steps: list[tuple[int, ...]]
     assert (capture.captured, capture.replayed) == (captured, captured + len(steps))
 
 
+@torch.inference_mode()
+def test_forced_tokens_come_along() -> None:
+    """Their entries stay; what was drafted behind them waits to be judged."""
+    runner = FakeRunner()
+    plain, padded = make_engine(runner), make_engine(runner)
+    graphs = DecodeGraphs(runner, padded.cache, 6, "reference", FakeCapture(), 9, lambda slot: True)
+    for drafts in ((0, 0, 0), (0, 1, 2)):
+        outputs = []
+        for engine in (plain, padded):
+            engine._graphs = graphs if engine is padded else None
+            parts = [replace(part, drafts=count) for part, count in
+                     zip(verification(engine, (2, 3, 2)).sequences, drafts, strict=True)]  # fmt: skip
+            replayed = engine._decode(BatchPlan(tuple(parts)))
+            assert (replayed is not None) == (engine is padded)
+            logits, layout = replayed or engine._forward(BatchPlan(tuple(parts)), None, None)
+            outputs.append((logits.clone(), layout.rows.tolist(), engine.cache._kept_host[[4, 1, 3], 0].tolist()))
+        torch.testing.assert_close(*(output[0] for output in outputs))
+        assert outputs[0][1:] == outputs[1][1:] and len(outputs[1][0]) == 3 + sum(drafts)
+
+
 def test_only_verification_of_known_proposals_is_taken() -> None:
     runner = FakeRunner()
     engine = make_engine(runner)
@@ -170,6 +190,9 @@ def test_only_verification_of_known_proposals_is_taken() -> None:
     assert not graphs.takes(BatchPlan((replace(uniform, scratch=True),))), "entries that are not kept"
     assert not graphs.takes(BatchPlan((replace(wanted, drafts=2),))), "proposals are not known yet"
     assert not graphs.takes(BatchPlan((replace(uniform, drafts=1),))), "the rest of a prompt, and a proposal"
+    graphs._binds = [True, False].__getitem__
+    assert graphs.takes(BatchPlan((replace(uniform, drafts=1),))), "a token that a grammar forced, and a proposal"
+    assert not graphs.takes(BatchPlan((replace(uniform, token_ids=(5,) * 40),))), "the rest of a prompt"
     columns = Decodes(*np.array([[1], [4], [5]], np.int32))
     assert graphs.takes(BatchPlan((uniform,), decodes=columns)) and graphs.takes(BatchPlan((), decodes=columns))
     few = DecodeGraphs(runner, engine.cache, 256, "reference", FakeCapture(), most_drafts=9)

@@ -50,8 +50,11 @@ def test_tokens_of_many_steps_are_known_when_somebody_asks() -> None:
         if step % 70 > 50:  # others take part
             slots = rng.permutation(SLOTS)[:3].astype(np.int32)
         tokens = rng.integers(VOCAB, size=len(slots)).astype(np.int32)
+        apart = {1: SequenceOutput((int(tokens[1]),), forced=(3, 4))} if step % 9 == 0 else {}
         for slot, token in zip(slots.tolist(), tokens.tolist(), strict=True):
             known[slot].append(token)
+        if apart:
+            known[int(slots[1])] += [3, 4]
         drafter = next((slot for slot in range(SLOTS) if slot not in slots), None)
         parts: tuple[SequencePlan, ...] = ()
         outputs: tuple[SequenceOutput, ...] = ()
@@ -59,7 +62,7 @@ def test_tokens_of_many_steps_are_known_when_somebody_asks() -> None:
             known[drafter] += [7, 8]
             parts = (SequencePlan(SlotId(drafter), 0, (1,), sample=True),)
             outputs = (SequenceOutput((7, 8)),)
-        speculation.note(BatchPlan(parts, decodes=Decodes(slots, slots, tokens)), tokens, outputs)
+        speculation.note(BatchPlan(parts, decodes=Decodes(slots, slots, tokens)), tokens, outputs, apart)
         if step in (3, 90, 199):
             asking = [SequencePlan(SlotId(slot), len(ids) - 1, (ids[-1],), sample=True, drafts=2)
                       for slot, ids in known.items()]  # fmt: skip

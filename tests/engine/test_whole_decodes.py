@@ -1,16 +1,19 @@
 """Steps of decodes by one call of a kernel: the tokens, entries and counts of steps that are put together in Python."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from quire.core.config import EngineConfig
 from quire.core.ids import SlotId
 from quire.core.model_spec import ModelSpec
 from quire.core.plan import NO_TOKEN, BatchPlan, Decodes
 from quire.core.pruning import PruneParams
-from quire.core.request import SamplingParams
+from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
 from quire.kernels.backend import resolve_backend
 from quire.models.native import NativeRunner
@@ -91,11 +94,78 @@ def test_one_call_gives_the_tokens_of_many(kinds: list[SamplingParams], known: b
     in_columns(engine, known)
     sizes = counting(engine)
     tokens, kept = run(engine, kinds)
+    plain._decode_step = None
     expected, expected_kept = run(plain, kinds)
     assert tokens == expected and len({tuple(ids[:8]) for ids in tokens}) > 1
     assert torch.equal(kept, expected_kept)
     assert np.array_equal(engine.cache.computed, plain.cache.computed)
     assert {*sizes} == {*range(1, len(kinds) + 1)} and len(sizes) > 20
+
+
+def test_known_tokens_come_along() -> None:
+    """Several of one sequence in the same call: past windows and pages, closing up, with an unknown one beside them."""
+    told = []
+    for whole in (True, False):
+        engine = make_engine()
+        sizes = counting(engine)
+        engine._decode_step = engine._decode_step if whole else None
+        engine.sampler.grammars.binds = lambda slot: True  # type: ignore[method-assign]
+        harness = Harness(engine)
+        sequences = [harness.add(s, [7 + s], params, s) for s, params in zip((4, 1, 3), UNALTERED, strict=False)]
+        harness.step([(sequence, 1) for sequence in sequences])
+        engine.cache.closes_up[1] = True
+        for counts in ((9, 3, 1), (1, 14, 2), (1, 1, 1)):
+            for sequence, count in zip(sequences, counts, strict=True):
+                sequence.tokens += [(5 * i + count) % VOCAB for i in range(count - 1)]
+            harness.step(list(zip(sequences, counts, strict=True)))
+        pages = [engine.cache.page_table[s.slot, :, :, :5].long() for s in sequences]
+        told.append(
+            ([s.tokens for s in sequences], [engine.cache.pool[table] for table in pages], engine.cache.computed)
+        )
+        assert sizes == ([3] * 3 if whole else [])
+    assert told[0][0] == told[1][0] and np.array_equal(told[0][2], told[1][2])
+    assert all(torch.equal(*pair) for pair in zip(told[0][1], told[1][1], strict=True))
+
+
+class Letters:
+    """A tokenizer of one letter a token, as llguidance takes it."""
+
+    def __init__(self) -> None:
+        self.eos_token_id, self.bos_token_id, self.special_token_ids = 0, None, [0]
+        self.tokens = [b"<end>", *(chr(64 + i).encode() for i in range(1, VOCAB))]
+
+    def __call__(self, text: bytes) -> list[int]:
+        return [character - 64 for character in text]
+
+
+@pytest.mark.parametrize("kinds", [UNALTERED, [*UNALTERED[:2], *ALTERED]])
+def test_grammars_mask_rows_of_the_call(kinds: list[SamplingParams]) -> None:
+    """Beside a free sequence, with and without tokens that are forced, to the end of each grammar."""
+    told = []
+    for whole in (True, False):
+        engine = make_engine()
+        sizes = counting(engine)
+        if whole:
+            in_columns(engine, known=True)
+        else:
+            engine._decode_step = None
+        engine.sampler.grammars.tokenizer = LLTokenizer(TokenizerWrapper(Letters()), n_vocab=VOCAB, eos_token=[0])
+        harness = Harness(engine)
+        sources = ["([A-C]{2}[X-Z])*", "([A-D]XY[E-G]){3}", "[A-Z]{9}Z", "[ABC]*", "Q{5}[A-F]"]
+        grammars = [Grammar("regex", LLMatcher.grammar_from_regex(source)) for source in sources]
+        sequences = [
+            harness.add((4, 1, 3, 0, 5)[i], [7, 1], params, i, grammar=grammars[i] if i else None)
+            for i, params in enumerate(kinds)
+        ]
+        for _ in range(16):
+            open_ = [s for s in sequences if not (s.outputs and s.outputs[-1].ended)]
+            harness.step([(s, len(s.tokens) - s.computed) for s in open_])
+        told.append([s.output_ids for s in sequences])
+        assert bool(sizes) == whole and not any(output.error for s in sequences for output in s.outputs)
+        for source, sequence in zip(sources[1:], sequences[1:], strict=False):
+            text = "".join(Letters().tokens[i].decode() for i in sequence.output_ids).removesuffix("<end>")
+            assert re.fullmatch(source, text) or not sequence.outputs[-1].ended
+    assert told[0] == told[1]
 
 
 def test_angles_are_found_when_a_position_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:

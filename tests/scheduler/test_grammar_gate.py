@@ -2,11 +2,14 @@
 
 import threading
 from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
 
 from quire.core.errors import InvalidRequestError
 from quire.core.ids import RequestId
-from quire.core.messages import Finished, single_events
-from quire.core.plan import SequenceOutput, StepOutput
+from quire.core.messages import Finished, Tokens, single_events
+from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
 from quire.core.request import Grammar, Request, SamplingParams
 from quire.scheduler.grammar_gate import CompiledGrammar, GrammarGate
 from quire.scheduler.scheduler import Scheduler
@@ -77,12 +80,49 @@ def test_where_the_grammar_ends_the_sequence_does() -> None:
     assert cut is not None and cut.reason == "length"
 
 
-def test_who_is_bound_never_decodes_in_columns() -> None:
-    """What comes next takes knowing what came before, so nothing is planned ahead of it."""
+def test_nothing_is_planned_ahead_of_who_is_bound() -> None:
+    """Its token must be known first; so while it is there nobody's step is."""
     scheduler = Scheduler(make_config())
-    scheduler.add(request("r", SLOW))
-    for _ in range(3):
+    scheduler.add(request("bound", SLOW, max_tokens=5))
+    scheduler.add(request("free", max_tokens=40))
+    first = scheduler.plan()
+    assert first is not None
+    scheduler.commit(first, StepOutput((SequenceOutput((7,)), SequenceOutput((7,)))))
+    ahead = []
+    for step in range(8):
         plan = scheduler.plan()
-        assert plan is not None and len(plan.sequences) == 1 and not len(plan.decodes)
-        assert scheduler.look_ahead() is None
-        scheduler.commit(plan, StepOutput((SequenceOutput((7,)),)))
+        assert plan is not None and not plan.sequences and len(plan.decodes) == (2 if step < 4 else 1)
+        following = scheduler.look_ahead()
+        ahead.append(following is not None)
+        for one in (plan, *([following] if following else [])):
+            scheduler.commit(one, StepOutput((), decoded=np.full(len(one.decodes), 7, np.int32)))
+        scheduler.check_integrity()
+    assert ahead == [False] * 4 + [True] * 4
+
+
+def test_forced_tokens_are_told_and_computed_together() -> None:
+    scheduler = Scheduler(make_config())
+    for name in ("a", "b"):
+        scheduler.add(request(name, SLOW, max_tokens=9))
+    told: dict[str, list[int]] = {"a": [], "b": []}
+
+    def step(*outputs: SequenceOutput, apart: dict[int, SequenceOutput] | None = None) -> tuple[BatchPlan, list[Any]]:
+        plan = scheduler.plan()
+        assert plan is not None
+        decoded = np.full(len(plan.decodes), 7, np.int32)
+        events = [*single_events(scheduler.commit(plan, StepOutput(outputs, decoded=decoded, apart=apart or {})))]
+        for event in events:
+            if isinstance(event, Tokens):
+                told[event.request_id] += event.token_ids
+        scheduler.check_integrity()
+        return plan, [event for event in events if isinstance(event, Finished)]
+
+    step(SequenceOutput((7,)), SequenceOutput((7,), forced=(8, 9)))
+    plan, _ = step(SequenceOutput((5,)), apart={0: SequenceOutput((7,), forced=(6,))})
+    assert [part.token_ids for part in plan.sequences] == [(7, 8, 9)] and plan.sequences[0].sample
+    plan, _ = step(SequenceOutput((4,)), apart={0: SequenceOutput((7,), forced=(3, 3), ended=True)})
+    assert [part.token_ids for part in plan.sequences] == [(7, 6)] and plan.decodes.token_ids.tolist() == [5]
+    assert told == {"a": [7, 7, 6, 4], "b": [7, 8, 9, 5, 7, 3, 3]}
+    assert list(scheduler._requests) == ["a"], "the other grammar ended behind its forced tokens"
+    _, (end,) = step(apart={0: SequenceOutput((7,), forced=(6,) * 32)})
+    assert told["a"] == [7, 7, 6, 4, 7, 6, 6, 6, 6] and end.reason == "length"
