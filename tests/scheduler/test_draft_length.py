@@ -94,7 +94,8 @@ class Run:
         foreseen, self.foreseen = self.foreseen, None
         if self.lengths.foresees(size):
             self.foreseen = np.array([self.matched(slot, self.steps + 1) for slot in slots.tolist()], np.int32)
-        if self.lengths.idle(size) or (self.lengths.only_foreseen and not (foreseen is not None and foreseen.any())):
+        found = foreseen is not None and bool(foreseen.any())
+        if self.lengths.idle(size) or not (found or not self.lengths.only_foreseen(size)):
             return np.zeros(size, np.int32)
         known = np.full(size, 50 + self.steps, np.int32)
         full, arrivals = np.full(size, MOST, np.int32), slots.astype(np.int64) + self.first_arrival

@@ -110,7 +110,8 @@ class Run:
         foreseen, self.foreseen = self.foreseen, None
         if self.lengths.foresees(len(slots)):
             self.foreseen = self._draw(len(slots))
-        if self.lengths.idle(len(slots)):
+        found = foreseen is not None and bool(foreseen.any())
+        if self.lengths.idle(len(slots)) or not (found or not self.lengths.only_foreseen(len(slots))):
             return Lengths.none(len(slots))
         full = np.full(len(slots), MOST, np.int32)
         arrivals = slots.astype(np.int64)
