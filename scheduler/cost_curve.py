@@ -9,9 +9,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_RATE, _RATE_DOWN = 0.1, 0.3
-"""Weight of a new measurement where many were made before: of one that is longer than expected, and of a shorter one.
-What takes time beside a step only ever makes it longer, so the short ones are nearer the truth."""
+_RATE = 0.1
+"""Weight of a new measurement where many were made before."""
 _CLIP = 0.25
 """A measurement counts as at most this share off what was expected: it may have met another process, or a kernel
 being compiled."""
@@ -73,7 +72,7 @@ class CostCurve:
         seen = int(self._seen[node])
         self._seen[node] += 1
         clip = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP)
-        rate = max(_RATE if seconds > expected else _RATE_DOWN, 1 / (seen + 2))
+        rate = max(_RATE, 1 / (seen + 2))
         if seen < _FIRST and seconds < _FAR_BELOW * expected:
             change = seconds - expected
         else:

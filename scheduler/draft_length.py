@@ -36,7 +36,7 @@ _MOST_CREDIT = 50
 """Steps' time that may be saved up for probes."""
 _SHORTEST, _LONGEST = 32, 2048
 """Steps between two looks while nothing is drafted: twice as many after each probe, or return to drafting, in vain."""
-_SPARING = 4
+_SPARING = 2
 """But after a probe no longer than it takes to save up so many like it: cheap ones are more frequent."""
 _STAYED = 128
 """Steps after which a return to drafting was not in vain."""
@@ -59,7 +59,7 @@ _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
 _SELDOM = 64
 """Of later steps alike, one in so many teaches what they cost: learning takes time too."""
-_LASTING = 8
+_LASTING = 4
 """Steps for which a choice holds while the batch is the same, and each of it has drafted that did; of steps alike, one
 in so many teaches what they cost."""
 
