@@ -60,8 +60,8 @@ _FRESH = 16
 _SELDOM = 64
 """Of later steps alike, one in so many teaches what they cost: learning takes time too."""
 _LASTING = 4
-"""Steps for which a choice holds while the batch is the same, and each of it has drafted that did; of steps alike, one
-in so many teaches what they cost."""
+"""Steps for which a choice holds, while the batch is the same and nobody has drafted for the first time; of steps
+alike, one in so many teaches what they cost."""
 
 
 class DraftLengths:
@@ -212,13 +212,16 @@ class DraftLengths:
         if self.on or self._steps - self._changed < _FRESH or (self._steps + 1) % _SELDOM == 0:
             return False
         self._steps += 1
-        self._credit += _PROBE_SHARE * seconds
+        self._save(seconds)
         return True
+
+    def _save(self, seconds: float) -> None:
+        self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
 
     def _weigh(self, drafted: bool, seconds: float, foresight: float) -> None:
         """Whether to go on drafting, after a step."""
         if not self.on:
-            self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
+            self._save(seconds)
         elif not self._info.fixed:
             gain = (self._gain if drafted else 0.0) - foresight / max(seconds, 1e-9)
             self._gains += _GAIN_RATE * (gain - self._gains)

@@ -56,7 +56,7 @@ class Speculation:
         known = self.lengths.costs
         self.lengths = DraftLengths(info, self._num_slots)
         self.lengths.costs.rows, self.lengths.costs.plain = known.rows, known.plain
-        self._foreseen = None
+        self._foreseen, self._some_foreseen = None, False
         if self._since is not None:
             self._since = self._clock()  # the exchange is no part of a step
 

@@ -11,12 +11,10 @@ from benchmarks.speculation import (
     Cell,
     Engines,
     Round,
-    Steady,
-    Watcher,
     agreement,
-    difference,
     measure,
 )
+from benchmarks.steady import Steady, Watcher, difference
 from benchmarks.workloads import WORKLOADS, Workloads, edit_prompt, has_chat, names_in, request
 from quire.core.config import embedded_model
 from quire.core.ids import RequestId
