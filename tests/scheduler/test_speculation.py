@@ -200,7 +200,7 @@ def test_prompts_and_the_steps_right_after_them_teach_no_costs():
         pure.append(step[4])
         learn(*step)
 
-    speculation.lengths.learn = watched  # type: ignore[method-assign]
+    speculation.lengths.learn = watched  # type: ignore[method-assign, assignment]
     world.scheduler.add(make_request("a", max_tokens=16))
     for _ in range(6):
         step(world)
