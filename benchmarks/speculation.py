@@ -10,7 +10,9 @@ Greedily it soon repeats itself, which flatters n-grams: see --temperature 0.8 t
 An engine that drafts is loaded per drafter and length, beside one that does not (`--draft none`). They run the batch
 of prompts side by side, in turns of a few steps, because the machine's own pace changes within seconds; the first round
 is not counted. What counts are the steps at whose beginning all sequences generate, so prompts and the thinning out at
-the end do not. A round gives one ratio of tokens per second.
+the end do not. A round gives one ratio of tokens per second. It serves eight prompts at least, batch after batch: how
+much can be drafted differs from text to text. Above temperature 0 the two sides say different things where a draft
+model has a say, so a round compares samples of texts, not text by text.
 
 * x off: generated tokens per second, relative to no drafter: the median of the rounds' ratios. Behind it, where this
   lies with a probability of 95 % (bootstrap over the rounds), and how that is to `--floor`: above, below, or across it.
@@ -39,13 +41,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.intervals import median_interval, verdict
+from benchmarks.steady import Steady, Watcher, difference
 from benchmarks.stepping import load
 from benchmarks.upscale import PRESETS, cached, standalone
 from benchmarks.workloads import WORKLOADS, Workloads, has_chat, request
 from quire.core.config import embedded_model
 from quire.core.errors import QuireError
-from quire.core.ids import RequestId
-from quire.core.messages import EngineInfo, Failed, Finished, StepReport, Tokens, single_events
+from quire.core.messages import EngineInfo
 from quire.core.request import SeedSource
 from quire.core.speculation import MAX_DRAFT_TOKENS, SpeculationCounts
 from quire.scheduler.loop import EngineLoop
@@ -54,85 +56,12 @@ from quire.server.text import Tokenizer
 
 _SLICE = 0.05
 """Seconds of a turn."""
+_LEAST_PROMPTS = 8
+"""Of a round."""
 
 
-@dataclass(slots=True)
-class Steady:
-    """Sums over the steps at whose beginning all sequences generated."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-    forward_seconds: float = 0.0
-    """Of the target."""
-    draft_seconds: float = 0.0
-    steps: int = 0
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
-
-    @property
-    def forward(self) -> float:
-        """Seconds of the target's forward pass in a step."""
-        return self.forward_seconds / self.steps
-
-    @property
-    def draft_share(self) -> float:
-        """Of the time, for proposing."""
-        return self.draft_seconds / self.seconds
-
-    @property
-    def rest_share(self) -> float:
-        """Of the time, for neither proposing nor the target's forward pass."""
-        return 1 - (self.forward_seconds + self.draft_seconds) / self.seconds
-
-
-class Watcher:
-    """Follows a batch of `size` requests from step to step."""
-
-    def __init__(self, size: int, before: SpeculationCounts) -> None:
-        self.tokens: dict[RequestId, list[int]] = {}
-        self.steady = Steady()
-        self._size = size
-        self._ended = False
-        self._drafted = before.draft_seconds
-
-    def watch(self, report: StepReport, seconds: float) -> None:
-        """Take in a step, which took so long, the report included."""
-        stats = report.stats
-        steady = len(self.tokens) == self._size and not self._ended
-        tokens = 0
-        for event in single_events(report.events):
-            assert not isinstance(event, Failed), event.error.message
-            if isinstance(event, Tokens):
-                self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
-                tokens += len(event.token_ids)
-            self._ended |= isinstance(event, Finished)
-        if steady:
-            self.steady.steps += 1
-            self.steady.tokens += tokens
-            self.steady.seconds += seconds
-            self.steady.forward_seconds += stats.forward_seconds
-            self.steady.draft_seconds += stats.speculation.draft_seconds - self._drafted
-        self._drafted = stats.speculation.draft_seconds
-
-
-def difference(now: SpeculationCounts, before: SpeculationCounts) -> SpeculationCounts:
-    """What was counted in between."""
-
-    def each(new: Sequence[int], old: Sequence[int]) -> list[int]:
-        return [a - b for a, b in itertools.zip_longest(new, old, fillvalue=0)]
-
-    return SpeculationCounts(
-        drafts=now.drafts - before.drafts,
-        draft_tokens=now.draft_tokens - before.draft_tokens,
-        accepted_tokens=now.accepted_tokens - before.accepted_tokens,
-        accepted_per_position=each(now.accepted_per_position, before.accepted_per_position),
-        lengths=each(now.lengths, before.lengths),
-        draft_seconds=now.draft_seconds - before.draft_seconds,
-        step_seconds=now.step_seconds - before.step_seconds,
-    )
+Prompts = dict[tuple[str, int], list[list[list[int]]]]
+"""Batches of token ids by workload and batch size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +139,12 @@ class Engines:
 class Run:
     """A batch on its way from the first prompt to the last token."""
 
-    def __init__(self, loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
-        self._loop, self._before = loop, loop.stats().speculation
-        self._watcher = Watcher(len(prompts), self._before)
+    def __init__(
+        self, loop: EngineLoop, prompts: Sequence[list[int]], args: argparse.Namespace, steady: Steady
+    ) -> None:
+        """steady: sums to add to."""
+        self._loop = loop
+        self._watcher = Watcher(len(prompts), loop.stats().speculation, steady)
         seeds = SeedSource()
         self._requests = [request(one, args.output, args.temperature, seeds) for one in prompts]
         for one in self._requests:
@@ -228,25 +160,33 @@ class Run:
             self._loop.scheduler.speculation.pause()
         return self._loop.has_work
 
-    def result(self) -> tuple[list[list[int]], Steady, SpeculationCounts]:
-        """What each said, times, and what was drafted."""
-        said = [self._watcher.tokens[one.id] for one in self._requests]
-        return said, self._watcher.steady, difference(self._loop.stats().speculation, self._before)
+    def said(self) -> list[list[int]]:
+        """Tokens of each request."""
+        return [self._watcher.tokens[one.id] for one in self._requests]
 
 
-def measure(engines: Engines, cell: Cell, prompts: Sequence[list[int]], args: argparse.Namespace) -> None:
-    """Fill the cell with rounds."""
+def measure(engines: Engines, cell: Cell, batches: Sequence[Sequence[list[int]]], args: argparse.Namespace) -> None:
+    """Fill the cell with rounds of these batches."""
     for number in range(args.rounds + 1):
-        order = (engines.on, engines.off) if number % 2 else (engines.off, engines.on)
-        runs = {id(loop): Run(loop, prompts, args) for loop in order}
-        going = list(runs.values())
+        one = a_round(engines, batches, args, drafter_first=bool(number % 2))
+        if not (one.on.tokens and one.off.tokens):
+            sys.exit("error: some answers ended before all prompts were computed: ask for a longer --output")
+        if number:  # the first one warms up: kernels, prefixes, measured acceptance
+            cell.rounds.append(one)
+
+
+def a_round(
+    engines: Engines, batches: Sequence[Sequence[list[int]]], args: argparse.Namespace, drafter_first: bool
+) -> Round:
+    """The batches, one after the other, each side by side."""
+    before, on, off, equal = engines.on.stats().speculation, Steady(), Steady(), list[float]()
+    for prompts in batches:
+        sides = [(engines.on, on), (engines.off, off)]
+        going = runs = [Run(loop, prompts, args, sums) for loop, sums in (sides if drafter_first else sides[::-1])]
         while going:
             going = [one for one in going if one.advance()]
-        if number:  # the first one warms up: kernels, prefixes, measured acceptance
-            (said, steady, counts), (plain, without, _) = runs[id(engines.on)].result(), runs[id(engines.off)].result()
-            if not (steady.tokens and without.tokens):
-                sys.exit("error: some answers ended before all prompts were computed: ask for a longer --output")
-            cell.rounds.append(Round(steady, without, counts, agreement(said, plain)))
+        equal.append(agreement(*(one.said() for one in runs)))
+    return Round(on, off, difference(engines.on.stats().speculation, before), statistics.mean(equal))
 
 
 def agreement(said: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> float:
@@ -256,7 +196,7 @@ def agreement(said: Sequence[Sequence[int]], plain: Sequence[Sequence[int]]) -> 
     )
 
 
-def draw(args: argparse.Namespace, model: str, console: Console) -> dict[tuple[str, int], list[list[int]]]:
+def draw(args: argparse.Namespace, model: str, console: Console) -> Prompts:
     """The prompts of each workload and batch size, the same for all drafters."""
     tokenizer = Tokenizer.load(model)
     source = Workloads(tokenizer)
@@ -264,19 +204,22 @@ def draw(args: argparse.Namespace, model: str, console: Console) -> dict[tuple[s
     if len(kinds) < len(args.workloads):
         console.print("chat: the model has no template")
     return {
-        (kind, batch): [source.take(kind, args.prompt) for _ in range(batch)]
+        (kind, batch): [
+            [source.take(kind, args.prompt) for _ in range(batch)] for _ in range(-(-_LEAST_PROMPTS // batch))
+        ]
         for kind in kinds
         for batch in args.batches
     }
 
 
-def engine_settings(args: argparse.Namespace, prompts: dict[tuple[str, int], list[list[int]]]) -> dict[str, object]:
+def engine_settings(args: argparse.Namespace, prompts: Prompts) -> dict[str, object]:
     """Of both engines."""
     return {
         "dtype": args.dtype,
         "prefix_cache": True,  # prompts are not what is measured
         "max_num_seqs": max(args.batches),
-        "max_model_len": max(len(prompt) for batch in prompts.values() for prompt in batch) + args.output,
+        "max_model_len": max(len(one) for batches in prompts.values() for batch in batches for one in batch)
+        + args.output,
     }
 
 
@@ -285,7 +228,7 @@ def cells(
     model: str,
     off: EngineLoop,
     engine: tuple[str, str],
-    prompts: dict[tuple[str, int], list[list[int]]],
+    prompts: Prompts,
     console: Console,
 ) -> Iterator[Cell]:
     """All of one engine (drafter, length), as they are measured; nothing if it cannot draft so."""
@@ -300,9 +243,9 @@ def cells(
         console.print(f"{drafter}: the engine does not draft")
         return
     console.print(f"{drafter}, length {length}: {info.device}, {info.dtype}, {msgspec.to_builtins(info.draft)}")
-    for (workload, batch), batched in prompts.items():
+    for (workload, batch), batches in prompts.items():
         cell = Cell(drafter, length, workload, batch)
-        measure(Engines(on, off), cell, batched, args)
+        measure(Engines(on, off), cell, batches, args)
         yield cell
 
 

@@ -63,6 +63,18 @@ class Speculation:
         """Slots and tokens of the last steps' decodes, which are not in the history yet: while nobody drafts, nobody
         reads it, and many steps enter it at once."""
 
+    @property
+    def drafter(self) -> Drafter:
+        """Who proposes; another may take its place between steps."""
+        return self._drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        # Asked once: to ask whether somebody fulfils a protocol takes as long as to foresee for a sequence.
+        self._foresight = drafter if isinstance(drafter, Foresight) else None
+        self._memory = drafter if isinstance(drafter, Memory) else None
+
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot."""
         self._enter_decoded()
@@ -120,6 +132,8 @@ class Speculation:
         """What a step has made known, see `StepOutput`."""
         if len(decoded):
             self._decoded.append((plan.decodes.slots, decoded))
+        if not (plan.sequences or apart) and len(self._decoded) < _MOST_WAITING:
+            return
         accepted = [(plan.decodes.slots[row], output.forced) for row, output in apart.items() if output.forced]
         accepted += [(part.slot, output.token_ids + output.forced)
                      for part, output in zip(plan.sequences, outputs, strict=True) if output.token_ids]  # fmt: skip
@@ -130,10 +144,10 @@ class Speculation:
 
     def recall(self, plan: BatchPlan) -> tuple[int, ...]:
         """`StepOutput.recalled` of a step."""
-        if not (plan.assignments and isinstance(self.drafter, Memory)):
+        if self._memory is None or not plan.assignments:
             return ()
         slots = np.array([assignment.slot for assignment in plan.assignments], np.int32)
-        return tuple(self.drafter.recall(self._history, slots).tolist())
+        return tuple(self._memory.recall(self._history, slots).tolist())
 
     def foresee(self, plan: BatchPlan) -> tuple[IntArray | None, float]:
         """`StepOutput.foreseen` of a step that was noted, if its plan asks for it, and the seconds that it took."""
@@ -141,18 +155,25 @@ class Speculation:
             return None, 0.0
         started = time.perf_counter()
         self._enter_decoded()
-        slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
-        if isinstance(self.drafter, Foresight):
-            foreseen = self.drafter.foresee(self._history, slots)
+        slots = plan.decodes.slots
+        if plan.sequences:
+            slots = np.append(slots, [part.slot for part in plan.sequences]).astype(np.int32)
+        if self._foresight is not None:
+            foreseen = self._foresight.foresee(self._history, slots)
         else:
             foreseen = np.full(len(slots), MAX_DRAFT_TOKENS, np.int32)
         return foreseen, time.perf_counter() - started
 
     def _enter_decoded(self) -> None:
         # A failed one's NO_TOKEN enters too: that sequence is over, and its slot's next one begins a history anew.
+        if len(self._decoded) == 1:
+            slots, tokens = self._decoded[0]
+            self._history.append(slots, tokens[:, None])
+            self._decoded.clear()
+            return
         for _, steps in groupby(self._decoded, key=lambda step: step[0].tobytes()):
-            slots, tokens = zip(*steps, strict=True)
-            self._history.append(slots[0], np.stack(tokens, axis=1))
+            together = list(steps)
+            self._history.append(together[0][0], np.stack([tokens for _, tokens in together], axis=1))
         self._decoded.clear()
 
     def clear(self) -> None:

@@ -18,7 +18,7 @@ _FAR_BELOW = 0.25
 """But nothing takes so much less by chance: what was expected at start is wrong."""
 _FIRST_CLIP = 1.0
 """The same for the first ones in a place."""
-_FIRST = 3
+_FIRST, _OFTEN = 3, 8
 _PER_DOUBLING = 4
 """Nodes."""
 _SHARED = 0.5
@@ -47,6 +47,13 @@ class CostCurve:
         """Seconds for one count."""
         return float(np.interp(count, self._xs, self._ys))
 
+    def is_known(self, count: int) -> bool:
+        """Whether what so many take was often measured."""
+        return bool(self._seen[self._node(count)] >= _OFTEN)
+
+    def _node(self, count: int) -> int:
+        return min(int(np.searchsorted(self._nodes, count)), len(self._nodes) - 1)
+
     @property
     def slope(self) -> float:
         """Seconds for one more, where there are many."""
@@ -61,10 +68,11 @@ class CostCurve:
             self._values += seconds
             self._refresh()
             return
-        node = min(int(np.searchsorted(self._nodes, count)), len(self._nodes) - 1)
+        node = self._node(count)
         seen = int(self._seen[node])
         self._seen[node] += 1
-        clip, rate = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP), max(_RATE, 1 / (seen + 2))
+        clip = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP)
+        rate = max(_RATE, 1 / (seen + 2))
         if seen < _FIRST and seconds < _FAR_BELOW * expected:
             change = seconds - expected
         else:
@@ -82,6 +90,11 @@ class CostCurve:
     def scale(self, factor: float) -> None:
         """All takes so many times as long."""
         self._values *= factor
+        self._refresh()
+
+    def shift(self, seconds: float) -> None:
+        """All takes so much longer."""
+        self._values += seconds
         self._refresh()
 
     def relax(self, count: int, seconds: float, share: float) -> None:

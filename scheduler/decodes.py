@@ -40,6 +40,8 @@ class DecodeBatch:
         """As `PageTable.room`."""
         self._speculates = self._columns[_SPECULATES]
         """Whether its tokens may be drafted."""
+        self._undrafted = 0
+        """Members whose may not."""
         self._nobody = num_slots
         self._max_lengths = np.zeros(num_slots + 1, np.int32)
         self._arrivals = np.zeros(num_slots + 1, np.int64)
@@ -64,6 +66,7 @@ class DecodeBatch:
         speculates = sequence.request.speculate
         self._columns[:, row] = (slot, sequence.tokens[-1], known, ends, least, sequence.table.room, speculates)
         self._max_lengths[row] = sequence.max_length
+        self._undrafted += not speculates
         self._arrivals[row] = sequence.arrival
         self._set_stops(row, sequence.stop_ids)
         self._whole.clear()
@@ -77,6 +80,7 @@ class DecodeBatch:
         assert sequence.slot is not None
         sequence.steady = False
         self.bound -= sequence.request.grammar is not None
+        self._undrafted -= not sequence.request.speculate
         row = self._rows.pop(sequence.slot)
         final = self.members.pop()
         if final is not sequence:
@@ -150,6 +154,8 @@ class DecodeBatch:
 
     def speculating(self, decodes: Decodes) -> int:
         """How many rows of `decodes` are of sequences that may draft."""
+        if not self._undrafted:
+            return len(decodes)
         return int(np.count_nonzero(self._speculates[self._places(decodes)]))
 
     def arrivals(self, decodes: Decodes) -> npt.NDArray[np.int64]:
@@ -189,6 +195,7 @@ class DecodeBatch:
     def check(self) -> None:
         """AssertionError unless the columns say what the members' own states do."""
         assert len(self.members) == len(self._rows)
+        assert self._undrafted == sum(not member.request.speculate for member in self.members)
         for row, member in enumerate(self.members):
             slot = member.slot
             assert slot is not None and member.steady, "a member without a slot"

@@ -3,6 +3,9 @@
 from ..core.speculation import DraftInfo
 from .cost_curve import CostCurve
 
+_FIRST, _CLIP = 8, 2.0
+"""Steps with drafts that tell what all of them take besides their rows; and at most so many times what was expected."""
+
 
 class DraftCosts:
     """In seconds. Refined by `learn_*`, step by step.
@@ -18,6 +21,7 @@ class DraftCosts:
         """Of a step with drafts by its rows, without proposing."""
         self.passes = CostCurve(() if info.method == "ngram" else info.costs.drafts, num_slots)
         """Of one more draft token by a model, for so many sequences together."""
+        self._drafted = 0
 
     def learn_plain(self, rows: int, seconds: float, fresh: bool) -> None:
         """A step without drafts. Unless steps with drafts were measured lately (fresh), they change alike."""
@@ -27,8 +31,13 @@ class DraftCosts:
             self.rows.scale(self.plain.one(rows) / before)
 
     def learn_drafting(self, rows: int, seconds: float) -> None:
-        """A step with drafts."""
-        self.rows.learn(rows, seconds)
+        """A step with drafts. What it takes to plan and to verify it was not measured at start."""
+        expected = self.rows.one(rows)
+        self._drafted += 1
+        if self._drafted > _FIRST or seconds <= expected:
+            self.rows.learn(rows, seconds)
+        else:
+            self.rows.shift(min(seconds - expected, _CLIP * expected) / self._drafted)
 
     def relax(self, rows: int, share: float) -> None:
         """Return by `share` to what a step with drafts would take if it took no longer than others of so many rows: for

@@ -38,6 +38,8 @@ _MOST_CREDIT = 50
 """Steps' time that may be saved up for probes."""
 _SHORTEST, _LONGEST = 32, 2048
 """Steps between two looks while nothing is drafted: twice as many after each probe, or return to drafting, in vain."""
+_SPARING = 2
+"""But after a probe no longer than it takes to save up so many like it: cheap ones are more frequent."""
 _STAYED = 128
 """Steps after which a return to drafting was not in vain."""
 _PATIENCE = 16
@@ -60,7 +62,8 @@ _FRESH = 16
 _SELDOM = 64
 """Of later steps alike, one in so many teaches what they cost: learning takes time too."""
 _LASTING = 4
-"""Steps for which a choice holds while the batch is the same; of steps alike, one in so many teaches what they cost."""
+"""Steps for which a choice holds, while the batch is the same and nobody has drafted for the first time; of steps
+alike, one in so many teaches what they cost."""
 
 
 class DraftLengths:
@@ -82,8 +85,10 @@ class DraftLengths:
         self._steps = self._next_look = self._changed = 0
         self._pause, self._waited = _SHORTEST, 0
         self._last_rows = 0
-        self._who = (b"", b"", 0)
-        """The batch of the last choice."""
+        self._who = (b"", 0)
+        """The batch of the last choice: whose sequences, and how many decode."""
+        self._without_model = 0
+        """Step up to which a model, where there are n-grams too, was found not to be worth asking for that batch."""
         self._next_choice = 0
         self._looked_at = 0
         """Sequences that decoded at the last look."""
@@ -109,10 +114,11 @@ class DraftLengths:
         """Whether it is worth knowing what n-grams have to propose after such a step."""
         return bool(self.sources.ngrams) and (self.on or self._info.fixed or not self.idle(decoding))
 
-    @property
-    def only_foreseen(self) -> bool:
-        """Whether a step drafts only where that was foreseen."""
-        return self.sources.model is None and self.on
+    def only_foreseen(self, decoding: int) -> bool:
+        """Whether a step that decodes so many sequences drafts only where n-grams were found to have something."""
+        if self.sources.model is None or not self.on:
+            return self.on
+        return self._steps < self._without_model and decoding == self._who[1]
 
     def choose(self, batch: Candidates) -> Lengths:
         """Draft tokens for each of the candidates [S], within their limits; who calls sees to it that some are > 0."""
@@ -124,13 +130,15 @@ class DraftLengths:
             self._without_until = self._steps + _WITHOUT
         if not limits or (self._steps < self._without_until and self.on) or self._waits(batch, limits):
             return nothing
-        who = (batch.slots.tobytes(), batch.arrivals.tobytes(), batch.decoding)
-        holds = who == self._who and self._steps < min(self._next_choice, self._next_plain)
+        who = (np.sort(batch.arrivals).tobytes(), batch.decoding)
+        holds = who == self._who and self._steps < self._next_choice
+        holds = holds and not (self._drafts and self._steps >= self._next_plain)
         if self.on and holds and self.sources.covers(limits):
             self._behind = False
             return self.sources.chosen(limits, batch) if self._drafts else nothing
-        lasting, self._waited = _LASTING if self.sources.enter(batch) else 0, 0
-        self._who, self._next_choice, self._looked_at = who, self._steps + lasting, batch.decoding
+        self.sources.enter(batch)
+        self._waited = 0
+        self._who, self._next_choice, self._looked_at = who, self._steps + _LASTING, batch.decoding
         lengths = self._best(batch, limits)
         self._behind = bool((self.sources.lag(batch) * (lengths.model > 0)).max() > 2)
         return lengths
@@ -146,12 +154,16 @@ class DraftLengths:
             self._turn(True)
             self._gains = min(gain, _MOST_GAIN)
         self._drafts, self._gain = gain > (-_SLACK if self._drafts else _SLACK), max(gain, 0.0)
+        if limits[-1].any():
+            wanted = self._drafts and bool(lengths.model.any())
+            self._without_model = 0 if wanted else max(self._next_plain, self._steps + _PLAIN)
         if not self._drafts:
             return Lengths.none(len(batch.slots))
         return self._unlike(batch, limits, lengths) if self._steps >= self._next_plain else lengths
 
     def forget(self, slots: list[SlotId]) -> None:
         """The slots were assigned anew: what their drafters had seen is void, even if the same sequence comes back."""
+        self._without_model = 0
         self.sources.forget(slots)
 
     def recall(self, slots: list[SlotId], tokens: Sequence[int]) -> None:
@@ -176,7 +188,7 @@ class DraftLengths:
         self._steps += 1
         fresh = self.on or self._steps - self._changed <= _FRESH
         seldom = self._steps % (_LASTING if fresh else _SELDOM) == 0
-        telling = pure and (rows != self._last_rows or self._steps <= self._without_until or seldom)
+        telling = pure and (rows != self._last_rows or seldom or not self.costs.plain.is_known(rows))
         self._last_rows = rows
         self._weigh(outcome is not None, step_seconds + draft_seconds, foresight_seconds)
         if outcome is None:
@@ -198,12 +210,24 @@ class DraftLengths:
             self._probed(outcome)
         elif self._trying and turns.any():
             self._tried_model(outcome)
-        self.sources.learn(outcome)
+        if self.sources.learn(outcome):
+            self._next_choice = 0
+
+    def rests(self, seconds: float) -> bool:
+        """Take in a step of which nobody asked anything, if that can be done for free; else it is to be learned."""
+        if self.on or self._steps - self._changed < _FRESH or (self._steps + 1) % _SELDOM == 0:
+            return False
+        self._steps += 1
+        self._save(seconds)
+        return True
+
+    def _save(self, seconds: float) -> None:
+        self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
 
     def _weigh(self, drafted: bool, seconds: float, foresight: float) -> None:
         """Whether to go on drafting, after a step."""
         if not self.on:
-            self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
+            self._save(seconds)
         elif not self._info.fixed:
             gain = (self._gain if drafted else 0.0) - foresight / max(seconds, 1e-9)
             self._gains += _GAIN_RATE * (gain - self._gains)
@@ -243,6 +267,7 @@ class DraftLengths:
         alone, a model's for some."""
         self._next_plain = self._steps + self._plain_pause
         alone = len(limits) > 1 and self.sources.model is not None and not lengths.model.any()
+        alone = alone and self.sources.may_pay(batch, [*(0 * limit for limit in limits[:-1]), limits[-1]], 0.0)
         self._plain_turn = (self._plain_turn + 1) % (3 if alone else 2)
         if self._plain_turn == 0 and self._steps - self._last_plain <= self._plain_pause:
             self._plain_turn = 1
@@ -276,9 +301,10 @@ class DraftLengths:
                 self._next_plain, self._plain_turn = self._steps, 1
 
     def _single(self, batch: Candidates, limits: list[IntArray], catching_up: Floats) -> Lengths:
-        """A short draft of the sequence where catching up takes least."""
+        """A short draft of the sequence where catching up takes least, and of these the one that promises most."""
         room = np.sum(limits, axis=0)
-        single = int(np.where(room > 0, catching_up, np.inf).argmin())
+        promise = self.sources.promise(batch.slots, limits)
+        single = int(np.lexsort((-promise, np.where(room > 0, catching_up, np.inf)))[0])
         only = np.arange(len(room)) == single
         parts = [np.minimum(limit, min(_PROBE_TOKENS, batch.budget)) * only for limit in limits]
         return self.sources.together(parts, batch)
@@ -304,7 +330,8 @@ class DraftLengths:
             return Lengths.none(len(batch.slots))
         self._pay(loss)
         self._estimate = loss
-        self._pause, self._probing = min(2 * self._pause, _LONGEST), True
+        worth = round(_SPARING * loss / (_PROBE_SHARE * self.costs.plain.one(batch.decoding)))
+        self._pause, self._probing = min(2 * self._pause, max(worth, 2 * _SHORTEST), _LONGEST), True
         self._hoped = self.sources.chance_all_right(batch.slots, lengths)
         return lengths
 

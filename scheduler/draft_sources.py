@@ -60,7 +60,7 @@ class DraftSources:
         self._choice = [0 for _ in self._sources]
         """Offer of each source."""
         self._reaches: dict[int, IntArray] = {}
-        """[S] by source: lengths of the last choice, whatever is foreseen."""
+        """[N] by source: lengths of the last choice, whatever is foreseen."""
         self.loss = 0.0
         """Seconds that the last choice would lose against no drafts."""
 
@@ -89,11 +89,14 @@ class DraftSources:
 
     def chosen(self, limits: list[IntArray], batch: Candidates) -> Lengths:
         """The lengths of the last choice, within limits."""
-        reaches = [np.minimum(self._reaches.get(number, 0), limit) for number, limit in enumerate(limits)]
-        return self.together(reaches, batch)
+        lengths = [
+            np.minimum(self._reaches[number][batch.slots], limit) if number in self._reaches else 0 * limit
+            for number, limit in enumerate(limits)
+        ]
+        return self.together(lengths, batch)
 
-    def enter(self, batch: Candidates) -> bool:
-        """Forget who had the slots before; whether all who have them now have drafted."""
+    def enter(self, batch: Candidates) -> None:
+        """Forget who had the slots before."""
         fresh = batch.slots[self._arrivals[batch.slots] != batch.arrivals]
         if len(fresh):
             self._arrivals[batch.slots] = batch.arrivals
@@ -101,7 +104,6 @@ class DraftSources:
             self._tried[fresh] = False
             for source in self._sources:
                 source.acceptance.enter(fresh)
-        return bool(self._tried[batch.slots].all())
 
     def forget(self, slots: list[SlotId]) -> None:
         """The slots were assigned anew."""
@@ -129,7 +131,8 @@ class DraftSources:
         self._reaches = {}
         for (number, part), offer in zip(offers.items(), choice, strict=True):
             self._choice[number] = offer
-            self._reaches[number] = np.minimum(part.reach(offer), caps[number])
+            self._reaches[number] = np.zeros(len(self._tried), np.int32)
+            self._reaches[number][batch.slots] = np.minimum(part.reach(offer), caps[number])
         self.loss = max(step.tokens(choice) * (1.0 / goodput - 1.0 / step.without), 0.0) if goodput else 0.0
         return goodput / step.without - 1.0
 
@@ -195,8 +198,9 @@ class DraftSources:
     def _by_ngrams(self, outcome: Outcome) -> Mask:
         return (outcome.drafted > 0) & (outcome.model_drafted == 0) & bool(self.ngrams)
 
-    def learn(self, outcome: Outcome) -> None:
-        """Each source learns from its own proposals."""
+    def learn(self, outcome: Outcome) -> bool:
+        """Each source learns from its own proposals; whether somebody had none before."""
+        first = not self._tried[outcome.slots].all()
         self._tried[outcome.slots] = True
         found, long = self._by_ngrams(outcome), self._matched[outcome.slots] >= _LONG_MATCH
         places = outcome.asked - outcome.branched
@@ -209,6 +213,13 @@ class DraftSources:
             told = turns & ~(behind & (outcome.drafted == 0))
             self.model.learn(outcome.slots, places, outcome.drafted, outcome.accepted, told)
             self._drafted_to[outcome.slots[turns]] = outcome.known[turns]
+        return first
+
+    def promise(self, slots: IntArray, limits: list[IntArray]) -> Floats:
+        """[S]: how likely the first token of each would be right, by whoever's turn it is."""
+        pairs = zip(self._sources, limits, strict=True)
+        chances = [source.acceptance.chances(slots)[:, 0] * (limit > 0) for source, limit in pairs]
+        return np.asarray(np.sum(chances, axis=0), np.float64)
 
     def fade(self, slots: IntArray, share: float) -> None:
         """See `Acceptance.fade`."""

@@ -18,6 +18,9 @@ from .draft_length import DraftLengths
 from .growth import Growth
 from .sequence import SequenceState
 
+_COLD = 2
+"""Steps after one that did more, such as a prompt, which take longer than others."""
+
 
 class Speculation:
     """Plans drafts, learns from what came of them, and counts."""
@@ -38,6 +41,9 @@ class Speculation:
         self.lengths = DraftLengths(info, config.max_num_seqs)
         self._foreseen: IntArray | None = None
         """[N]: what n-grams would propose in the next step, 0: nothing; None: it was not asked for in the last one."""
+        self._some_foreseen = False
+        self._pure = 0
+        """Steps in a row that did nothing but generate."""
         self._asked = [0] * (1 + info.most)
         """How often each length was planned."""
         self._accepted_per_position = [0] * info.most
@@ -51,7 +57,7 @@ class Speculation:
         known = self.lengths.costs
         self.lengths = DraftLengths(info, self._num_slots)
         self.lengths.costs.rows, self.lengths.costs.plain = known.rows, known.plain
-        self._foreseen = None
+        self._foreseen, self._some_foreseen = None, False
         if self._since is not None:
             self._since = self._clock()  # the exchange is no part of a step
 
@@ -84,6 +90,10 @@ class Speculation:
 
     def plan(self, draft: BatchDraft) -> None:
         """Let members of the step, which is otherwise complete, draft."""
+        decoding = len(draft.decoders)
+        if not (draft.members or draft.entered) and self.lengths.idle(decoding):
+            self.skip(draft.decodes)
+            return
         if draft.entered:
             entered = [assignment.slot for assignment in draft.entered.values()]
             self.lengths.forget(entered)
@@ -91,21 +101,21 @@ class Speculation:
                 self._foreseen[entered] = 0
         others = [place for place, part in enumerate(draft.plans) if _may_draft(draft.members[place], part)]
         may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), list[int]()
-        decoding = len(draft.decoders) + len(others)
+        decoding += len(others)
         draft.foresee = self.lengths.foresees(decoding) and (
             may_draft > 0 or any(member.request.speculate for member in draft.members)
         )
-        if may_draft and not self.lengths.idle(decoding) and not self._nothing_foreseen():
+        asks = self._some_foreseen or not self.lengths.only_foreseen(decoding)
+        if may_draft and asks and not self.lengths.idle(decoding):
             batch = self._candidates(draft, others)
             if batch.budget and batch.limits.any():
-                chosen = self._let_draft(draft, others, self.lengths.choose(batch))
+                lengths = self.lengths.choose(batch)
+                if lengths.most.any():
+                    chosen = self._let_draft(draft, others, lengths)
         self._asked[0] += may_draft - len(chosen)
         for length in chosen:
             self._asked[length] += 1
         self._begin()
-
-    def _nothing_foreseen(self) -> bool:
-        return self.lengths.only_foreseen and (self._foreseen is None or not self._foreseen.any())
 
     def _begin(self) -> None:
         if self._since is None:
@@ -117,28 +127,38 @@ class Speculation:
         seconds = now - (now if self._since is None else self._since)
         self._since = now if goes_on else None
         self._step_seconds += seconds
+        if not (plan.sequences or plan.foresee) and self.lengths.rests(seconds):
+            self._foreseen, self._some_foreseen = None, False
+            return
         self._draft_seconds += output.draft_seconds + output.foresight_seconds
         self._cached_tokens += output.caught_up.cached
         self._computed_tokens += output.caught_up.computed
         if any(output.recalled):
             self.lengths.recall([assignment.slot for assignment in plan.assignments], output.recalled)
-        self._foreseen = None
-        if output.foreseen is not None:
-            slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
-            self._foreseen = np.zeros(self._num_slots, np.int32)
-            self._foreseen[slots] = output.foreseen
+        self._see(plan, output.foreseen)
         results = zip(plan.sequences, output.sequences, strict=True)
         drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
         rows, outcome = plan.num_tokens, None
-        pure = rows == len(plan.decodes) + len(plan.sequences) and not (
+        self._pure += 1
+        if rows > len(plan.decodes) + len(plan.sequences) or (
             plan.assignments or plan.prunes or plan.compactions or plan.parks
-        )
+        ):
+            self._pure = 0
         if drafts:
             outcome = _outcome(drafts)
             rows += int(outcome.drafted.sum())
             self._count(outcome)
         rest = max(seconds - output.draft_seconds - output.foresight_seconds, 0.0)
-        self.lengths.learn(outcome, rows, rest, output.draft_seconds, pure, output.foresight_seconds)
+        self.lengths.learn(outcome, rows, rest, output.draft_seconds, self._pure > _COLD, output.foresight_seconds)
+
+    def _see(self, plan: BatchPlan, foreseen: IntArray | None) -> None:
+        """What n-grams would propose after the step."""
+        self._some_foreseen, self._foreseen = foreseen is not None and bool(foreseen.any()), None
+        if foreseen is not None:
+            self._foreseen = np.zeros(self._num_slots, np.int32)
+            if self._some_foreseen:
+                slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
+                self._foreseen[slots] = foreseen
 
     def _count(self, outcome: Outcome) -> None:
         self._drafts += int(np.count_nonzero(outcome.drafted))

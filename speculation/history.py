@@ -26,7 +26,10 @@ class TokenHistory:
     def append(self, slots: IntArray, tokens: IntArray) -> None:
         """More tokens [S, n] for each of the distinct slots [S]."""
         known, more = self.known[slots], tokens.shape[1]
-        self.tokens[slots[:, None], known[:, None] + np.arange(more)] = tokens
+        if more == 1:  # step after step, while drafts pay
+            self.tokens[slots, known] = tokens[:, 0]
+        else:
+            self.tokens[slots[:, None], known[:, None] + np.arange(more)] = tokens
         self.known[slots] = known + more
 
     def extend(self, slot: int, tokens: tuple[int, ...]) -> None:

@@ -59,7 +59,7 @@ class NgramDrafter:
     def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
         """See `Foresight`."""
         self._index.extend(history, slots)
-        return np.minimum(self._index.matched(history, slots), MAX_DRAFT_TOKENS).astype(np.int32)
+        return np.minimum(self._index.matched(history, slots), MAX_DRAFT_TOKENS)
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. A proposal is at most as long as the match it rests on."""
@@ -117,14 +117,15 @@ class GramIndex:
     def extend(self, history: TokenHistory, slots: IntArray) -> None:
         """Take in what is new of the distinct slots [S]."""
         first, known = self._size[slots], history.known[slots]
-        counts = known - first
-        total = int(counts.sum())
+        starts, ends = first.tolist(), known.tolist()
+        total = sum(ends) - sum(starts)
         self._size[slots] = known
+        self._used[slots] = True
         if total <= _FEW:
-            for slot, start, end in zip(slots.tolist(), first.tolist(), known.tolist(), strict=True):
-                self._add_few(slot, history.of(slot).data, start, end)
+            for slot, start, end in zip(slots.tolist(), starts, ends, strict=True):
+                self._add_few(slot, history.tokens[slot].data, start, end)
         else:
-            self._used[slots] = True
+            counts = known - first
             begins = (np.cumsum(counts) - counts - first).repeat(counts)
             self._add_many(history.tokens, slots.repeat(counts).astype(np.int64), np.arange(total) - begins)
 
@@ -173,7 +174,6 @@ class GramIndex:
         return (start, best) if best >= self._orders[-1] else (0, 0)
 
     def _add_few(self, slot: int, view: memoryview, first: int, known: int) -> None:
-        self._used[slot] = True
         for end in range(first, known):
             for order, newest, older in self._chains[slot]:
                 if end + 1 < order:

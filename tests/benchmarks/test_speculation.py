@@ -11,12 +11,10 @@ from benchmarks.speculation import (
     Cell,
     Engines,
     Round,
-    Steady,
-    Watcher,
     agreement,
-    difference,
     measure,
 )
+from benchmarks.steady import Steady, Watcher, difference
 from benchmarks.workloads import WORKLOADS, Workloads, edit_prompt, has_chat, names_in, request
 from quire.core.config import embedded_model
 from quire.core.ids import RequestId
@@ -36,7 +34,7 @@ def says(name: str, *tokens: int) -> Tokens:
 
 
 def test_steps_count_while_all_generate() -> None:
-    watcher = Watcher(2, SpeculationCounts(draft_seconds=5.0))
+    watcher = Watcher(2, SpeculationCounts(draft_seconds=5.0), Steady())
     end: Event = Finished(RequestId("a"), 0, "length")
     watcher.watch(report(1.0, 5.0, says("a", 1)), 9.0)  # b is still at its prompt
     watcher.watch(report(1.0, 5.5, says("a", 2), says("b", 1)), 9.0)  # b computed the end of its prompt
@@ -118,8 +116,9 @@ class FakeLoop:
 def test_rounds_take_turns_and_the_first_is_not_counted() -> None:
     turns: list[bool] = []
     cell, engines = Cell("ngram", "1", "code", 1), Engines(FakeLoop(True, turns), FakeLoop(False, turns))  # type: ignore[arg-type]
-    measure(engines, cell, [[1, 2, 3]], argparse.Namespace(output=9, temperature=0.0, rounds=2))
-    assert turns == [False, True, True, False, False, True]
+    batches = [[[1, 2, 3]], [[4, 5]]]
+    measure(engines, cell, batches, argparse.Namespace(output=9, temperature=0.0, rounds=2))
+    assert turns == [False, True] * 2 + [True, False] * 2 + [False, True] * 2
     assert len(cell.rounds) == 2 and cell.rounds[0].equal == 1.0
     # Of nine tokens the first one's step is not counted.
     sides = [(one.on.tokens / one.on.steps, one.off.tokens / one.off.steps) for one in cell.rounds]

@@ -95,7 +95,8 @@ class Run:
         foreseen, self.foreseen = self.foreseen, None
         if self.lengths.foresees(size):
             self.foreseen = np.array([self.matched(slot, self.steps + 1) for slot in slots.tolist()], np.int32)
-        if self.lengths.idle(size) or (self.lengths.only_foreseen and not (foreseen is not None and foreseen.any())):
+        found = foreseen is not None and bool(foreseen.any())
+        if self.lengths.idle(size) or not (found or not self.lengths.only_foreseen(size)):
             return np.zeros(size, np.int32)
         known = np.full(size, 50 + self.steps, np.int32)
         full, arrivals = np.full(size, MOST, np.int32), slots.astype(np.int64) + self.first_arrival
@@ -160,7 +161,7 @@ def test_no_fixed_length_gives_notably_more(machine, size):
         ]
         shares.append(np.mean([run.goodput for run in runs]) / best_fixed(machine, rates, size))
     # A single run is off by about 2 %, of a single sequence more.
-    least, mean = (0.94, 0.975) if size == 1 else (0.96, 0.985)
+    least, mean = (0.95, 0.977) if size == 1 else (0.96, 0.985)
     assert min(shares) >= least and np.mean(shares) >= mean
 
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -110,7 +110,8 @@ class Run:
         foreseen, self.foreseen = self.foreseen, None
         if self.lengths.foresees(len(slots)):
             self.foreseen = self._draw(len(slots))
-        if self.lengths.idle(len(slots)):
+        found = foreseen is not None and bool(foreseen.any())
+        if self.lengths.idle(len(slots)) or not (found or not self.lengths.only_foreseen(len(slots))):
             return Lengths.none(len(slots))
         full = np.full(len(slots), MOST, np.int32)
         arrivals = slots.astype(np.int64)
@@ -165,3 +166,18 @@ def test_a_model_that_gets_better_is_found_out() -> None:
     run.scene = SCENES["memory bound"]
     run.goodput(4, 8000)
     assert np.mean(run.by_model[-200:]) > 3
+
+
+def test_a_model_that_does_not_pay_is_hardly_thought_of_where_n_grams_have_nothing() -> None:
+    run = chosen(replace(SCENES["dear passes"], found=lambda sequence: 0.1, model=0.1))
+    assert isinstance(run.lengths, DraftLengths)
+    choose, steps = run.lengths.choose, list[int]()
+
+    def watched(batch: Candidates) -> Lengths:
+        if batch.foreseen is not None and not batch.foreseen.any():
+            steps.append(run.steps)
+        return choose(batch)
+
+    run.lengths.choose = watched  # type: ignore[method-assign]
+    run.goodput(1, 1000)
+    assert run.lengths.on and sum(step > 200 for step in steps) < 80, "of 720 such steps"

@@ -196,3 +196,32 @@ def test_members_of_a_batch_may_draft_beside_a_prompt():
     assert sorted(drafts(plan)) == [0, 4] and plan.num_tokens == 11
     assert np.sum(drafts(plan)) + plan.num_tokens <= 16
     world.run()
+
+
+def test_prompts_and_the_steps_right_after_them_teach_no_costs():
+    world = world_of(right=0.0)
+    speculation, pure = world.scheduler.speculation, list[bool]()
+    assert speculation is not None
+    learn = speculation.lengths.learn
+
+    def watched(*step: Any) -> None:
+        pure.append(step[4])
+        learn(*step)
+
+    speculation.lengths.learn = watched  # type: ignore[method-assign, assignment]
+    world.scheduler.add(make_request("a", max_tokens=16))
+    for _ in range(6):
+        step(world)
+    assert pure == [False, False, False, True, True, True]
+
+
+def test_steps_without_drafts_are_counted_though_nobody_looks_at_them():
+    world = World(make_config(draft=DraftInfo(method="ngram", name="ngram", most=4)))
+    speculation = world.scheduler.speculation
+    assert speculation is not None
+    speculation.lengths.on, speculation.lengths.idle = False, lambda decoding: True  # type: ignore[method-assign]
+    for name, speculates in (("a", True), ("b", False)):
+        world.scheduler.add(make_request(name, max_tokens=9, speculate=speculates))
+    world.run()
+    counts = world.scheduler.stats().speculation
+    assert counts.lengths == [8, 0, 0, 0, 0]
