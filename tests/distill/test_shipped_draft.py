@@ -69,7 +69,7 @@ def test_it_speaks_as_its_target_does(
     for ids in windows(corpus):
         tally += sampled_tally(logits_of(target), logits_of(draft), ids, 1.0, CPU)
         before += sampled_tally(logits_of(target), logits_of(undistilled), ids, 1.0, CPU)
-    assert tally.acceptance > 0.5 and tally.acceptance > 1.25 * before.acceptance
+    assert tally.acceptance > 0.52 and tally.acceptance > 1.25 * before.acceptance
 
 
 def test_greedy_chains_of_four_are_long(
