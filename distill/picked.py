@@ -39,5 +39,5 @@ def picked_log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 
     A token named twice in a row is counted twice.
     """
-    picked: Tensor = _Picked.apply(logits, ids)  # type: ignore[no-untyped-call]
+    picked: Tensor = _Picked.apply(logits, ids)
     return picked

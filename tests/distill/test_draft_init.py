@@ -107,9 +107,9 @@ def test_a_channel_counts_where_one_layer_lives_on_it() -> None:
     model = tiny_target()
     with torch.no_grad():
         for number, layer in enumerate(decoder_layers(model)):
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-                norm.weight[:24] = 10.0 if number == 0 else 0.0
-                norm.weight[24:] = 0.0 if number == 0 else 0.1
+            for norm in (layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")):
+                norm.get_parameter("weight")[:24] = 10.0 if number == 0 else 0.0
+                norm.get_parameter("weight")[24:] = 0.0 if number == 0 else 0.1
         model.model.norm.weight[:24] = 5.0
         model.model.norm.weight[24:] = 0.0
     layers = decoder_layers(model)
