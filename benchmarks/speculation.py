@@ -43,7 +43,7 @@ from rich.table import Table
 from benchmarks.intervals import median_interval, verdict
 from benchmarks.steady import Steady, Watcher, difference
 from benchmarks.stepping import load
-from benchmarks.upscale import PRESETS, cached, standalone
+from benchmarks.upscale import PRESETS, cached
 from benchmarks.workloads import WORKLOADS, Workloads, has_chat, request
 from quire.core.config import embedded_model
 from quire.core.errors import QuireError
@@ -305,8 +305,7 @@ def default_drafters(own: bool) -> list[str]:
     """N-grams, the draft that comes with quire-mini, and quire-mini itself where the target is an enlarged one."""
     mini = embedded_model()
     drafts = [mini / "draft"] if (mini / "draft").is_dir() else []
-    models = [*(standalone(draft, mini) for draft in drafts), mini] if own else drafts
-    return ["ngram", *map(str, models)]
+    return ["ngram", *map(str, [*drafts, mini] if own else drafts)]
 
 
 def main() -> None:

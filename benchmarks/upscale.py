@@ -24,14 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging
 
 from quire.kernels.compiler import cache_folder
-from quire.models.native import SHARES_EMBEDDING
 
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -178,26 +176,6 @@ def cached(source: Path, preset: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             upscale(source, Path(scratch) / folder.name, PRESETS[preset])
             (Path(scratch) / folder.name).rename(folder)
-    return folder
-
-
-def standalone(draft: Path, target: Path) -> Path:
-    """Folder of the draft with the embedding that it shares with its target, so that it can draft for larger ones."""
-    config = json.loads((draft / "config.json").read_text())
-    if not config.pop(SHARES_EMBEDDING, False):
-        return draft
-    folder = cache_folder() / f"{target.name}-{draft.name}-standalone"
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: part for shard in draft.glob("*.safetensors") for name, part in load_file(shard).items()}
-    for shard in target.glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            shared = [name for name in ("model.embed_tokens.weight", "lm_head.weight") if name in file.keys()]  # noqa: SIM118 - no mapping
-            tensors |= {name: file.get_tensor(name) for name in shared}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    for name in TOKENIZER_FILES:
-        if (target / name).is_file():
-            shutil.copy(target / name, folder / name)
     return folder
 
 

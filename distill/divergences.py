@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.top_rows import LEAST_MASS
+from .picked import picked_log_probs
 
 Divergence = Literal["kl", "rkl", "jsd", "tvd", "logacc"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -27,8 +28,7 @@ def lump(logits: Tensor, ids: Tensor, absent: Tensor | None = None) -> Tensor:
 
     Where absent [N, K] bool, there is no token, and what stands in its place is `ABSENT`.
     """
-    logits = logits.float()
-    kept = logits.gather(1, ids) - logits.logsumexp(1, keepdim=True)
+    kept = picked_log_probs(logits, ids)
     if absent is not None:
         kept = kept.masked_fill(absent, ABSENT)
     rest = (1.0 - kept.exp().sum(1, keepdim=True)).clamp_min(LEAST_MASS).log()

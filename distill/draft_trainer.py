@@ -148,9 +148,11 @@ class DraftTrainer:
         valid = batch.valid
         with torch.autocast(self.draft.device.type, torch.bfloat16):
             logits = self.draft(input_ids=batch.ids, use_cache=False).logits
-        p_log = batch.top_log[valid]
-        q_log = lump(logits[valid].float() / self.temperature, batch.top_ids[valid], p_log[:, :-1] == ABSENT)
-        return self._formula(p_log, q_log)
+        if self.temperature != 1.0:
+            logits = logits.float() / self.temperature
+        # All rows, then those that count: to pick among whole rows of logits would copy them, there and back.
+        q_log = lump(logits.flatten(0, 1), batch.top_ids.flatten(0, 1), batch.top_log[..., :-1].flatten(0, 1) == ABSENT)
+        return self._formula(batch.top_log[valid], q_log[valid.flatten()])
 
     def drop_old_shards(self) -> None:
         """Remove rounds that no later step will draw from."""

@@ -3,7 +3,7 @@
 Layers: block influence BI = 1 - mean cosine of a layer's input and output (ShortGPT, Men et al. 2024, section 3.2).
 Neurons of a gated feed-forward and attention heads: mean square of what each adds to the residual stream, its
 activation times the norm of its column (after Minitron, Muralidharan et al. 2024, section 2.2, which ranks by
-activations alone). Channels of the hidden state: mean square after the norms.
+activations alone). Channels of the hidden state: their share of the mean square behind any of the draft's norms.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,23 +61,31 @@ def input_importance(model: nn.Module, rows: Sequence[Tensor], downs: Sequence[n
 
 
 @torch.inference_mode()
-def channel_importance(model: nn.Module, rows: Sequence[Tensor]) -> Tensor:
-    """Mean square [H] of each channel as the norms on the residual stream hand it out, over rows of ids [1, T].
+def channel_importance(model: nn.Module, rows: Sequence[Tensor], layers: Sequence[nn.Module]) -> Tensor:
+    """Largest share [H] that each channel has of what a norm on the residual stream hands out, of the norms in these
+    decoder layers and those behind all layers; mean squares over rows of ids [1, T].
 
-    Summed over the norms; Minitron, section 2.2, takes means of magnitudes.
+    Minitron, section 2.2, sums over all norms. But a layer may live on channels that are silent before the others, and
+    norms hand out sums of very different size, so each norm counts by itself, and only where the draft has it.
     """
     config: Any = model.config
     hidden = config.get_text_config(decoder=True).hidden_size
-    norms = [m for name, m in model.named_modules() if name.endswith("norm") and m.weight.shape == (hidden,)]
-    total = torch.zeros(hidden, device=norms[0].weight.device)
+    kept = {id(layer) for layer in layers}
+    others = {id(m) for layer in decoder_layers(model) if id(layer) not in kept for m in layer.modules()}
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("norm") and module.weight.shape == (hidden,) and id(module) not in others
+    ]
+    sums = [torch.zeros(hidden, device=norms[0].weight.device) for _ in norms]
 
     def watch(index: int, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        total.add_(output.float().square().flatten(0, -2).sum(0))
+        sums[index] += output.float().square().flatten(0, -2).sum(0)
 
     with _hooked(norms, watch):
         for row in rows:
             model(input_ids=row, use_cache=False)
-    return total / sum(row.numel() for row in rows)
+    return torch.stack([total / total.sum() for total in sums]).amax(0)
 
 
 def gated_mlp(layer: nn.Module) -> tuple[str, nn.Linear]:

@@ -91,7 +91,7 @@ class Narrowing:
         if self._ours.kv_heads != self._theirs.kv_heads:
             self._keep_heads(layers, states)
         if self._ours.hidden != self._theirs.hidden:
-            self._keep_channels(states, beside)
+            self._keep_channels(layers, states, beside)
 
     def _keep_neurons(self, layers: Sequence[nn.Module], states: Sequence[State]) -> None:
         """Leave the strongest neurons of each layer's gated feed-forward."""
@@ -115,9 +115,9 @@ class Narrowing:
             outputs = {f"{name}.q_proj": inputs, f"{name}.k_proj": pairs, f"{name}.v_proj": pairs}
             _select(state, outputs, f"{name}.o_proj", inputs)
 
-    def _keep_channels(self, states: Sequence[State], beside: State) -> None:
+    def _keep_channels(self, layers: Sequence[nn.Module], states: Sequence[State], beside: State) -> None:
         """Leave the strongest channels of the hidden state, the same ones everywhere."""
-        keep = _strongest(channel_importance(self._target, self._rows), self._ours.hidden)
+        keep = _strongest(channel_importance(self._target, self._rows, layers), self._ours.hidden)
         for state in (*states, beside):
             for name, tensor in state.items():
                 state[name] = self._channels(name, tensor, keep)

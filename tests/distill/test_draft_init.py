@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from quire.core.errors import ConfigError, ModelLoadError
 from quire.distill.draft_export import export_draft
 from quire.distill.draft_init import Init, make_draft, most_important
-from quire.distill.importance import layer_importance
+from quire.distill.importance import channel_importance, decoder_layers, layer_importance
 from quire.models.checkpoint import open_checkpoint
 from quire.models.native import SHARES_EMBEDDING
 
@@ -100,6 +100,22 @@ def test_dropping_channels_that_carry_nothing_changes_nothing(tmp_path: Path, ki
     runner = load(tmp_path / "draft", "native")
     assert (runner.spec.num_heads, runner.spec.head_dim) == (4, 8)
     check_parity(runner, draft, VOCAB)
+
+
+def test_a_channel_counts_where_one_layer_lives_on_it() -> None:
+    """Layer 0's norms shout on the first 24 channels, those behind it whisper on the last 8; layer 2 is not kept."""
+    model = tiny_target()
+    with torch.no_grad():
+        for number, layer in enumerate(decoder_layers(model)):
+            for norm in (layer.get_submodule("input_layernorm"), layer.get_submodule("post_attention_layernorm")):
+                norm.get_parameter("weight")[:24] = 10.0 if number == 0 else 0.0
+                norm.get_parameter("weight")[24:] = 0.0 if number == 0 else 0.1
+        model.model.norm.weight[:24] = 5.0
+        model.model.norm.weight[24:] = 0.0
+    layers = decoder_layers(model)
+    whispering = channel_importance(model, ROWS, [layers[0], layers[1]])[24:]
+    assert whispering.sum() == pytest.approx(1.0, abs=0.3), "whole shares of what layer 1's norms hand out"
+    assert channel_importance(model, ROWS, [layers[0]])[24:].max() == 0.0
 
 
 def test_all_widths_are_cut_together(target: PreTrainedModel) -> None:
