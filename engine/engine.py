@@ -236,13 +236,11 @@ class Engine:
             self._speculation.note(plan, decoded, outputs, apart)
             outputs = self._settle(launched, outputs)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
-        foresight = (None, 0.0) if self._speculation is None else self._speculation.foresee(plan)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         spent = (launched.draft_seconds, self.sampler.grammars.spent())
-        drafting = (launched.caught_up, () if self._speculation is None else self._speculation.recall(plan))
-        taken = (recorded, apart, *foresight, *drafting)
-        return StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, *taken)
+        output = StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, apart)
+        return output if self._speculation is None else self._speculation.report(plan, launched.caught_up, output)
 
     def _settle(self, launched: LaunchedStep, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
         """Keep of the sequences with draft tokens what was right."""

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..core.ids import SlotId
-from ..core.plan import NO_TOKEN, BatchPlan, CaughtUp, IntArray, SequenceOutput, SequencePlan, SlotAssignment
+from ..core.plan import (
+    NO_TOKEN,
+    BatchPlan,
+    CaughtUp,
+    IntArray,
+    SequenceOutput,
+    SequencePlan,
+    SlotAssignment,
+    StepOutput,
+)
 from ..core.speculation import MAX_DRAFT_TOKENS
 from ..kernels import sampling
 from ..kernels.draft_chain_cpu import DrawRules
@@ -142,17 +151,23 @@ class Speculation:
         for slot, token_ids in accepted:
             self._history.extend(slot, token_ids)
 
-    def recall(self, plan: BatchPlan) -> tuple[int, ...]:
-        """`StepOutput.recalled` of a step."""
-        if self._memory is None or not plan.assignments:
+    def report(self, plan: BatchPlan, caught_up: CaughtUp, output: StepOutput) -> StepOutput:
+        """The output of a step that was noted, with what drafters have to say of it."""
+        if not (plan.foresee or plan.assignments or caught_up.computed):
+            return output
+        foreseen, seconds = self._foresee(plan) if plan.foresee else (None, 0.0)
+        recalled = self._recall(plan.assignments) if plan.assignments else ()
+        return replace(output, foreseen=foreseen, foresight_seconds=seconds, caught_up=caught_up, recalled=recalled)
+
+    def _recall(self, assignments: Sequence[SlotAssignment]) -> tuple[int, ...]:
+        """`StepOutput.recalled`."""
+        if self._memory is None:
             return ()
-        slots = np.array([assignment.slot for assignment in plan.assignments], np.int32)
+        slots = np.array([assignment.slot for assignment in assignments], np.int32)
         return tuple(self._memory.recall(self._history, slots).tolist())
 
-    def foresee(self, plan: BatchPlan) -> tuple[IntArray | None, float]:
-        """`StepOutput.foreseen` of a step that was noted, if its plan asks for it, and the seconds that it took."""
-        if not plan.foresee:
-            return None, 0.0
+    def _foresee(self, plan: BatchPlan) -> tuple[IntArray, float]:
+        """`StepOutput.foreseen`, and the seconds that it took."""
         started = time.perf_counter()
         self._enter_decoded()
         slots = plan.decodes.slots
