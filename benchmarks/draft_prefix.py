@@ -21,7 +21,7 @@ from rich.table import Table
 
 from benchmarks.intervals import median_interval
 from benchmarks.stepping import load
-from benchmarks.upscale import PRESETS, cached, standalone
+from benchmarks.upscale import PRESETS, cached
 from benchmarks.workloads import request
 from quire.core.config import embedded_model
 from quire.core.messages import Failed, Tokens, single_events
@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     mini, console = embedded_model(), Console(width=120)
     settings = {"dtype": args.dtype, "prefix_cache": True, "max_num_seqs": 1}
-    drafts = {"draft": str(standalone(args.draft, mini)), "draft_tokens": args.draft_tokens}
+    drafts = {"draft": str(args.draft), "draft_tokens": args.draft_tokens}
     model = str(cached(mini, args.preset))
     loops = {"no drafts": load(model, **settings)}
     loops |= {label: load(model, **settings | drafts) for label in ("draft forgets", "draft remembers")}
