@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -194,9 +193,9 @@ class Engine:
         """Queue page changes, forward pass and sampling."""
         if plan.changes_hands:
             self._change_hands(plan)
-        unwatched = not (self._pruner.looks_on or self._selection.picks)
-        if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
-            return self._decode_at_once(plan, self._decode_step, rows)
+        asks = self._pruner.looks_on or self._selection.picks or any(part.drafts for part in plan.sequences)
+        if self._decode_step is not None and not asks and (rows := decode_rows(plan, self.sampler)):
+            return self._decode_at_once(Proposed(plan), self._decode_step, rows)
         return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
 
     @torch.inference_mode()
@@ -286,7 +285,7 @@ class Engine:
         watchers = self._pruner.observer(plan), self._selection.selector(plan)
         unwatched = watchers == (None, None)  # what a graph or one call computes nobody looks into
         if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
-            return replace(self._decode_at_once(plan, self._decode_step, rows), draft_seconds=proposed.seconds)
+            return self._decode_at_once(proposed, self._decode_step, rows)
         replayed = self._decode(plan) if unwatched else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
@@ -294,22 +293,26 @@ class Engine:
         moments = started, computed, self._timer.now()
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds, proposed.caught_up)
 
-    def _decode_at_once(self, plan: BatchPlan, compute: DecodeStepCPU, rows: DecodeRows) -> LaunchedStep:
-        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits.
+    def _decode_at_once(self, proposed: Proposed, compute: DecodeStepCPU, rows: DecodeRows) -> LaunchedStep:
+        """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits or
+        drafts are verified.
 
         That takes no operation of torch's, so it does without the mode that those want: entering it would show.
         """
-        grammars = self.sampler.grammars
-        masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts) if grammars else None
+        plan, grammars, spent = proposed.plan, self.sampler.grammars, (proposed.seconds, proposed.caught_up)
+        masks = None
+        if grammars and not rows.proposals:
+            masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts)
         started = time.perf_counter()
         step = compute(rows, masks)
         computed = started + step.forward_seconds
         if step.tokens is not None:
-            return LaunchedStep(plan, moments=(started, computed, computed + step.sample_seconds), decoded=step.tokens)
+            moments = started, computed, computed + step.sample_seconds
+            return LaunchedStep(plan, None, None, None, moments, None, *spent, decoded=step.tokens)
         with torch.inference_mode():
-            layout, logits = logit_layout(plan), compute.logits(len(rows.slots))
-            drawn = self.sampler.draw(plan, layout, logits)
-        return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()))
+            layout, logits = logit_layout(plan), compute.logits(len(rows.slots) + rows.proposals)
+            drawn = self.sampler.draw(plan, layout, logits, proposed.distributions)
+        return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()), None, *spent)
 
     def _forward(
         self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None

@@ -1,5 +1,6 @@
 // A step in which every sequence computes its newest tokens and samples the next, in one call: inputs from the tables of
-// all slots, forward pass, choice of tokens, and the count of new entries. The functions are those of a step put together
+// all slots, forward pass, choice of tokens, and the count of new entries; where drafts are verified, who does that chooses
+// and counts. The functions are those of a step put together
 // in Python, so the tokens are the same; Python's share of such a step would be as long as a small model's arithmetic.
 #include "cpu_distributions.h"
 #include "cpu_kernels.h"
@@ -28,9 +29,10 @@ struct SlotTables {
 struct DecodeRows {
   const int32_t *slots, *starts, *ends;  // [D]: distinct; logical positions of their first tokens; where their rows end
   const int32_t* ids;                   // [T]: tokens, -1: the slot's newest
+  const int32_t* drafts;                // [D]: how many of its tokens, the last ones, are proposals
   const void *cos, *sin;                // [positions, half]
   int32_t* tokens;                      // [D]: what is drawn; -1 where logits are not finite
-  float* logits;                        // [D, V]
+  float* logits;                        // [R, V]: of each sequence's last known token, and of its proposals
   const int32_t* masked;                // [D]: each row's mask, -1: none
   const uint8_t* masks;                 // [masks, mask_stride]: bit t % 8 of byte t / 8: may t be drawn; null: no mask
   long count, half, positions, mask_stride;
@@ -46,6 +48,13 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 long first_row(const DecodeRows& r, long i) { return i ? r.ends[i - 1] : 0; }
 long tokens_of(const DecodeRows& r, long i) { return r.ends[i] - first_row(r, i); }
+
+// R
+long wanted_rows(const DecodeRows& r) {
+  long rows = r.count;
+  for (long i = 0; i < r.count; i++) rows += r.drafts[i];
+  return rows;
+}
 
 // Pieces of one buffer, one after another, each aligned.
 class Pieces {
@@ -75,7 +84,7 @@ long lay_out(const Decoder& d, const DecodeRows& r, long pages, char* memory, De
   s.ids = (int64_t*)pieces.take(rows * 8);
   s.angle_rows = (int64_t*)pieces.take(rows * 8);
   a.positions = (int64_t*)pieces.take(rows * 8);
-  s.logit_rows = (int64_t*)pieces.take(r.count * 8);
+  s.logit_rows = (int64_t*)pieces.take(rows * 8);
   a.query_start = (int32_t*)pieces.take((r.count + 1) * 4);
   a.kept = (int32_t*)pieces.take(r.count * heads * 4);
   a.page_table = (int32_t*)pieces.take(r.count * heads * pages * 4);
@@ -104,6 +113,7 @@ long longest_head(const SlotTables& t, const DecodeRows& r, long heads, long pag
 
 // The rows' numbers, from the slots' tables.
 void fill(const SlotTables& t, const DecodeRows& r, long heads, long pages, const DecoderStep& s, const Args& a) {
+  int64_t* wanted = (int64_t*)s.logit_rows;
   for (long i = 0; i < r.count; i++) {
     const long slot = r.slots[i];
     const int32_t *kept = t.kept + slot * heads, *table = t.page_table + slot * heads * t.columns;
@@ -113,7 +123,7 @@ void fill(const SlotTables& t, const DecodeRows& r, long heads, long pages, cons
       ((int64_t*)s.angle_rows)[row] = angle + row - first;
       ((int64_t*)a.positions)[row] = r.starts[i] + row - first;
     }
-    ((int64_t*)s.logit_rows)[i] = r.ends[i] - 1;
+    for (long row = r.ends[i] - 1 - r.drafts[i]; row < r.ends[i]; row++) *wanted++ = row;
     ((int32_t*)a.query_start)[i] = first;
     memcpy((int32_t*)a.kept + i * heads, kept, heads * 4);
     for (long head = 0; head < heads; head++)
@@ -192,19 +202,20 @@ extern "C" long quire_decode_step(const quire::Decoder* decoder, const quire::Ar
   a.query = s.heads;
   a.key = (char*)s.heads + a.heads * a.width * item;
   a.value = (char*)a.key + a.kv_heads * a.width * item;
-  a.sequences = s.wanted = r.count, s.rows = r.ends[r.count - 1];
+  a.sequences = r.count, s.wanted = wanted_rows(r), s.rows = r.ends[r.count - 1];
   if (s.rows == s.wanted) s.logit_rows = nullptr;
   a.table_head = pages, a.table_sequence = heads * pages, a.kept_sequence = heads;
   s.table_layer = a.kv_heads * pages, s.kept_layer = a.kv_heads;
   s.cos = r.cos, s.sin = r.sin, s.half = r.half, s.logits = r.logits, s.threads = r.threads;
   if (!quire_forward(decoder, &s, &a)) return kNoToken;
   for (long i = 0; i < r.count; i++) {
+    if (r.drafts[i]) continue;  // what stays is known once they are verified
     for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head] += tokens_of(r, i);
     t.computed[r.slots[i]] += tokens_of(r, i);
   }
   const double computed = now();
   r.drawn = false;
-  draw_all(t, r, d.vocab);
+  if (s.wanted == r.count) draw_all(t, r, d.vocab);
   r.forward_seconds = computed - started, r.sample_seconds = now() - computed;
   return 0;
 }

@@ -95,7 +95,7 @@ class DecodeRowsArgs(ctypes.Structure):
     """`quire::DecodeRows` of cpu_decode_step.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "cos", "sin", "tokens", "logits")),
+        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "drafts", "cos", "sin", "tokens", "logits")),
         *((name, _POINTER) for name in ("masked", "masks")),
         *((name, _LONG) for name in ("count", "half", "positions", "mask_stride")),
         *((name, _INT) for name in ("threads", "drawn")),

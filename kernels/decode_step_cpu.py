@@ -1,4 +1,5 @@
 """A step that decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
+Where draft tokens are to be verified it leaves the choice, and the count of those sequences' entries, to who does that.
 
 Letters as in `kernels.decoder_cpu`; N slots, D of which bring tokens, T in all, L layers, B entries of a page, M
 columns of a slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
@@ -68,13 +69,21 @@ class DecodeRows:
     """[T]: of one after the other, -1: the slot's newest."""
     counts: npt.NDArray[np.int32]
     """[D]: tokens of each, at least 1."""
+    drafts: npt.NDArray[np.int32]
+    """[D]: how many of them, the last ones, are proposals: fewer than all."""
+
+    @property
+    def proposals(self) -> int:
+        """Of all."""
+        return int(self.drafts.sum()) if len(self.token_ids) > len(self.slots) else 0
 
 
 class Decoded(NamedTuple):
     """What a step of D rows gave."""
 
     tokens: npt.NDArray[np.int32] | None
-    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, so who draws needs `logits`."""
+    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, or there are
+    proposals, so who draws needs `logits`."""
     forward_seconds: float
     sample_seconds: float
 
@@ -99,11 +108,12 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).ctypes.data for name in arrays},
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
-        self._numbers = np.empty((5, len(heads)), np.int32)
+        self._numbers = np.empty((6, len(heads)), np.int32)
         self._ids = np.empty(len(heads), np.int32)
         self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
         columns = (row.ctypes.data for row in self._numbers)
-        self._rows.slots, self._rows.starts, self._rows.ends, self._rows.tokens, self._rows.masked = columns
+        for name, column in zip(("slots", "starts", "ends", "tokens", "masked", "drafts"), columns, strict=True):
+            setattr(self._rows, name, column)
         self._rows.ids = self._ids.ctypes.data
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
@@ -116,17 +126,18 @@ class DecodeStepCPU:
     def __call__(self, step: DecodeRows, masks: RowMasks | None = None) -> Decoded:
         """Compute the tokens, and draw what follows.
 
-        masks: what some of the D may draw. Raises `IndexError` where an id is no token.
+        masks: what some of the D may draw, where nothing is proposed. Raises `IndexError` where an id is no token.
         """
         count, total, rows, numbers = len(step.slots), len(step.token_ids), self._rows, self._numbers
-        numbers[0, :count], numbers[1, :count] = step.slots, step.starts
+        numbers[0, :count], numbers[1, :count], numbers[5, :count] = step.slots, step.starts, step.drafts
         step.counts.cumsum(out=numbers[2, :count])
         if total > len(self._ids):
             self._ids = np.empty(2 * total, np.int32)
             rows.ids = self._ids.ctypes.data
         self._ids[:total] = step.token_ids
-        if len(self._logits) < count:
-            self._logits = torch.empty(count, self._decoder.vocab)
+        wanted = count + step.proposals
+        if len(self._logits) < wanted:
+            self._logits = torch.empty(wanted, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()
         rows.count, rows.masks = count, None
         if masks is not None:

@@ -22,6 +22,7 @@ from quire.models.placement import Placement
 from quire.models.rope import RopeKind, RopeSettings, RotaryEmbedding
 
 from .harness import Harness, Sequence, in_columns
+from .scripted import ScriptedDrafter
 
 VOCAB, LENGTH = 48, 100
 CPU = torch.device("cpu")
@@ -125,6 +126,36 @@ def test_known_tokens_come_along() -> None:
         assert sizes == ([3] * 3 if whole else [])
     assert told[0][0] == told[1][0] and np.array_equal(told[0][2], told[1][2])
     assert all(torch.equal(*pair) for pair in zip(told[0][1], told[1][1], strict=True))
+
+
+@pytest.mark.parametrize("kinds", [UNALTERED, [*UNALTERED[:2], *ALTERED]])
+def test_drafts_are_verified_on_what_the_call_gives(kinds: list[SamplingParams]) -> None:
+    """Right, wrong and too few, of some sequences and others, past windows and pages: as without drafts, and as where
+    Python puts steps together, to the cache's last entry."""
+    text = run(make_engine(), kinds, 40)[0]
+    told = []
+
+    def guess(slot: int, known: list[int]) -> list[int]:
+        index = (4, 1, 3, 0, 5).index(slot)
+        start = len(known) - 1 - index
+        right = text[index][start : start + len(known) % 4]
+        return [*right, (right[-1] if right else 0) + 1] if len(known) % 3 else right
+
+    for whole in (True, False):
+        engine = make_engine()
+        sizes = counting(engine)
+        engine._decode_step = engine._decode_step if whole else None
+
+        engine.draft_with(ScriptedDrafter(guess), EngineConfig(model="random", draft="ngram", draft_tokens=4))
+        harness = Harness(engine, drop_windows=True, drafts=4)
+        sequences = [harness.add((4, 1, 3, 0, 5)[i], [7, 1, 4, 1, 5][: i + 1], p, i) for i, p in enumerate(kinds)]
+        outputs = harness.step([(sequence, sequence.seed + 1) for sequence in sequences])
+        while open_ := [sequence for sequence in sequences if len(sequence.output_ids) < 25]:
+            outputs += harness.step([(sequence, 1) for sequence in open_])
+        assert all(ids[:25] == s.output_ids[:25] for ids, s in zip(text, sequences, strict=True))
+        assert {len(output.token_ids) for output in outputs} >= {1, 2, 3, 4} and (len(sizes) > 5) == whole
+        told.append((engine.cache.kept.clone(), engine.cache.computed.copy(), [s.output_ids for s in sequences]))
+    assert torch.equal(told[0][0], told[1][0]) and np.array_equal(told[0][1], told[1][1]) and told[0][2] == told[1][2]
 
 
 class Letters:
