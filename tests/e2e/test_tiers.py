@@ -12,6 +12,7 @@ from quire.core.request import Request, SamplingParams, SeedSource
 from quire.scheduler.loop import EngineLoop
 from quire.scheduler.sequence import SequenceState
 from quire.scheduler.snapshot import load_cache, save_cache
+from quire.scheduler.swap import SwapCosts
 
 from .test_prefix import SHAPE, Client, alone, load, save, tokens
 
@@ -89,6 +90,8 @@ def test_swapping_changes_no_token(
 ) -> None:
     model: Path = request.getfixturevalue(kind)
     client, plain = Watched(small(model, 24, swap_memory=HOST)), load(model, prefix_cache=False)
+    coin = random.Random(1)  # what is measured of a model so small may always speak for the one or the other
+    monkeypatch.setattr(SwapCosts, "swap_pays", lambda *_: coin.random() < 0.5)
     if not recomputable:
         monkeypatch.setattr(SequenceState, "is_exact", property(lambda sequence: False))
     requests = traffic(client, seed=4)
@@ -96,7 +99,7 @@ def test_swapping_changes_no_token(
         assert client.tokens[name, index] == alone(plain, requests[int(name)], index), name
     stats = client.loop.stats()
     assert stats.swap_out_sequences_total >= stats.swap_in_sequences_total > 0
-    assert recomputable or stats.swap_out_sequences_total == stats.preemptions_total
+    assert recomputable == (stats.swap_out_sequences_total < stats.preemptions_total)
     assert stats.host_pages_parked == 0 and stats.swap_out_bytes_total > 0
     assert len(client.ended) >= 16
 
