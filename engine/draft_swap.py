@@ -16,7 +16,7 @@ from ..models.placement import Placement
 from ..models.runner import ModelRunner
 from ..speculation.drafter import Drafter
 from ..speculation.hybrid import HybridDrafter
-from ..speculation.loading import load_draft, make_drafter
+from ..speculation.loading import load_draft, make_drafter, ngrams
 from ..speculation.model import ModelDrafter
 from ..speculation.ngram import NgramDrafter
 from ..speculation.target import TargetCache
@@ -68,7 +68,7 @@ def replace_draft(
         now = "nobody drafts" if info.draft is None else f"{info.draft.method} drafts"
         raise InvalidRequestError(f"no draft model can be used: {now} on this server", param="draft")
     if folder == NGRAMS:
-        return _ngrams_alone(drafter, info.draft, info, config)
+        return _ngrams_alone(drafter, info.draft, info, config, place)
     name = DraftChoice("model" if info.draft.method == "model" else "hybrid", model=str(Path(folder).resolve())).name
     wanted = msgspec.structs.replace(config, draft=name)
     try:
@@ -100,12 +100,12 @@ def replace_draft(
 
 
 def _ngrams_alone(
-    drafter: Drafter, draft: DraftInfo, info: EngineInfo, config: EngineConfig
+    drafter: Drafter, draft: DraftInfo, info: EngineInfo, config: EngineConfig, place: Placement
 ) -> tuple[Drafter, DraftInfo]:
     if draft.method == "model":
         raise InvalidRequestError("no n-grams draft on this server: its model has nobody to leave it to", param="draft")
     if isinstance(drafter, HybridDrafter):
-        drafter = NgramDrafter(config.max_num_seqs, info.max_stream_len)
+        drafter = ngrams(config.max_num_seqs, info.max_stream_len, place)
         log.info("n-grams draft alone from now on")
     known = {"method": drafter.method, "name": NGRAMS, "num_bytes": drafter.num_bytes}
     return drafter, msgspec.structs.replace(draft, **known, costs=StepCosts(rows=draft.costs.rows))

@@ -103,6 +103,16 @@ class DecodeRowsArgs(ctypes.Structure):
     )
 
 
+class GramsArgs(ctypes.Structure):
+    """`quire::Grams` of cpu_grams.cpp."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("tokens", "known", "newest", "older", "size")),
+        *((name, _LONG) for name in ("slots", "length", "buckets", "shift", "candidates", "enough", "most")),
+        ("orders", _LONG * 2),
+    )
+
+
 class PagesArgs(ctypes.Structure):
     """`quire::Pages` of cpu_entries.h."""
 
@@ -141,6 +151,8 @@ class CpuLibrary:
         self.decode_step = library.quire_decode_step
         decoding = (DecoderArgs, AttentionArgs, SlotTablesArgs, DecodeRowsArgs)
         self.decode_step.argtypes = [ctypes.POINTER(kind) for kind in decoding]
+        self.match_grams = library.quire_match_grams
+        self.match_grams.argtypes = [ctypes.POINTER(GramsArgs), _POINTER, _LONG, _POINTER]
         self.survey_rows = library.quire_survey_rows
         self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows
@@ -195,7 +207,7 @@ class CpuLibrary:
             self.mean_probabilities,
         )
         ranking = (self.rank_entries, self.best_entries, self.share_best)
-        for function in (*layers, *choices, self.compact, *scores, *means, *ranking):
+        for function in (*layers, *choices, self.match_grams, self.compact, *scores, *means, *ranking):
             function.restype = None
         self.forward.restype = ctypes.c_int
         self.decode_step.restype = _LONG

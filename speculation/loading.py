@@ -6,6 +6,7 @@ from pathlib import Path
 from ..core.config import EngineConfig
 from ..core.errors import ConfigError, ModelLoadError
 from ..core.speculation import DraftChoice, parse_draft
+from ..kernels.cpu_library import loaded_library
 from ..models.checkpoint import open_checkpoint, read_json
 from ..models.loading import load_runner
 from ..models.native import NativeRunner
@@ -16,7 +17,7 @@ from .drafter import Drafter
 from .hybrid import SHORTEST_MATCH, HybridDrafter
 from .layerskip import LayerskipDrafter
 from .model import ModelDrafter
-from .ngram import NgramDrafter
+from .ngram import SHORTEST, NgramDrafter
 from .target import TargetCache
 
 log = logging.getLogger("quire")
@@ -94,7 +95,7 @@ def make_drafter(
         return LayerskipDrafter(_skippable(target, choice.layers), choice.layers, cache, place)
     stream = max(max_model_len, config.max_stream_len or 0)
     if draft is None:
-        return NgramDrafter(num_slots, stream)
+        return ngrams(num_slots, stream, place)
     # As many tokens as the target's own pages hold: what the draft lacks beyond that, pruning has freed above.
     heads = target.spec.num_layers * target.spec.num_kv_heads
     num_pages, page_size = cache.entry_positions.shape
@@ -107,7 +108,12 @@ def make_drafter(
         ) from error
     if choice.method == "model":
         return model
-    return HybridDrafter(NgramDrafter(num_slots, stream, SHORTEST_MATCH), model)
+    return HybridDrafter(ngrams(num_slots, stream, place, SHORTEST_MATCH), model)
+
+
+def ngrams(num_slots: int, max_length: int, place: Placement, shortest: int = SHORTEST) -> NgramDrafter:
+    """Matches `shortest` tokens or more, by the compiled kernels where these compute the model."""
+    return NgramDrafter(num_slots, max_length, shortest, loaded_library() if place.backend == "cpu" else None)
 
 
 def cache_share(draft: ModelRunner, target: ModelRunner) -> float:

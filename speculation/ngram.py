@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..core.plan import NO_TOKEN, IntArray
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftMethod
+from ..kernels.cpu_library import CpuLibrary, GramsArgs
 from .drafter import Draw, Proposals
 from .history import TokenHistory
 
@@ -39,9 +40,11 @@ class NgramDrafter:
 
     method: DraftMethod = "ngram"
 
-    def __init__(self, num_slots: int, max_length: int, shortest: int = SHORTEST) -> None:
-        """shortest: tokens of a match that counts."""
-        self._index = GramIndex(num_slots, max_length, shortest)
+    def __init__(
+        self, num_slots: int, max_length: int, shortest: int = SHORTEST, library: CpuLibrary | None = None
+    ) -> None:
+        """shortest: tokens of a match that counts; library: see `GramIndex`."""
+        self._index = GramIndex(num_slots, max_length, shortest, library)
 
     @property
     def num_bytes(self) -> int:
@@ -58,8 +61,7 @@ class NgramDrafter:
 
     def foresee(self, history: TokenHistory, slots: IntArray) -> IntArray:
         """See `Foresight`."""
-        self._index.extend(history, slots)
-        return np.minimum(self._index.matched(history, slots), MAX_DRAFT_TOKENS)
+        return self._index.match(history, slots)
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. A proposal is at most as long as the match it rests on."""
@@ -76,9 +78,13 @@ class NgramDrafter:
 class GramIndex:
     """Where the grams of N growing token sequences occurred. Memory is taken from the system as it is written."""
 
-    def __init__(self, num_slots: int, max_length: int, shortest: int = SHORTEST) -> None:
-        """shortest: as in `NgramDrafter`."""
+    def __init__(
+        self, num_slots: int, max_length: int, shortest: int = SHORTEST, library: CpuLibrary | None = None
+    ) -> None:
+        """shortest: as in `NgramDrafter`; library: matches by it instead of by Python, which takes longer than a tiny
+        model's layer."""
         assert shortest < _LONG
+        self._library = library
         self._orders, self._num_slots, self._max_length = (_LONG, shortest), num_slots, max_length
         # A hash whose sum of products is the same as token after token multiplied in.
         self._powers = np.array([pow(_MULTIPLIER, _LONG - i, 1 << 64) for i in range(_LONG)], np.uint64)
@@ -102,6 +108,12 @@ class GramIndex:
             for slot in range(num_slots)
         ]
 
+        self._args = GramsArgs(
+            newest=self._newest.ctypes.data, older=self._older.ctypes.data, size=self._size.ctypes.data,
+            slots=num_slots, length=max_length, buckets=_BUCKETS, shift=_SHIFT, candidates=_CANDIDATES, enough=_ENOUGH,
+            most=MAX_DRAFT_TOKENS, orders=self._orders,
+        )  # fmt: skip
+
     @property
     def num_bytes(self) -> int:
         """Of both tables, of slots that were ever asked for."""
@@ -113,6 +125,18 @@ class GramIndex:
         if self._size[slot]:
             self._newest[:, slot] = 0
             self._size[slot] = 0
+
+    def match(self, history: TokenHistory, slots: IntArray) -> IntArray:
+        """Take in what is new of the distinct slots [S]; then `matched`, `MAX_DRAFT_TOKENS` at most."""
+        if self._library is None:
+            self.extend(history, slots)
+            return np.minimum(self.matched(history, slots), MAX_DRAFT_TOKENS)
+        assert history.tokens.shape[1] == self._max_length
+        self._used[slots] = True
+        self._args.tokens, self._args.known = history.tokens.ctypes.data, history.known.ctypes.data
+        slots, matched = np.ascontiguousarray(slots, np.int32), np.empty(len(slots), np.int32)
+        self._library.match_grams(self._args, slots.ctypes.data, len(slots), matched.ctypes.data)
+        return matched
 
     def extend(self, history: TokenHistory, slots: IntArray) -> None:
         """Take in what is new of the distinct slots [S]."""

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from quire.kernels.cpu_library import cpu_library
 from quire.speculation import ngram
 from quire.speculation.history import TokenHistory
 from quire.speculation.ngram import SHORTEST, GramIndex, NgramDrafter
@@ -126,3 +127,35 @@ def test_what_is_foreseen_is_proposed(exhaustive, monkeypatch, vocab):
         assert (again.tokens == proposed.tokens).all()
         exact, total = exact + int((foreseen == proposed.counts).sum()), total + len(slots)
     assert exact > 0.5 * total
+
+
+@pytest.mark.skipif(cpu_library() is None, reason="needs the C++ kernels")
+@pytest.mark.parametrize(("vocab", "shortest"), [(2, 2), (3, 4), (30, 2)])
+def test_compiled_look_ups_are_those_of_python(monkeypatch: pytest.MonkeyPatch, vocab: int, shortest: int) -> None:
+    """And leave the same index, which either goes on with."""
+    monkeypatch.setattr(ngram, "_FEW", 10**6)  # what is added together leaves more in it, which nobody believes
+    library = cpu_library()
+    history = TokenHistory(9, 400)
+    plain, compiled = NgramDrafter(9, 400, shortest), NgramDrafter(9, 400, shortest, library)
+    draw, slots, found = random.Random(vocab), np.arange(1, 9, dtype=np.int32), 0
+    for step in range(120):
+        for slot in slots.tolist():
+            if draw.random() < 0.03:
+                history.known[slot] = 0
+                plain.assign(slot)
+                compiled.assign(slot)
+            history.extend(slot, tuple(draw.randrange(vocab) for _ in range(draw.choice([0, 1, 1, 2, 9]))))
+        part = draw.sample(slots.tolist(), draw.randint(1, 8))
+        asked = np.array([slot for slot in part if history.known[slot]], np.int32)
+        if step % 5 == 4:
+            most = np.full(len(asked), 16, np.int32)
+            pair = [drafter.propose(history, asked, most, NeverDraw()) for drafter in (plain, compiled)]
+            assert lists(pair[0], most) == lists(pair[1], most)
+        foreseen = compiled.foresee(history, asked)
+        assert foreseen.tolist() == plain.foresee(history, asked).tolist()
+        found += int(np.count_nonzero(foreseen))
+        for name in ("_newest", "_older", "_size", "_used"):
+            assert (getattr(plain._index, name) == getattr(compiled._index, name)).all()
+    assert found > 20
+    compiled.clear()
+    assert compiled.num_bytes == 0 and compiled.foresee(history, asked).tolist() == foreseen.tolist()
