@@ -57,6 +57,8 @@ _PLAIN, _MOST_PLAIN = 32, 512
 loses is to be `_PROBE_SHARE` of the time, so where drafts hardly pay it is often."""
 _WITHOUT = 4
 """Steps that go without in a row."""
+_AFTERMATH = 1
+"""Steps after one with drafts that are no measure of steps without."""
 _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
 _SELDOM = 64
@@ -100,6 +102,8 @@ class DraftLengths:
         self._next_plain, self._plain_pause, self._plain_turn, self._without_until = _PLAIN, _PLAIN, 0, -1
         self._last_plain = 0
         """When a step had no drafts, while others had."""
+        self._unsettled: tuple[int, float] | None = None
+        """Rows and seconds of the last step, if it had drafts that tell something."""
         self._last_draft = -_FRESH
         """When a step had some."""
 
@@ -179,29 +183,31 @@ class DraftLengths:
         step_seconds: float,
         draft_seconds: float,
         pure: bool,
-        foresight_seconds: float = 0.0,
+        thought_seconds: float = 0.0,
     ) -> None:
         """Take in a step: its drafts (None: it had none), its rows with theirs, and what it took in seconds.
 
-        step_seconds: all of it but proposing and foreseeing; pure: it did nothing else of weight.
+        step_seconds: all of it but proposing, foreseeing and, where nothing was drafted, other thoughts of it, which
+        took `thought_seconds`; pure: it did nothing else of weight.
         """
         self._steps += 1
         fresh = self.on or self._steps - self._changed <= _FRESH
         seldom = self._steps % (_LASTING if fresh else _SELDOM) == 0
         telling = pure and (rows != self._last_rows or seldom or not self.costs.plain.is_known(rows))
         self._last_rows = rows
-        self._weigh(outcome is not None, step_seconds + draft_seconds, foresight_seconds)
+        self._settle(rows, step_seconds if pure and outcome is None else 0.0)
+        self._weigh(outcome is not None, step_seconds + draft_seconds, thought_seconds)
         if outcome is None:
-            self._last_plain = self._steps
-            if telling:
-                self.costs.learn_plain(rows, step_seconds, self._steps - self._last_draft <= _FRESH)
+            self._last_plain, since = self._steps, self._steps - self._last_draft
+            if pure and (since == _AFTERMATH + 1 or (telling and since > _AFTERMATH)):
+                self.costs.learn_plain(rows, step_seconds, since <= _FRESH)
             return
         self._last_draft = self._steps
         turns, drew = self.sources.turns(outcome), outcome.model_drafted > 0
         decoding = rows - int(outcome.drafted.sum())
         if telling:
             # Without a pass, proposing is part of what such a step takes.
-            self.costs.learn_drafting(rows, step_seconds if turns.any() else step_seconds + draft_seconds)
+            self._unsettled = rows, step_seconds if turns.any() else step_seconds + draft_seconds
             depth = int(outcome.asked_model[drew].max(initial=1))
             self.costs.learn_passes(int(drew.sum()), depth, draft_seconds, self._behind)
         if self._probing:
@@ -212,6 +218,15 @@ class DraftLengths:
             self._tried_model(outcome)
         if self.sources.learn(outcome):
             self._next_choice = 0
+
+    def _settle(self, rows: int, plain_seconds: float) -> None:
+        """Learn from the last step with drafts, now that the next one is known; plain_seconds: of one without, if that
+        is what it was. What such a one takes longer than others, drafting cost: sequences are put together anew."""
+        if self._unsettled is not None:
+            drafted, seconds = self._unsettled
+            self._unsettled = None
+            longer = plain_seconds - self.costs.plain.one(rows) if plain_seconds > 0.0 else 0.0
+            self.costs.learn_drafting(drafted, seconds + longer)
 
     def rests(self, seconds: float) -> bool:
         """Take in a step of which nobody asked anything, if that can be done for free; else it is to be learned."""
@@ -224,12 +239,12 @@ class DraftLengths:
     def _save(self, seconds: float) -> None:
         self._credit = min(self._credit + _PROBE_SHARE * seconds, max(self._credit, _MOST_CREDIT * seconds))
 
-    def _weigh(self, drafted: bool, seconds: float, foresight: float) -> None:
+    def _weigh(self, drafted: bool, seconds: float, thought: float) -> None:
         """Whether to go on drafting, after a step."""
         if not self.on:
             self._save(seconds)
         elif not self._info.fixed:
-            gain = (self._gain if drafted else 0.0) - foresight / max(seconds, 1e-9)
+            gain = (self._gain if drafted else 0.0) - thought / max(seconds, 1e-9)
             self._gains += _GAIN_RATE * (gain - self._gains)
             if self._gains < _LEAST_GAIN:
                 self._turn(False)

@@ -35,6 +35,8 @@ class Speculation:
         self._clock = clock
         self._since: float | None = None
         """When the step in flight began; None: none is."""
+        self._thought = 0.0
+        """Seconds of it that went into whether and what to draft: a step without a drafter would not have them."""
         self._decodes = decodes
         self._growth = growth
         self._num_slots = config.max_num_seqs
@@ -94,6 +96,7 @@ class Speculation:
         if not (draft.members or draft.entered) and self.lengths.idle(decoding):
             self.skip(draft.decodes)
             return
+        started = self._clock()
         if draft.entered:
             entered = [assignment.slot for assignment in draft.entered.values()]
             self.lengths.forget(entered)
@@ -115,6 +118,7 @@ class Speculation:
         self._asked[0] += may_draft - len(chosen)
         for length in chosen:
             self._asked[length] += 1
+        self._thought += self._clock() - started
         self._begin()
 
     def _begin(self) -> None:
@@ -128,7 +132,7 @@ class Speculation:
         self._since = now if goes_on else None
         self._step_seconds += seconds
         if not (plan.sequences or plan.foresee) and self.lengths.rests(seconds):
-            self._foreseen, self._some_foreseen = None, False
+            self._foreseen, self._some_foreseen, self._thought = None, False, 0.0
             return
         self._draft_seconds += output.draft_seconds + output.foresight_seconds
         self._cached_tokens += output.caught_up.cached
@@ -148,8 +152,10 @@ class Speculation:
             outcome = _outcome(drafts)
             rows += int(outcome.drafted.sum())
             self._count(outcome)
-        rest = max(seconds - output.draft_seconds - output.foresight_seconds, 0.0)
-        self.lengths.learn(outcome, rows, rest, output.draft_seconds, self._pure > _COLD, output.foresight_seconds)
+        thought = output.foresight_seconds + self._thought
+        rest = max(seconds - output.draft_seconds - (output.foresight_seconds if drafts else thought), 0.0)
+        self.lengths.learn(outcome, rows, rest, output.draft_seconds, self._pure > _COLD, thought)
+        self._thought = self._clock() - now
 
     def _see(self, plan: BatchPlan, foreseen: IntArray | None) -> None:
         """What n-grams would propose after the step."""
