@@ -4,6 +4,7 @@ Drafts are planned last, with what a step has left: tokens of its budget, and pa
 end where a sequence does, and where it is to be looked at for pruning, so its text is the same with drafts or without.
 """
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -96,7 +97,7 @@ class Speculation:
         if not (draft.members or draft.entered) and self.lengths.idle(decoding):
             self.skip(draft.decodes)
             return
-        started = self._clock()
+        started = time.perf_counter()
         if draft.entered:
             entered = [assignment.slot for assignment in draft.entered.values()]
             self.lengths.forget(entered)
@@ -118,7 +119,7 @@ class Speculation:
         self._asked[0] += may_draft - len(chosen)
         for length in chosen:
             self._asked[length] += 1
-        self._thought += self._clock() - started
+        self._thought += time.perf_counter() - started
         self._begin()
 
     def _begin(self) -> None:
@@ -127,7 +128,7 @@ class Speculation:
 
     def commit(self, plan: BatchPlan, output: StepOutput, goes_on: bool) -> None:
         """Learn from a step, once all its results are taken in; `goes_on`: there is more work."""
-        now = self._clock()
+        now, started = self._clock(), time.perf_counter()
         seconds = now - (now if self._since is None else self._since)
         self._since = now if goes_on else None
         self._step_seconds += seconds
@@ -155,7 +156,7 @@ class Speculation:
         thought = output.foresight_seconds + self._thought
         rest = max(seconds - output.draft_seconds - (output.foresight_seconds if drafts else thought), 0.0)
         self.lengths.learn(outcome, rows, rest, output.draft_seconds, self._pure > _COLD, thought)
-        self._thought = self._clock() - now
+        self._thought = time.perf_counter() - started
 
     def _see(self, plan: BatchPlan, foreseen: IntArray | None) -> None:
         """What n-grams would propose after the step."""
