@@ -1,16 +1,17 @@
 """An engine in a process of its own: started once, asked many times, standing still in between."""
 
 import json
-import os
 import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .turns import tell, turn
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -50,16 +51,11 @@ class Resident:
         except BaseException:
             self.end()
             raise
-        self._signal(signal.SIGSTOP)
+        tell(self._process, signal.SIGSTOP)
 
-    @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self) -> AbstractContextManager[None]:
         """It may run until the block's end."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
+        return turn(self._process)
 
     def generate(self, prompts: Sequence[Sequence[int]], output: int, limit: float) -> Answer:
         """Greedily complete prompts; raises `PeerFailed` after `limit` seconds or the engine's error."""
@@ -67,7 +63,7 @@ class Resident:
 
     def end(self) -> None:
         """End its processes."""
-        self._signal(signal.SIGKILL)
+        tell(self._process, signal.SIGKILL)
         self._process.wait()
 
     def _ask(self, question: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -82,7 +78,3 @@ class Resident:
         if "error" in answer:
             raise PeerFailed(f"{answer['error']}; see {self._log}")
         return dict(answer)
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)

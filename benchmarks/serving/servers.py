@@ -9,8 +9,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+
+from ..peers.turns import tell, turn
 
 START_SECONDS = 900.0
 """The first start of some compiles."""
@@ -44,16 +46,11 @@ class ServerProcess:
         except BaseException:
             self.end()
             raise
-        self._signal(signal.SIGSTOP)
+        tell(self._process, signal.SIGSTOP)
 
-    @contextmanager
-    def awake(self) -> Iterator[None]:
+    def awake(self) -> AbstractContextManager[None]:
         """It may run until the block's end."""
-        self._signal(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            self._signal(signal.SIGSTOP)
+        return turn(self._process)
 
     def cpu_seconds(self) -> float:
         """User and system time of all its processes so far."""
@@ -61,11 +58,11 @@ class ServerProcess:
 
     def end(self) -> None:
         """End its processes, in an orderly way if they do so soon."""
-        self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)
+        tell(self._process, signal.SIGTERM)
+        tell(self._process, signal.SIGCONT)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(END_SECONDS)
-        self._signal(signal.SIGKILL)
+        tell(self._process, signal.SIGKILL)
         self._process.wait()
 
     def _wait(self, ready: str) -> None:
@@ -78,10 +75,6 @@ class ServerProcess:
                 return
             time.sleep(0.2)
         raise ServerFailed(f"it was not ready after {START_SECONDS:.0f} s; see {self._log}")
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
 
 def end_with_servers() -> None:
