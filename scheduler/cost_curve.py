@@ -9,22 +9,17 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-_RATE = 0.1
-"""Weight of a new measurement where many were made before."""
-_CLIP = 0.25
-"""A measurement counts as at most this share off what was expected: it may have met another process, or a kernel
-being compiled."""
-_FAR_BELOW = 0.25
-"""But nothing takes so much less by chance: what was expected at start is wrong."""
-_FIRST_CLIP = 1.0
-"""The same for the first ones in a place."""
-_FIRST, _OFTEN = 3, 8
+FAR_BELOW = 0.25
+"""Nothing takes so much less by chance: what was expected at start is wrong, and likely elsewhere by as much."""
+_KEPT = 15
+"""Measurements of each place that count, the latest: the mean of their middle third, because one may have met another
+process, or a kernel being compiled."""
+_OFTEN = 8
 _PER_DOUBLING = 4
 """Nodes."""
-_SHARED = 0.5
-"""Part of a deviation that is taken to hold elsewhere too: for more hardly less, for fewer in proportion."""
 _UP, _DOWN = 0.25, 1.0
-"""Halvings of it per doubling."""
+"""What turns out in one place is taken to hold elsewhere too, for more hardly less, for fewer in proportion: halvings
+of it per doubling."""
 
 
 class CostCurve:
@@ -35,6 +30,8 @@ class CostCurve:
         self._nodes: Floats = np.array(_nodes(most), np.float64)
         self._logs: Floats = np.log2(self._nodes)
         self._seen = np.zeros(len(self._nodes), np.int64)
+        self._measured: Floats = np.zeros((len(self._nodes), _KEPT))
+        """Seconds, the last ones of each node, as if they had been taken at the node and at today's pace."""
         self._seed = _through(points, self._nodes)
         self._values: Floats = self._seed.copy()
         self._refresh()
@@ -69,40 +66,51 @@ class CostCurve:
             self._refresh()
             return
         node = self._node(count)
-        seen = int(self._seen[node])
-        self._seen[node] += 1
-        clip = expected * (_CLIP if seen >= _FIRST else _FIRST_CLIP)
-        rate = max(_RATE, 1 / (seen + 2))
-        if seen < _FIRST and seconds < _FAR_BELOW * expected:
-            change = seconds - expected
-        else:
-            change = rate * min(max(seconds - expected, -clip), clip)
+        if not self._seen[node] and seconds < FAR_BELOW * expected:
+            self._move(np.where(self._seen == 0, seconds / expected, 1.0) * self._values)
+            expected = self.one(count)
+        level = self._take(node, seconds / expected) * expected
+        known, below = np.minimum(self._seen, _KEPT), self._nodes <= count
+        # More never costs less: what is known better bounds this place, and this place what is known less.
+        better = known > known[node]
+        level = max(level, float(self._values[better & below].max(initial=0.0)))
+        level = min(level, float(self._values[better & ~below].min(initial=math.inf)))
         distance = self._logs - math.log2(count)
         shared = np.exp2(-np.where(distance > 0, _UP * distance, -_DOWN * distance))
         near = np.maximum(1.0 - _PER_DOUBLING * np.abs(distance), 0.0)
-        self._values += change * (_SHARED * shared + (1.0 - _SHARED) * near)
-        # More never costs less; where that says something else, the place just measured is right.
-        level = expected + change
-        below = self._nodes <= count
-        self._values = np.where(below, np.minimum(self._values, level), np.maximum(self._values, level))
+        believed = known[node] / (known[node] + known)
+        values = self._values + (level - expected) * (believed * shared + (1.0 - believed) * near)
+        own = self._measured[node].copy()
+        self._move(np.where(below, np.minimum(values, level), np.maximum(values, level)))
+        self._measured[node] = own
+
+    def _take(self, node: int, ratio: float) -> float:
+        """Keep a measurement near a node, of `ratio` times what was expected; what that is to be on the whole."""
+        self._measured[node, self._seen[node] % _KEPT] = ratio * self._values[node]
+        self._seen[node] += 1
+        latest = np.sort(self._measured[node, : self._seen[node]])
+        cut = len(latest) // 3
+        return float(latest[cut : len(latest) - cut].mean() / self._values[node])
+
+    def _move(self, values: Floats) -> None:
+        """All takes so long now, and what was measured before would take accordingly."""
+        self._measured *= (values / np.maximum(self._values, 1e-12))[:, None]
+        self._values = values
         self._refresh()
 
     def scale(self, factor: float) -> None:
         """All takes so many times as long."""
-        self._values *= factor
-        self._refresh()
+        self._move(self._values * factor)
 
     def shift(self, seconds: float) -> None:
         """All takes so much longer."""
-        self._values += seconds
-        self._refresh()
+        self._move(self._values + seconds)
 
     def relax(self, count: int, seconds: float, share: float) -> None:
         """Return by `share` to the shape measured at start, if `count` takes `seconds`: for what is long unseen."""
         if self._seed[0] > 0.0:
             scale = seconds / float(np.interp(count, self._nodes, self._seed))
-            self._values += share * (scale * self._seed - self._values)
-            self._refresh()
+            self._move(self._values + share * (scale * self._seed - self._values))
 
     def _refresh(self) -> None:
         self._xs: Floats = np.concatenate([[0.0], self._nodes])

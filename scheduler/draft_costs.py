@@ -1,7 +1,7 @@
 """`DraftCosts`: what steps with drafts take and what steps without, measured at start and refreshed by use."""
 
 from ..core.speculation import DraftInfo
-from .cost_curve import CostCurve
+from .cost_curve import FAR_BELOW, CostCurve
 
 _FIRST, _CLIP = 8, 2.0
 """Steps with drafts that tell what all of them take besides their rows; and at most so many times what was expected."""
@@ -27,8 +27,11 @@ class DraftCosts:
         """A step without drafts. Unless steps with drafts were measured lately (fresh), they change alike."""
         before = self.plain.one(rows)
         self.plain.learn(rows, seconds)
-        if not fresh and before > 0.0:
-            self.rows.scale(self.plain.one(rows) / before)
+        if before > 0.0 and not fresh:
+            factor = self.plain.one(rows) / before
+            self.rows.scale(factor)
+            if factor < FAR_BELOW and not self._drafted:  # wrong at start, as is what was measured with it
+                self.passes.scale(factor)
 
     def learn_drafting(self, rows: int, seconds: float) -> None:
         """A step with drafts. What it takes to plan and to verify it was not measured at start."""
