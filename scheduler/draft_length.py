@@ -62,10 +62,10 @@ _AFTERMATH = 1
 _FRESH = 16
 """Steps after the last one with drafts in which their costs count as known."""
 _SELDOM = 64
-"""Of later steps alike, one in so many teaches what they cost: learning takes time too."""
+"""Of later steps, one in so many teaches what they cost: learning takes time too."""
 _LASTING = 4
 """Steps for which a choice holds, while the batch is the same and nobody has drafted for the first time; of steps
-alike, one in so many teaches what they cost."""
+whose cost is known, one in so many teaches more."""
 
 
 class DraftLengths:
@@ -86,7 +86,6 @@ class DraftLengths:
         self._credit = 0.0
         self._steps = self._next_look = self._changed = 0
         self._pause, self._waited = _SHORTEST, 0
-        self._last_rows = 0
         self._who = (b"", 0)
         """The batch of the last choice: whose sequences, and how many decode."""
         self._without_model = 0
@@ -193,8 +192,8 @@ class DraftLengths:
         self._steps += 1
         fresh = self.on or self._steps - self._changed <= _FRESH
         seldom = self._steps % (_LASTING if fresh else _SELDOM) == 0
-        telling = pure and (rows != self._last_rows or seldom or not self.costs.plain.is_known(rows))
-        self._last_rows = rows
+        costs = self.costs.plain if outcome is None else self.costs.rows
+        telling = pure and (seldom or not costs.is_known(rows))
         self._settle(rows, step_seconds if pure and outcome is None else 0.0)
         self._weigh(outcome is not None, step_seconds + draft_seconds, thought_seconds)
         if outcome is None:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,6 +29,8 @@ class Machine:
     method: DraftMethod = "model"
     noise: float = 0.1
     """Share by which a step may take longer or shorter."""
+    outliers: float = 0.0
+    """Share of steps that take up to 3.5 times as long, for a reason that has nothing to do with them."""
 
     def info(self, distortion: float = 1.0, fixed: bool = False) -> DraftInfo:
         """As the engine would measure it, with costs of rows beyond the first `distortion` times the true ones."""
@@ -74,6 +77,8 @@ class Run:
         accepted = np.array([self._accepted(slot, int(count)) for slot, count in enumerate(asked)], np.int32)
         rows, depth = size + int(asked.sum()), int(asked.max())
         noise = 1 + self.machine.noise * self.rng.uniform(-1, 1)
+        if self.machine.outliers and self.rng.random() < self.machine.outliers:
+            noise += self.rng.uniform(0.5, 2.5)
         verify = noise * self.machine.step(rows)
         propose = noise * sum(self.machine.draft(int((asked > place).sum())) for place in range(depth))
         if self.lengths is not None:
@@ -161,8 +166,29 @@ def test_no_fixed_length_gives_notably_more(machine, size):
         ]
         shares.append(np.mean([run.goodput for run in runs]) / best_fixed(machine, rates, size))
     # A single run is off by about 2 %, of a single sequence more.
-    least, mean = (0.95, 0.977) if size == 1 else (0.96, 0.985)
+    least, mean = (0.95, 0.97) if size == 1 else (0.96, 0.985)
     assert min(shares) >= least and np.mean(shares) >= mean
+
+
+@pytest.mark.parametrize("distortion", [1.0, 0.4])
+def test_steps_that_met_something_else_do_not_mislead(distortion):
+    machine = replace(LOOKUP, outliers=0.05)
+    shares = []
+    for rates in (flat(0.15), flat(0.6), falling):
+        runs = [chosen(machine, rates, 8, 800, distortion, seed) for seed in range(4)]
+        shares.append(np.mean([run.goodput for run in runs]) * (1 + 0.05 * 1.5) / best_fixed(machine, rates, 8))
+    assert min(shares) >= 0.93 and np.mean(shares) >= 0.96
+
+
+def test_a_start_beside_a_busy_process_is_found_out():
+    machine = replace(MEMORY_BOUND, step=lambda rows: 0.0008 + 0.00005 * rows)
+    busy = StepCosts(rows=[(1, 0.04), (8, 0.044)], drafts=[(1, 0.01), (16, 0.013)])
+    for rates in (flat(0.1), flat(0.6)):
+        lengths = DraftLengths(msgspec.structs.replace(machine.info(), costs=busy), 64)
+        run = Run(machine, rates, lengths)
+        for _ in range(1500):
+            run.step(16)
+        assert run.goodput >= 0.95 * best_fixed(machine, rates, 16)
 
 
 @pytest.mark.parametrize("distortion", [0.3, 3.0])
