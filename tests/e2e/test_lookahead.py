@@ -89,7 +89,7 @@ def serve(engine: Engine, config: Any, looks_ahead: bool) -> tuple[Told, int]:
 def tell(told: Told, event: Event) -> None:
     """All of the event but times and what depends on neighbours."""
     assert isinstance(event, Tokens | Finished), event
-    part = event.token_ids if isinstance(event, Tokens) else (event.reason, event.stop_token_id)
+    part = event.token_ids if isinstance(event, Tokens) else event.reason
     told[event.request_id, event.index].append(part)
 
 
