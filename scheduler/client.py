@@ -289,6 +289,6 @@ class ProcessClient:
             stream.put_nowait(Failed(request_id, describe(error)))
 
 
-def load_in_process(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> EngineLoop:
+def load_in_process(config: EngineConfig) -> EngineLoop:
     """The same scheduler and engine in this process, for the offline API and tests."""
-    return load_loop(config, on_progress)
+    return load_loop(config, lambda phase, done, total: None)

@@ -93,7 +93,7 @@ class Stack:
         options: dict[str, Any] = {"page_size": PAGE, "max_num_seqs": 8, "max_batch_tokens": 48, "kv_memory": 2**20}
         options |= {"model": str(model), "device": "cpu", "dtype": "float32", "max_model_len": 160} | settings
         self.settings = EngineConfig(**options)
-        loop = load_in_process(self.settings, lambda phase, done, total: None)
+        loop = load_in_process(self.settings)
         assert isinstance(loop.engine, Engine)
         self.engine, self.config = loop.engine, loop.scheduler.config
         self.rows = self.config.num_rows

@@ -55,7 +55,7 @@ def load(model: Path, **settings: Any) -> EngineLoop:
     """An engine with small pages on the CPU."""
     options: dict[str, Any] = {"page_size": PAGE, "max_num_seqs": 8, "max_batch_tokens": 32} | settings
     config = EngineConfig(**{"model": str(model), "device": "cpu", "dtype": "float32", "draft": "none"} | options)
-    return load_in_process(config, lambda phase, done, total: None)
+    return load_in_process(config)
 
 
 class Client:

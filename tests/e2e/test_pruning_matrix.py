@@ -80,9 +80,7 @@ class Serving:
             "draft": "none",
         } | settings
         self.model = model
-        self.loop = loop or load_in_process(
-            EngineConfig(model=str(model), device="cpu", dtype="float32", **options), lambda phase, done, total: None
-        )
+        self.loop = loop or load_in_process(EngineConfig(model=str(model), device="cpu", dtype="float32", **options))
         self.recorder = Recorder(self.loop)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)

@@ -60,7 +60,7 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
     monkeypatch.setattr(drafting, "CATCH_UP_TOKENS", 24)
     made, dice = drafts(name), random.Random(f"{name} {capacity}")
     place = replace(CPU, backend=backend)
-    shared, apart = make_world(made, capacity, place), make_world(made, place=place)
+    shared, apart = make_world(made, capacity, place=place), make_world(made, place=place)
     shared.whole = apart.whole = False
     # Our own kernels compute a row alike whatever is beside it, torch's round differently.
     tolerance = 0.0 if backend == "cpu" and name != "library" else 1e-5
