@@ -84,7 +84,7 @@ def main() -> None:
         model=options.model, device=options.device, max_num_seqs=most, max_batch_tokens=PROMPT * most, max_waiting=most,
         prefix_cache=False, draft="none",
     )  # fmt: skip
-    loop = load_in_process(settings, lambda phase, done, total: None)
+    loop = load_in_process(settings)
     engine, config = loop.engine, loop.scheduler.config
     assert isinstance(engine, Engine)
     ahead: StepEngine[Any] = engine if engine.is_asynchronous else ThreadedEngine(engine)

@@ -68,10 +68,7 @@ def prompts_of_a_round(rng: random.Random, vocab: int, shared: int, requests: in
 def time_to_first_token(model: str, shared: int, requests: int, rounds: int) -> Table:
     """Cold and warm, one after another; then all at once, with the cache and without, rounds alternating."""
     loops = {
-        kept: load_in_process(
-            EngineConfig(model=model, prefix_cache=kept, draft="none"), lambda phase, done, total: None
-        )
-        for kept in (True, False)
+        kept: load_in_process(EngineConfig(model=model, prefix_cache=kept, draft="none")) for kept in (True, False)
     }
     rng, cold, warm = random.Random(1), [], []
     together: dict[bool, list[float]] = {True: [], False: []}

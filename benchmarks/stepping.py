@@ -22,7 +22,7 @@ _names = itertools.count()
 def load(model: str, **settings: object) -> EngineLoop:
     """A loop without prefix cache: all prompts are computed; and without drafts: one token a step."""
     config = {"model": model, "prefix_cache": False, "max_waiting": 2**20, "draft": "none"} | settings
-    return load_in_process(EngineConfig.of(config), lambda phase, done, total: None)
+    return load_in_process(EngineConfig.of(config))
 
 
 class Prompts:

@@ -47,9 +47,9 @@ class Tokens(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     prompt_logprobs: list[Logprob] | None = None
     """Of consecutive prompt tokens, from the second on; may come in several messages, without tokens."""
     cached_tokens: int = 0
-    """With the choice's first token: as in `Finished`, which a client that stops early never sees."""
+    """With the choice's first token: prompt tokens not computed, because the prefix cache had them when it started."""
     pinned_tokens: int = 0
-    """The same."""
+    """With the choice's first token: prompt tokens that are kept for the time the request asked for."""
     cache: CacheUse | None = None
     """Of a sequence that prunes, after these tokens."""
 
@@ -69,15 +69,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     request_id: RequestId
     index: int
     reason: FinishReason
-    stop_token_id: int | None = None
-    """The end token that was hit (it is the last of the tokens sent)."""
     queue_seconds: float = 0.0
     """From arrival in the engine process to the first step that worked on it."""
-    preemptions: int = 0
-    cached_tokens: int = 0
-    """Prompt tokens that were not computed, because the prefix cache had them when the choice first started."""
-    pinned_tokens: int = 0
-    """Prompt tokens that are kept for the time the request asked for."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

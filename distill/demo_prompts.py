@@ -24,6 +24,7 @@ MIXTURES = {
 }
 SHARES = {"code": 0.6, "recall": 0.15, "copy": 0.1, "chat": 0.15}
 SHORTEST_PROMPT = 32
+SHORTEST_ROW = 4 * SHORTEST_PROMPT
 
 
 def code_prompts(maker: SampleMaker, kind: str, count: int, length: int) -> Iterator[dict[str, object]]:
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=160, help="prompts to measure on")
     parser.add_argument("--length", type=int, default=768, help="tokens of prompt and answer")
     args = parser.parse_args()
+    if args.length < SHORTEST_ROW:
+        parser.error(f"--length must be at least {SHORTEST_ROW}")
     tokenizer = load_tokenizer(embedded_model())
     files = standard_library()
     corpus = build_corpus(tokenizer, files)

@@ -37,7 +37,6 @@ class TokenizerLike(Protocol):
 class Fact:
     """A line that binds a name to a value, split where the value begins."""
 
-    name: str
     value: str
     head: list[int]
     """Tokens up to the value: what asks for it again."""
@@ -136,7 +135,7 @@ class Material:
         joint = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
         ends = range(joint + 1, len(whole))
         end = next((end for end in ends if value in self.tokenizer.decode(whole[joint:end])), len(whole))
-        return Fact(name, value, whole[:joint], whole[joint:end], whole[end:])
+        return Fact(value, whole[:joint], whole[joint:end], whole[end:])
 
 
 @dataclass(frozen=True, slots=True)

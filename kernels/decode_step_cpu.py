@@ -18,8 +18,8 @@ from .cpu_library import AttentionArgs, DecodeRowsArgs, SlotTablesArgs, loaded_l
 from .decoder_cpu import DecoderCPU
 from .sampling import RowMasks
 
-_NO_TOKEN, _OUTGROWN = -1, -2
-"""What the kernel returns where an id is no token, and where a head has more entries than its pages."""
+_NO_TOKEN = -1
+"""What the kernel returns where an id is no token."""
 
 Cosines = Callable[[int], tuple[Tensor, Tensor]]
 """Cosines and sines [P, R / 2] of the positions from 0 on, P at least as many as asked for; contiguous, in the weights'

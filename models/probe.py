@@ -28,7 +28,6 @@ class AttentionCall:
     head_dim: int
     """Width of the key."""
     value_dim: int
-    window: int | None
 
 
 @dataclass(slots=True)
@@ -58,7 +57,7 @@ class DenseContext:
     ) -> Tensor:
         """See `AttentionContext.attend`; query [T, H, D], key and value [T, K, ...]."""
         self.layers_seen.append(layer)
-        self.calls.append(AttentionCall(layer, query.shape[1], key.shape[1], key.shape[2], value.shape[2], window))
+        self.calls.append(AttentionCall(layer, query.shape[1], key.shape[1], key.shape[2], value.shape[2]))
         parts = (rows.split(list(self.query_lengths)) for rows in (query, key, value))
         mixed = []
         for sequence, q, k, v in zip(self.sequences, *parts, strict=True):

@@ -17,7 +17,7 @@ from .policy import LayerView, Limits, Policy
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What every head keeps; as `kernels.cache.compact_kv` wants it."""
+    """What every head keeps; as `kernels.compaction_reference.compact_kv` wants it."""
 
     keep: Tensor
     """[L', K, E'] int32: indices of entries, strictly ascending up to counts, arbitrary past it."""

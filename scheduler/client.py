@@ -46,6 +46,8 @@ HEART_STOPPED_SECONDS = 240.0
 of a large model on a slow CPU may take a minute."""
 SNAPSHOT_SECONDS = 600.0
 """The longest time an engine may take to write its computed prefixes before it ends."""
+SHUTDOWN_SECONDS = 5.0
+"""The same where there is nothing to write."""
 _LAST_WORDS_SECONDS = 5.0
 """How long to wait for why an engine ended that never was ready, on a machine that is busy with other things."""
 MAX_DEATHS = 5
@@ -171,7 +173,7 @@ class ProcessClient:
             raise result
         return result
 
-    async def shutdown(self, grace_seconds: float = 5.0) -> None:
+    async def shutdown(self) -> None:
         """Stop the engine; open requests fail."""
         self.status = "stopped"
         self._supervisor.cancel()
@@ -179,7 +181,7 @@ class ProcessClient:
         self._fail_all(EngineUnavailableError("the server is shutting down"))
         if self._engine.exit_code is None:
             self._engine.send(Shutdown())
-            await self._engine.wait(SNAPSHOT_SECONDS if self._config.cache_file else grace_seconds)
+            await self._engine.wait(SNAPSHOT_SECONDS if self._config.cache_file else SHUTDOWN_SECONDS)
         self._engine.close()
 
     async def _supervise(self) -> None:
@@ -287,6 +289,6 @@ class ProcessClient:
             stream.put_nowait(Failed(request_id, describe(error)))
 
 
-def load_in_process(config: EngineConfig, on_progress: Callable[[str, int, int], None]) -> EngineLoop:
+def load_in_process(config: EngineConfig) -> EngineLoop:
     """The same scheduler and engine in this process, for the offline API and tests."""
-    return load_loop(config, on_progress)
+    return load_loop(config, lambda phase, done, total: None)

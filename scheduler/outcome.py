@@ -78,11 +78,7 @@ def _finished(sequence: SequenceState, reason: FinishReason) -> Finished:
         request_id=sequence.request.id,
         index=sequence.index,
         reason=reason,
-        stop_token_id=sequence.tokens[-1] if reason == "stop" and sequence.tokens[-1] in sequence.stop_ids else None,
         queue_seconds=sequence.started_at - sequence.arrived_at,
-        preemptions=sequence.preemptions,
-        cached_tokens=sequence.cached_tokens,
-        pinned_tokens=sequence.pinned_tokens or 0,
     )
 
 

@@ -174,10 +174,6 @@ class SequenceState:
         """Output tokens so far."""
         return len(self.tokens) - self.num_prompt
 
-    def kept(self, num_layers: int) -> IntArray:
-        """Entries that each head keeps, int32 [L, K]."""
-        return self.table.kept.reshape(num_layers, -1)
-
     @property
     def is_exact(self) -> bool:
         """Whether it holds, or would recompute, exactly what the model gives for its tokens."""

@@ -1,17 +1,17 @@
 """`quire eval-pruning`: load a model, run the sweep with progress, write results, plots and a table."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..core.config import embedded_model
 from ..core.errors import InvalidRequestError, QuireError
 from ..core.messages import EngineInfo
-from ..core.pruning import PruneParams
+from ..core.pruning import Budget, PruneParams, Refinement
 from ..evaluation.cells import Cell, Setting
 from ..evaluation.material import Material, TextFormat
 from ..evaluation.plots import draw, require_matplotlib
@@ -99,18 +99,20 @@ def settings(options: EvalOptions, info: EngineInfo) -> list[Setting]:
     found = []
     for policy in policies:
         name, _, budget = policy.partition("/")
-        if name not in info.policies:
-            raise InvalidRequestError(f"unknown pruning policy {name!r}; known: {', '.join(info.policies)}")
+        _check_known("pruning policy", name, info.policies)
         if obstacle := info.policies[name].obstacle:
             raise InvalidRequestError(f"policy {name!r} is not for this model: {obstacle}")
         fields = options.prune | ({"budget": budget} if budget else {})
-        for keep in options.keeps:
-            try:
-                params = msgspec.convert({"policy": name, "keep": keep} | fields, PruneParams)
-            except msgspec.ValidationError as error:
-                raise InvalidRequestError(f"pruning: {error}") from error
-            found.append(Setting(policy, keep, params))
+        _check_known("budget", fields["budget"], get_args(Budget))
+        for refinement in fields["refine"]:
+            _check_known("refinement", refinement, get_args(Refinement))
+        found += [Setting(policy, keep, PruneParams(policy=name, keep=keep, **fields)) for keep in options.keeps]
     return [setting for setting in found if setting.params and setting.params.forgets]
+
+
+def _check_known(kind: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise InvalidRequestError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
 
 
 def default_lengths(context: int) -> list[int]:

@@ -70,7 +70,7 @@ class LLM:
         """
         config = EngineConfig.of({"model": str(model or embedded_model()), "max_waiting": _NO_LIMIT, **settings})
         self.tokenizer = Tokenizer.load(config.model, config.trust_remote_code)
-        self._loop = load_in_process(config, lambda phase, done, total: None)
+        self._loop = load_in_process(config)
         self._seeds = SeedSource(seed)
         self._served = 0
         self._prune = config.prune

@@ -15,6 +15,9 @@ from .prompts import chat_ids
 from .schemas import DetokenizeBody, DraftBody, TokenizeBody, parse_body
 from .settings import Service
 
+HEARTBEAT_LIMIT = 120.0
+"""Seconds without a sign of life from the engine after which /health says 503; a step may take long."""
+
 router = APIRouter()
 
 
@@ -23,11 +26,11 @@ router = APIRouter()
 async def health(request: Request) -> Response:
     """200 while the engine's heart beats, else 503 with the reason."""
     service: Service = request.app.state.service
-    client, limit = service.client, service.settings.heartbeat_limit
+    client = service.client
     if client.status != "ready":
         return json_response({"status": "unhealthy", "reason": f"the engine is {client.status}"}, 503)
-    if client.heartbeat_age >= limit:
-        reason = f"no sign of life from the engine for {client.heartbeat_age:.0f} s (limit {limit:.0f} s)"
+    if client.heartbeat_age >= HEARTBEAT_LIMIT:
+        reason = f"no sign of life from the engine for {client.heartbeat_age:.0f} s (limit {HEARTBEAT_LIMIT:.0f} s)"
         return json_response({"status": "unhealthy", "reason": reason}, 503)
     return json_response({"status": "ok"})
 

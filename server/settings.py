@@ -32,8 +32,6 @@ class ServerSettings:
     """Makes the seeds repeatable that requests without one are given; None: different in every run."""
     metrics_prefix: str = "vllm:"
     """Of the metrics that vLLM has too, so that its dashboards work."""
-    heartbeat_limit: float = 120.0
-    """Seconds without a sign of life from the engine after which /health says 503; a step may take long."""
     prune: PruneParams | None = None
     """How the sequences of requests that do not say so themselves are pruned; None: not at all."""
     prune_min_keep: float = 0.0
@@ -46,6 +44,8 @@ class ServerSettings:
     def __post_init__(self) -> None:
         if not all(self.served_model_names):
             raise ConfigError("a served model name is empty", param="served_model_name")
+        if len(set(self.served_model_names)) < len(self.served_model_names):
+            raise ConfigError("a served model name is given twice", param="served_model_name")
         if not 0 <= self.prune_min_keep <= 1:
             raise ConfigError(f"prune_min_keep must be from 0 to 1, got {self.prune_min_keep}", param="prune_min_keep")
         if self.prune is not None and self.prune.least_share < self.prune_min_keep:

@@ -1,9 +1,13 @@
 """The options of `quire eval-pruning` that say what is measured."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import typer
+
+from ..core import pruning
+
+_BUDGETS, _REFINEMENTS = ", ".join(get_args(pruning.Budget)), ", ".join(get_args(pruning.Refinement))
 
 
 def _sweep(text: str, *names: str) -> Any:
@@ -31,9 +35,9 @@ TextFormat = Annotated[
 ]
 TrialSeed = Annotated[int, _sweep("Other trials for another seed.")]
 
-Budget = Annotated[str, _pruning("Division of the entries among layers and heads.")]
+Budget = Annotated[str, _pruning(f"Division of the entries among layers and heads: {_BUDGETS}.")]
 Threshold = Annotated[float | None, _pruning("With the budget threshold: drops what scores less.")]
-Refine = Annotated[str, _pruning("Refinements of the scores, comma-separated.")]
+Refine = Annotated[str, _pruning(f"Refinements of the scores, comma-separated: {_REFINEMENTS}.")]
 Chunked = Annotated[bool, _pruning("Prune after each chunk of the prompt, or at its end alone.")]
 Floor = Annotated[int, _pruning("Fewest entries per head that stay.")]
 Window = Annotated[int, _pruning("Newest entries that always stay.")]

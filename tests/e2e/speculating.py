@@ -62,8 +62,8 @@ class Choice:
     logprobs: list[Logprob] = field(default_factory=list)
     prompt_logprobs: list[Logprob] = field(default_factory=list)
     recorded: list[bytes] = field(default_factory=list)
-    end: tuple[str, int | None] | None = None
-    """Reason and stop token, or the kind of an error."""
+    end: str | None = None
+    """The reason, or the kind of an error."""
     cached: int = 0
     most_at_once: int = 0
     """Tokens of one message."""
@@ -93,7 +93,7 @@ class Stack:
         options: dict[str, Any] = {"page_size": PAGE, "max_num_seqs": 8, "max_batch_tokens": 48, "kv_memory": 2**20}
         options |= {"model": str(model), "device": "cpu", "dtype": "float32", "max_model_len": 160} | settings
         self.settings = EngineConfig(**options)
-        loop = load_in_process(self.settings, lambda phase, done, total: None)
+        loop = load_in_process(self.settings)
         assert isinstance(loop.engine, Engine)
         self.engine, self.config = loop.engine, loop.scheduler.config
         self.rows = self.config.num_rows
@@ -162,16 +162,17 @@ class Stack:
     @staticmethod
     def _tell(told: Told, event: Any) -> None:
         if isinstance(event, Failed):
-            told[event.request_id, 0].end = (event.error.kind, None)
+            told[event.request_id, 0].end = event.error.kind
             return
         choice = told[event.request_id, event.index]
         if isinstance(event, Recorded):
             assert len(choice.recorded) == len(choice.tokens), "rows come before their tokens"
             choice.recorded += event.rows
         elif isinstance(event, Finished):
-            choice.end, choice.cached = (event.reason, event.stop_token_id), event.cached_tokens
+            choice.end = event.reason
         else:
             choice.tokens += event.token_ids
+            choice.cached += event.cached_tokens
             choice.logprobs += event.logprobs or ()
             choice.prompt_logprobs += event.prompt_logprobs or ()
             choice.most_at_once = max(choice.most_at_once, len(event.token_ids))

@@ -43,7 +43,7 @@ def config_of(models: dict[str, Path], draft: str) -> EngineConfig:
 
 
 def loop_of(config: EngineConfig) -> EngineLoop:
-    return load_in_process(config, lambda phase, done, total: None)
+    return load_in_process(config)
 
 
 def asked(speculate: bool = True) -> list[Request]:

@@ -89,7 +89,7 @@ def serve(engine: Engine, config: Any, looks_ahead: bool) -> tuple[Told, int]:
 def tell(told: Told, event: Event) -> None:
     """All of the event but times and what depends on neighbours."""
     assert isinstance(event, Tokens | Finished), event
-    part = event.token_ids if isinstance(event, Tokens) else (event.reason, event.stop_token_id)
+    part = event.token_ids if isinstance(event, Tokens) else event.reason
     told[event.request_id, event.index].append(part)
 
 
@@ -124,7 +124,7 @@ def test_both_loops_tell_the_same(tmp_path: Path, kind: str, graphs: bool) -> No
         pressure="prune",
         draft="none",
     )
-    loop = load_in_process(settings, lambda phase, done, total: None)
+    loop = load_in_process(settings)
     engine, config = loop.engine, loop.scheduler.config
     assert isinstance(engine, Engine)
     plain, never = serve(engine, config, looks_ahead=False)
@@ -133,4 +133,4 @@ def test_both_loops_tell_the_same(tmp_path: Path, kind: str, graphs: bool) -> No
     told, ahead = serve(engine, config, looks_ahead=True)
     assert never == 0 and ahead > 20
     assert told == plain
-    assert len(told["aborted", 0]) == 5 and told["choices", 2][-1] == ("length", None)
+    assert len(told["aborted", 0]) == 5 and told["choices", 2][-1] == "length"

@@ -109,7 +109,7 @@ def _loop(tiny: Tiny, *, max_batch_tokens: int, kv_memory: int | None = None) ->
         max_batch_tokens=max_batch_tokens,
         kv_memory=kv_memory,
     )
-    return load_in_process(config, lambda phase, done, total: None)
+    return load_in_process(config)
 
 
 def _generate(loop: EngineLoop, prompts: list[list[int]]) -> list[list[int]]:

@@ -55,7 +55,7 @@ def load(model: Path, **settings: Any) -> EngineLoop:
     """An engine with small pages on the CPU."""
     options: dict[str, Any] = {"page_size": PAGE, "max_num_seqs": 8, "max_batch_tokens": 32} | settings
     config = EngineConfig(**{"model": str(model), "device": "cpu", "dtype": "float32", "draft": "none"} | options)
-    return load_in_process(config, lambda phase, done, total: None)
+    return load_in_process(config)
 
 
 class Client:
@@ -64,6 +64,8 @@ class Client:
     def __init__(self, loop: EngineLoop) -> None:
         self.loop = loop
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.first: dict[tuple[str, int], Tokens] = {}
+        """What brought the first token."""
         self.ended: dict[tuple[str, int], Finished] = {}
 
     def submit(self, name: str, prompt: list[int], *, salt: str = "", **params: Any) -> Request:
@@ -83,6 +85,8 @@ class Client:
             assert not isinstance(event, Failed), event
             if isinstance(event, Tokens):
                 self.tokens[event.request_id, event.index] += event.token_ids
+                if event.token_ids:
+                    self.first.setdefault((event.request_id, event.index), event)
             elif isinstance(event, Finished):
                 self.ended[event.request_id, event.index] = event
         return report
@@ -100,8 +104,8 @@ class Client:
         return self.tokens[name, 0]
 
     def cached(self, name: str, index: int = 0) -> int:
-        """Prompt tokens of a finished choice that the cache had."""
-        return self.ended[name, index].cached_tokens
+        """Prompt tokens of a choice that the cache had."""
+        return self.first[name, index].cached_tokens
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -133,7 +137,7 @@ def test_shared_prefixes_on_and_off_block_borders(model: Path, chunk: int) -> No
         assert client.tokens[request.id, 0] == alone(plain, request), request.id
     assert client.cached("1-0") == 40 and client.cached("2-0") == 36 and client.cached("10-0") == 0
     stats = client.loop.stats()
-    assert stats.prefix_hits_total == sum(end.cached_tokens for end in client.ended.values())
+    assert stats.prefix_hits_total == sum(first.cached_tokens for first in client.first.values())
     assert stats.prefix_queries_total == sum(len(request.prompt_ids) for request in requests)
     computed = stats.prompt_tokens_total
     assert computed == stats.prefix_queries_total - stats.prefix_hits_total
@@ -183,9 +187,9 @@ def test_preemption_and_reclaim_under_pressure(model: Path) -> None:
         if number % 5 == 4:
             client.loop.abort(requests[number - 2].id)
     client.drain()
-    for (name, index), end in client.ended.items():
+    for name, index in client.ended:
         assert client.tokens[name, index] == alone(plain, requests[int(name)], index)
-        assert end.cached_tokens <= len(requests[int(name)].prompt_ids)
+        assert client.cached(name, index) <= len(requests[int(name)].prompt_ids)
     stats = client.loop.stats()
     assert stats.preemptions_total > 0 and stats.prefix_hits_total > 0
     assert len(client.ended) >= 32

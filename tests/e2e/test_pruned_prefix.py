@@ -41,7 +41,7 @@ def about(policy: str, **changes: Any) -> PruneParams:
 
 
 def cached(serving: Serving, name: str, index: int = 0) -> int:
-    return serving.ended[name, index].cached_tokens
+    return serving.first[name, index].cached_tokens
 
 
 def ask(serving: Serving, name: str, ids: list[int], prune: PruneParams, **options: Any) -> None:

@@ -80,15 +80,15 @@ class Serving:
             "draft": "none",
         } | settings
         self.model = model
-        self.loop = loop or load_in_process(
-            EngineConfig(model=str(model), device="cpu", dtype="float32", **options), lambda phase, done, total: None
-        )
+        self.loop = loop or load_in_process(EngineConfig(model=str(model), device="cpu", dtype="float32", **options))
         self.recorder = Recorder(self.loop)
         self.requests: dict[str, Request] = {}
         self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.logprobs: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.prompt_logprobs: dict[tuple[str, int], list[float]] = defaultdict(list)
         self.last: dict[tuple[str, int], Tokens] = {}
+        self.first: dict[tuple[str, int], Tokens] = {}
+        """What brought the first token."""
         self.ended: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
 
@@ -113,6 +113,8 @@ class Serving:
                 self.logprobs[event.request_id, event.index] += [entry.logprob for entry in event.logprobs or ()]
                 self.prompt_logprobs[event.request_id, event.index] += [e.logprob for e in event.prompt_logprobs or ()]
                 self.last[event.request_id, event.index] = event
+                if event.token_ids:
+                    self.first.setdefault((event.request_id, event.index), event)
         self.loop.scheduler.check_integrity()
 
     def run(self) -> None:
@@ -164,7 +166,7 @@ def test_what_is_said_is_what_the_kept_entries_say(models: dict[str, Path], poli
     # What a sequence computed is anybody's until it first forgets: here after its second chunk, at 41 tokens, or, where
     # it is repeated first, with the whole prompt. But who must have seen all queries begins with nobody's keys.
     observes_all = serving.loop.engine.info.policies[policy].observes == "all"
-    assert serving.ended["b", 0].cached_tokens == (0 if observes_all else 60 if once else 40)
+    assert serving.first["b", 0].cached_tokens == (0 if observes_all else 60 if once else 40)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -383,7 +385,7 @@ def test_a_selector_reads_a_part_and_forgets_nothing(
     serving.check()
     assert serving.recorder.compactions == 0 and not serving.loop.scheduler.stats().prunes
     # Of layers with windows the prompt's pages are gone: nobody can begin with the others.
-    assert serving.ended["again", 0].cached_tokens == (0 if kind == "sliding" else 60)
+    assert serving.first["again", 0].cached_tokens == (0 if kind == "sliding" else 60)
     passed = {name: serving.recorder.lives[name, 0][0].passed_over for name in ("few", "all", "dense", "again")}
     windows = serving.recorder._engine.spec.windows
     reading = {layer for layer in range(SELECTORS[policy]().dense_layers, 3) if windows[layer] is None}

@@ -107,7 +107,7 @@ def test_in_small_steps_and_with_reused_prefixes(
     served.submit("again", first, None, max_tokens=20)
     served.run()
     served.check()
-    assert served.ended["again", 0].cached_tokens > 0 and len(served.ended) == 7
+    assert served.first["again", 0].cached_tokens > 0 and len(served.ended) == 7
     assert served.loop.stats().speculation.draft_tokens > 0
 
 

@@ -48,7 +48,7 @@ def load(model: Path, **settings: Any) -> EngineLoop:
     options: dict[str, Any] = {"page_size": 4, "max_num_seqs": 4, "max_batch_tokens": 24, "max_stream_len": 400}
     options["draft"] = "none"
     config = EngineConfig(model=str(model), device="cpu", dtype="float32", **options | settings)
-    return load_in_process(config, lambda phase, done, total: None)
+    return load_in_process(config)
 
 
 def stream(**changes: Any) -> PruneParams:

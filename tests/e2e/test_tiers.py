@@ -189,7 +189,7 @@ def test_a_pinned_prompt_survives_what_evicts_others(model: Path) -> None:
     pinned = Request.create("pinned", prompt, params, SeedSource(), cache_ttl=60.0)
     client.loop.submit(pinned)
     client.drain()
-    assert client.ended["pinned", 0].pinned_tokens == 20
+    assert client.first["pinned", 0].pinned_tokens == 20
 
     def crowd(name: str) -> None:
         for number in range(4):

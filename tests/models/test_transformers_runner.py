@@ -145,7 +145,7 @@ def test_a_model_that_attends_differently_is_refused(tiny, monkeypatch):
 
 
 def _ignoring_attend(self, layer, query, key, value, **options):
-    self.calls.append(AttentionCall(layer, query.shape[1], key.shape[1], key.shape[2], value.shape[2], None))
+    self.calls.append(AttentionCall(layer, query.shape[1], key.shape[1], key.shape[2], value.shape[2]))
     return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 

@@ -102,7 +102,7 @@ def test_an_urgent_request_takes_pages_from_lower_priorities_only():
         plan = world.step()
         assert plan is not None and bool(plan.assignments) == preempted
         world.run()
-        assert world.finished["old", 0].preemptions == preempted
+        assert world.sequences["old", 0].preemptions == preempted
         assert next(iter(world.finished)) == (("urgent", 0) if preempted else ("old", 0))
 
 

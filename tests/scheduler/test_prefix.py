@@ -24,7 +24,7 @@ def run(world: World, request: Request, index: int = 0) -> int:
     world.scheduler.add(request)
     world.run()
     assert world.tokens[request.id, index] == expected_output(request, index, world.config)[0]
-    return world.finished[request.id, index].cached_tokens
+    return world.sequences[request.id, index].cached_tokens
 
 
 def test_full_blocks_of_an_earlier_prompt_are_not_computed_again():
@@ -138,7 +138,7 @@ def test_choices_of_a_request_compute_their_prompt_once():
     world.run()
     for index in range(3):
         assert world.tokens["r", index] == expected_output(request, index, world.config)[0]
-    assert [world.finished["r", index].cached_tokens for index in range(3)] == [0, 16, 16]
+    assert [world.sequences["r", index].cached_tokens for index in range(3)] == [0, 16, 16]
     assert world.scheduler.stats().prompt_tokens_total == 18 + 2 * 2
 
 
@@ -238,8 +238,7 @@ def test_a_preempted_sequence_begins_with_its_own_blocks():
     world.scheduler._preempt(sequence)
     assert entered(world.step()) == [24]
     world.run()
-    end = world.finished["r", 0]
-    assert (end.cached_tokens, end.preemptions) == (0, 1), "its own blocks are no prompt tokens saved"
+    assert (sequence.cached_tokens, sequence.preemptions) == (0, 1), "its own blocks are no prompt tokens saved"
     assert world.tokens["r", 0] == expected_output(request, 0, world.config)[0]
     assert world.scheduler.stats().prefix_hits_total == 0
 

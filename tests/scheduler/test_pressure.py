@@ -39,8 +39,8 @@ def test_the_youngest_is_preempted_and_re_enters_before_new_ones():
     while (plan := world.step()) is not None:
         entered += [assignment.prompt_ids for assignment in plan.assignments]
     assert entered.index(tuple(range(1, 8))) < entered.index((9,))
-    assert world.finished["r0", 0].preemptions == 0
-    assert world.finished["r2", 0].preemptions >= 1
+    assert world.sequences["r0", 0].preemptions == 0
+    assert world.sequences["r2", 0].preemptions >= 1
 
 
 def test_a_preempted_sequence_brings_its_output_along():
@@ -71,7 +71,7 @@ def test_prompt_scores_survive_preemption_in_the_middle_of_a_prompt():
     world.step()
     world.scheduler.add(make_request("scored", prompt=range(1, 29), prompt_logprobs=0, max_tokens=4))
     world.run()
-    assert world.finished["scored", 0].preemptions >= 1
+    assert world.sequences["scored", 0].preemptions >= 1
     assert world.prompt_scores["scored", 0] == world.engine.scored == list(range(2, 29))
 
 
@@ -98,7 +98,7 @@ def test_a_window_bounds_what_a_sequence_holds():
     world.scheduler.add(request)
     decoding = []
     while world.step() is not None:
-        kept = [sequence.kept(2) for sequence in world.scheduler._running]
+        kept = [sequence.table.kept.reshape(2, -1) for sequence in world.scheduler._running]
         assert all(lengths.shape == (2, 1) and lengths.max() <= window + chunk + size for lengths in kept)
         decoding += [lengths.max() for lengths in kept if world.tokens["r", 0]]
     assert max(decoding[1:]) <= window + size
@@ -132,7 +132,7 @@ def test_heads_that_keep_different_lengths_grow_apart():
     for _ in range(12):
         world.step()
     (sequence,) = world.scheduler._running
-    full, windowed = sequence.kept(2)
+    full, windowed = sequence.table.kept.reshape(2, -1)
     assert np.array_equal(full, [sequence.num_computed] * 2)
     assert windowed.max() < full.min()
 
@@ -195,8 +195,8 @@ def test_who_is_already_in_the_step_is_not_preempted():
     world.scheduler.add(young)
     world.run()
     # The younger one decodes first in each step, so the older one's next chunk cannot take its pages.
-    assert world.finished["young", 0].preemptions == 0
-    assert world.finished["old", 0].preemptions >= 1
+    assert world.sequences["young", 0].preemptions == 0
+    assert world.sequences["old", 0].preemptions >= 1
     assert world.tokens["young", 0] == expected_output(young, 0, world.config)[0]
     assert world.prompt_scores["old", 0] == list(range(8, 50))
 

@@ -39,7 +39,7 @@ def run(world: World, request: Request) -> int:
     """To its end; returns how many prompt tokens it found."""
     world.scheduler.add(request)
     world.run()
-    return world.finished[request.id, 0].cached_tokens
+    return world.sequences[request.id, 0].cached_tokens
 
 
 def pruned_prefixes(world: World) -> list[Bundle]:
@@ -73,7 +73,7 @@ def test_the_next_request_begins_with_what_is_left(policy: str):
     assert world.engine.compactions == prunes
     stats = world.scheduler.stats()
     assert stats.prefix_pruned_hits_total == stats.prefix_hits_total == CONTEXT
-    assert world.finished["b", 0].cached_tokens == CONTEXT
+    assert world.sequences["b", 0].cached_tokens == CONTEXT
 
 
 def test_those_that_come_together_wait_for_the_first():
@@ -125,7 +125,7 @@ def test_pinned_it_stays_and_counts_its_pages():
     world = world_of(num_pages=34)
     run(world, about("a", cache_ttl=60.0))
     (bundle,) = pruned_prefixes(world)
-    assert world.finished["a", 0].pinned_tokens == CONTEXT
+    assert world.sequences["a", 0].pinned_tokens == CONTEXT
     assert world.scheduler.stats().pages_pinned == bundle.size
     crowd(world)
     world.clock.now = 50.0

@@ -205,8 +205,7 @@ class Traffic:
             if end is not None:
                 ended += 1
                 assert (tokens, end.reason, scores) == (expected, reason, list(wanted))
-                assert end.stop_token_id == (expected[-1] if reason == "stop" else None)
-                assert 0 <= end.cached_tokens < len(request.prompt_ids)
+                assert 0 <= world.sequences[name, index].cached_tokens < len(request.prompt_ids)
         assert (ended == request.params.n) != (name in world.failed or name in self.aborted), "not exactly one end"
         assert not (name in world.failed and name in self.aborted)
 

@@ -85,13 +85,13 @@ def test_evicted_prefixes_come_back_from_the_host_and_count_as_hits():
     world.run()
     stats = world.scheduler.stats()
     assert stats.prefix_host_hits_total == 4 * len(plan.swap_ins.host) // 2
-    assert world.finished["b", 0].cached_tokens == 16
+    assert world.sequences["b", 0].cached_tokens == 16
 
 
 def test_pinned_prompts_stay_until_their_time_and_others_go():
     world = World(make_config(num_pages=24))
     assert run(world, pinned("a", PROMPT, 60.0)) == 0
-    assert world.finished["a", 0].pinned_tokens == 16
+    assert world.sequences["a", 0].pinned_tokens == 16
     crowd(world, "x")
     world.clock.now = 59.0
     assert world.scheduler.stats().pages_pinned == 8
@@ -106,7 +106,7 @@ def test_at_most_half_the_pool_is_pinned_and_the_operator_limits_the_time():
     world = World(make_config(num_pages=24, max_cache_ttl=10.0))
     run(world, pinned("a", range(1, 26), 1e9, max_tokens=1))
     run(world, pinned("b", range(30, 40), 5.0, max_tokens=1))
-    assert [world.finished[name, 0].pinned_tokens for name in "ab"] == [24, 0]
+    assert [world.sequences[name, 0].pinned_tokens for name in "ab"] == [24, 0]
     world.clock.now = 11.0
     assert world.scheduler.stats().pages_pinned == 0
 

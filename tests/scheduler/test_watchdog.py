@@ -114,7 +114,7 @@ def test_a_leaked_page_is_found_when_idle_and_taken_back(caplog):
     again = make_request("again", prompt=range(1, 18))
     world.scheduler.add(again)
     world.run()
-    assert world.finished["again", 0].cached_tokens == 16, "kept prefixes stay"
+    assert world.sequences["again", 0].cached_tokens == 16, "kept prefixes stay"
 
 
 def test_a_prefix_whose_users_were_miscounted_is_taken_back():

@@ -10,6 +10,7 @@ from quire.core.plan import BatchPlan, StepOutput
 from quire.core.prefix import Bundle
 from quire.core.request import Request, SamplingParams
 from quire.scheduler.scheduler import Scheduler, SchedulerConfig
+from quire.scheduler.sequence import SequenceState
 
 from .fake_engine import FakeEngine
 
@@ -73,6 +74,8 @@ class World:
         self.prompt_scores: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.finished: dict[tuple[str, int], Finished] = {}
         self.failed: dict[str, Failed] = {}
+        self.sequences: dict[tuple[str, int], SequenceState] = {}
+        """All that ever ran."""
 
     def step(self, between: Callable[[], object] = lambda: None) -> BatchPlan | None:
         """One checked step: launched, perhaps with the next one, and committed; `between` runs between the two."""
@@ -88,6 +91,7 @@ class World:
         if self.looks_ahead and (ahead := self.scheduler.look_ahead()) is not None:
             self.planned_ahead += 1
             self._launch(ahead)
+        self.sequences |= {(sequence.request.id, sequence.index): sequence for sequence in self.scheduler._running}
         between()
         plan, output = self._in_flight.popleft()
         self.scheduler.check_integrity()

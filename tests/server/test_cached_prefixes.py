@@ -23,7 +23,7 @@ def says_cached(tokens: list[int], *cached: int) -> Script:
         for index in range(request.params.n):
             yield Tokens(request.id, index, tokens[:1], cached_tokens=cached[index])
             yield Tokens(request.id, index, tokens[1:])
-            yield Finished(request.id, index, "stop", cached_tokens=cached[index])
+            yield Finished(request.id, index, "stop")
 
     return script
 
@@ -77,7 +77,7 @@ async def test_a_time_to_live_reaches_the_engine_and_usage_says_what_is_pinned(
         pinned = 16 if request.cache_ttl else 0
         for index in range(request.params.n):
             yield Tokens(request.id, index, tokenizer.encode("hello", False), pinned_tokens=pinned)
-            yield Finished(request.id, index, "stop", pinned_tokens=pinned)
+            yield Finished(request.id, index, "stop")
 
     client.script = script
     details = []

@@ -74,6 +74,7 @@ def test_the_api_is_set_up_by_its_own_options(started: list[ServeOptions]) -> No
 def test_what_cannot_be_is_refused_before_anything_is_loaded(started: list[ServeOptions], tmp_path: Path) -> None:
     for wrong, named in (
         (["--served-model-name", ""], "served_model_name"),
+        (["--served-model-name", "a", "--served-model-name", "a"], "served_model_name"),
         (["--prune-keep", "2"], "prune.keep"),
         (["--cache-file", str(tmp_path)], "cache_file"),
         (["--cache-file", str(tmp_path / "no" / "file")], "cache_file"),

@@ -97,10 +97,10 @@ def test_a_sweep_goes_on_where_it_stopped(run: Any, tmp_path: Path, monkeypatch:
         (["--keeps", "half"], "--keeps must be a list"),
         (["--keeps", "2"], "prune.keep must be"),
         (["--tasks", "juggling"], "unknown task"),
-        (["--refine", "polish"], "pruning: Invalid enum value 'polish'"),
-        (["--budget", "lavish"], "pruning: Invalid enum value 'lavish'"),
+        (["--refine", "polish"], "unknown refinement 'polish'; known: value-norm, chunk"),
+        (["--budget", "lavish"], "unknown budget 'lavish'; known: uniform"),
         (["--lengths", "99999"], "at most 4,096"),
-        (["--policies", "window/lavish"], "pruning: Invalid enum value 'lavish'"),
+        (["--policies", "window/lavish"], "unknown budget 'lavish'; known: uniform"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(run: Any, options: list[str], message: str) -> None:

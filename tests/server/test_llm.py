@@ -52,6 +52,13 @@ def test_stop_string_ends_and_is_cut(llm: LLM) -> None:
     assert choice.finish_reason == "stop"
 
 
+def test_structured_outputs_bind_all_prompts(llm: LLM) -> None:
+    completions = llm.generate(PROMPTS, GREEDY, structured_outputs={"choice": ["yes", "no"]}, progress=False)
+    assert {c.choices[0].text for c in completions} <= {"yes", "no"}
+    with pytest.raises(InvalidRequestError, match="regex"):
+        llm.generate(PROMPTS, GREEDY, structured_outputs={"regex": "("}, progress=False)
+
+
 def test_prompt_and_output_logprobs(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=1, prompt_logprobs=0, ignore_eos=True)
     (completion,) = llm.generate(PROMPTS[2:], params, progress=False)

@@ -15,40 +15,16 @@ from torch import Tensor
 from quire.core.plan import CaughtUp
 from quire.speculation import draft_cache
 from quire.speculation import model as drafting
-from quire.speculation.draft_cache import DraftLayout
 from quire.speculation.hybrid import HybridDrafter
 from quire.speculation.model import ModelDrafter
 from quire.speculation.ngram import NgramDrafter
 
-from ..models.conftest import CPU, VOCAB, Tiny, make_checkpoint
+from ..models.conftest import CPU, VOCAB
+from .conftest import LENGTH, MODELS, PAGE, SLOTS, make_world
 from .world import World, greedy
 
-SLOTS, LENGTH, PAGE = 4, 60, 4
-MODELS = {
-    "native": ("llama", {"num_key_value_heads": 2}),
-    "window": ("mistral", {"num_key_value_heads": 2, "sliding_window": 5}),
-    "library": ("gpt_neox", {}),
-}
 SHARED = tuple(range(3, 20))
 """Four blocks and a token."""
-
-
-@pytest.fixture(scope="module")
-def drafts(tmp_path_factory):
-    """Checkpoints by name, made once."""
-    made: dict[str, Tiny] = {}
-
-    def get(name: str) -> Tiny:
-        if name not in made:
-            made[name] = make_checkpoint(tmp_path_factory.mktemp("draft"), *MODELS[name])
-        return made[name]
-
-    return get
-
-
-def make_world(made: Tiny, capacity: int = SLOTS * LENGTH, place=CPU) -> World[ModelDrafter]:
-    runner = made.load(place=place)
-    return World(ModelDrafter(runner, DraftLayout(SLOTS, LENGTH, PAGE, capacity), place, runner), SLOTS, LENGTH, VOCAB)
 
 
 def propose(world: World[ModelDrafter], *slots: int, most: int = 2) -> tuple[list[list[int]], CaughtUp]:
@@ -84,7 +60,7 @@ def test_proposals_with_shared_blocks_equal_those_without(drafts, name, backend,
     monkeypatch.setattr(drafting, "CATCH_UP_TOKENS", 24)
     made, dice = drafts(name), random.Random(f"{name} {capacity}")
     place = replace(CPU, backend=backend)
-    shared, apart = make_world(made, capacity, place), make_world(made, place=place)
+    shared, apart = make_world(made, capacity, place=place), make_world(made, place=place)
     shared.whole = apart.whole = False
     # Our own kernels compute a row alike whatever is beside it, torch's round differently.
     tolerance = 0.0 if backend == "cpu" and name != "library" else 1e-5
