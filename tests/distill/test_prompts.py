@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from quire.core.errors import ConfigError
+from quire.core.request import SamplingParams
 from quire.core.top_rows import pack_rows
-from quire.distill.prompts import SELF, Example, hold_out, load_tokenizer, read_examples, self_examples
-from quire.distill.rounds import Mixture, RowMaker
+from quire.distill.prompts import Example, hold_out, load_tokenizer, read_examples
+from quire.distill.rounds import OPENING_TOKENS, SELF, Mixture, RowMaker, self_examples
 from quire.distill.target_rows import Logged, Row
 
 from .drafting import VOCAB, Parrot
@@ -81,7 +83,8 @@ def test_logged_rows_begin_where_the_target_began() -> None:
 
 
 BROKEN = ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
-BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}']
+BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}', '{"messages": ["hi"]}']
+BROKEN += ['{"prompt_ids": 5}', '{"prompt_ids": [true]}', '{"prompt": "x", "completion": 5}', "[" * 10**5]
 
 
 @pytest.mark.parametrize("line", BROKEN)
@@ -106,10 +109,27 @@ def test_equal_prompts_are_held_out_together() -> None:
     assert hold_out([Example((1,))]) == ([Example((1,))], [Example((1,))])
 
 
-def test_texts_that_the_target_begins_itself() -> None:
-    assert self_examples(3, 7, VOCAB, 0) == [Example((7,), domain=SELF)] * 3
-    drawn = self_examples(50, None, VOCAB, 0)
-    assert len({example.prompt for example in drawn}) > 40 and drawn == self_examples(50, None, VOCAB, 0)
+class Seeded(Parrot):
+    """Draws by the seed of each request."""
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        assert all(one.min_tokens == one.max_tokens and one.temperature == 1.0 for one in params)
+        return [np.random.default_rng(one.seed).integers(0, VOCAB, one.max_tokens).tolist() for one in params]
+
+
+@pytest.mark.parametrize("start", [7, None])
+def test_texts_that_the_target_begins_itself_differ(start: int | None) -> None:
+    drawn = self_examples(50, start, VOCAB, 0, "t", Seeded())
+    assert len({example.prompt[1:] for example in drawn}) == 50 and {example.domain for example in drawn} == {SELF}
+    assert {len(example.prompt) for example in drawn} == {1 + OPENING_TOKENS}
+    assert {example.prompt[0] for example in drawn} == {7} if start else len({e.prompt[0] for e in drawn}) > 40
+    assert drawn == self_examples(50, start, VOCAB, 0, "t", Seeded())
+
+
+def test_where_no_text_is_known_its_share_is_the_targets() -> None:
+    assert Mixture(0.25, 0.5, 0.25).unknown() == Mixture(0.0, 0.75, 0.25)
 
 
 def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -> None:
