@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from quire.core.errors import ConfigError
 from quire.core.request import SamplingParams
 from quire.core.top_rows import pack_rows
+from quire.distill.held_out import make_held_texts
 from quire.distill.prompts import Example, hold_out, load_tokenizer, read_examples
 from quire.distill.rounds import OPENING_TOKENS, SELF, Mixture, RowMaker, self_examples
 from quire.distill.target_rows import Logged, Row
@@ -145,3 +146,38 @@ def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -
     assert rows == maker.rows(3, 200, str(tmp_path), Parrot()) != maker.rows(4, 200, str(tmp_path), Parrot())
     shares = Mixture(1, 1, 2).draw(np.random.default_rng(0), 4000)
     assert 1800 < shares.count("draft") < 2200
+
+
+class Asked(Parrot):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[list[int]], list[SamplingParams]]] = []
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        self.calls.append((checkpoint, [list(prompt) for prompt in prompts], list(params)))
+        return [[1] * (one.max_tokens or 0) for one in params]
+
+
+def test_continuations_are_drawn_at_the_temperatures_and_by_seeds_of_their_own() -> None:
+    engines, example = Asked(), Example(tuple(range(100, 105)))
+    RowMaker([example], Mixture(0, 1, 1), 16, (0.5, 0.0), 0, "target").rows(0, 200, "draft", engines)
+    assert [checkpoint for checkpoint, _, _ in engines.calls] == ["target", "draft"]
+    params = [one for _, _, many in engines.calls for one in many]
+    assert len({one.seed for one in params}) == len(params) == 200
+    assert 60 < sum(one.temperature == 0.5 for one in params) < 140 and {p.temperature for p in params} == {0.5, 0.0}
+    assert {one.max_tokens for one in params} == {11}
+
+
+def test_held_out_texts_fit_with_their_answers(tmp_path: Path) -> None:
+    engines, examples = Asked(), [Example(tuple(range(100, 140))), Example((5, 6), domain="short")]
+    options = {"length": 16, "new_tokens": 6, "temperature": 0.7, "seed": 3}
+    texts = make_held_texts(tmp_path / "held", examples, "target", engines, **options)  # type: ignore[arg-type]
+    assert [text.prompt for text in texts] == [list(range(130, 140)), [5, 6]] and texts[1].domain == "short"
+    ((_, prompts, params),) = engines.calls
+    assert prompts[:2] == prompts[2:] and all(one.max_tokens == 6 for one in params)
+    assert [one.temperature for one in params] == [0.7, 0.7, 0.0, 0.0] and params[0].seed != params[1].seed
+    again = make_held_texts(tmp_path / "held", examples, "target", engines, **options)  # type: ignore[arg-type]
+    assert again == texts and len(engines.calls) == 1
