@@ -161,7 +161,7 @@ class RowFile:
 
     def __init__(self, path: Path, shape: tuple[int, ...], kind: type) -> None:
         """shape: (rows, T, ...); kind: scalar type of NumPy."""
-        self._row = np.zeros(shape[1:], kind)
+        self._row: np.ndarray = np.zeros(shape[1:], kind)
         self._file = path.open("wb")
         header = {"descr": np.lib.format.dtype_to_descr(self._row.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self._file, header)

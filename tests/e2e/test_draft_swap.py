@@ -137,7 +137,7 @@ def test_one_that_cannot_be_used_changes_nothing(models: dict[str, Path], monkey
         patch.setattr(draft_swap, "_costs", _fails)
         refused(models["poor"], "cannot be run: too bad")
     with monkeypatch.context() as patch:
-        patch.setattr(draft_swap, "load_draft", lambda *_: {}["bad"])
+        patch.setattr(draft_swap, "load_draft", lambda *_: dict[str, None]()["bad"])
         refused(models["poor"], "cannot be loaded: 'bad'")
     whole = drafting.DraftCache
 
