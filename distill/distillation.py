@@ -32,9 +32,10 @@ from .draft_report import Costs, write_report
 from .draft_trainer import DraftTrainer
 from .held_out import ALL, HeldText, Measured, choose, make_held_texts, measure
 from .presets import from_preset
-from .prompts import Example, hold_out, load_tokenizer, read_examples, self_examples
-from .rounds import Engines, RowMaker
+from .prompts import Example, hold_out, load_tokenizer, read_examples
+from .rounds import Engines, RowMaker, self_examples
 from .run_settings import Settings, claim_folder
+from .stored import reading, storing
 from .target_rows import Recorder
 
 SELF_EXAMPLES = 1000
@@ -85,7 +86,7 @@ class Distillation:
         self.device = torch.device(pick_device(settings.device))
         checkpoint = open_checkpoint(settings.target, with_code=settings.trust_remote_code)
         self.folder, init = checkpoint.folder, settings.init.settled(checkpoint)
-        claim_folder(settings)
+        self._claim = claim_folder(settings)
         disable_progress_bar()  # of the library's loading and saving: round after round, between our own lines
         self.target = load_model(settings.target, "auto", settings.trust_remote_code)
         context = max_context(self.target.config.get_text_config(decoder=True))
@@ -106,7 +107,7 @@ class Distillation:
         )
         self.rows = RowMaker(
             train,
-            settings.mixture,
+            settings.mixture if settings.data else settings.mixture.unknown(),
             settings.length,
             settings.temperatures,
             settings.seed,
@@ -114,7 +115,8 @@ class Distillation:
             uses_logged=settings.temperature == LOGGED_TEMPERATURE,
         )
         self._check_logged(train)
-        self.texts = self._held_texts(held)
+        with storing(settings.out):
+            self.texts = self._held_texts(held)
         torch.manual_seed(settings.seed)
         self.draft = make_draft(self._sized(init), self.target, self._calibration())
         self.trainer = DraftTrainer(
@@ -140,7 +142,12 @@ class Distillation:
         return size
 
     def run(self) -> None:
-        """Train what is left, write the draft and the report. KeyboardInterrupt leaves a state to go on from."""
+        """Train what is left, write the draft and the report. KeyboardInterrupt leaves a state to go on from, and so
+        does the `ConfigError` where there is no room for what is to be written."""
+        with self._claim, storing(self.settings.out):
+            self._run()
+
+    def _run(self) -> None:
         if self.trainer.resume():
             self.say(f"going on at step {self.trainer.progress.step} of {self.settings.schedule.steps}")
         try:
@@ -172,7 +179,9 @@ class Distillation:
 
     def initial(self) -> Measured:
         """What the draft gave before its first step, on all texts."""
-        return msgspec.json.decode((self.settings.out / "initial.json").read_bytes(), type=Measured)
+        path = self.settings.out / "initial.json"
+        with reading(path):
+            return msgspec.json.decode(path.read_bytes(), type=Measured)
 
     def _train_round(self, interrupts: Interrupts) -> None:
         """One round's steps, with log lines and saves; raises KeyboardInterrupt when asked to stop."""
@@ -225,7 +234,7 @@ class Distillation:
             found = [e for path in settings.data for e in read_examples(path, self.tokenizer, self.vocab_size)]
         else:
             start = self.tokenizer.bos_token_id
-            found = self_examples(SELF_EXAMPLES, start, self.vocab_size, settings.seed)
+            found = self_examples(SELF_EXAMPLES, start, self.vocab_size, settings.seed, settings.target, self.engines)
         if not settings.held_out:
             return hold_out(found)
         return found, [e for path in settings.held_out for e in read_examples(path, self.tokenizer, self.vocab_size)]

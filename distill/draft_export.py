@@ -22,7 +22,8 @@ def export_draft(
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
 ) -> None:
-    """Write weights in `dtype` and configuration, each file at once; what else is in the folder stays.
+    """Write weights in `dtype` and configuration, each file at once; what else is in the folder stays. Raises `OSError`
+    or `SafetensorError` where there is no room.
 
     A draft that shares the target's embedding leaves it out unless `complete`. With a tokenizer the folder can be
     served by itself. `card` becomes README.md.
@@ -36,7 +37,7 @@ def export_draft(
         draft.save_pretrained(staged, state_dict=state)
         _describe(staged / "config.json", dtype, omits)
         if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
+            _save_tokenizer(tokenizer, staged)
         if card is not None:
             (staged / "README.md").write_text(card, encoding="utf-8")
         new = {path.name for path in staged.iterdir()}
@@ -46,6 +47,13 @@ def export_draft(
         for old in folder.glob("model*.safetensors*"):
             if old.name not in new:
                 old.unlink()
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the library has no type of its own for a full disk
+        raise OSError(f"cannot write the tokenizer: {error}") from error
 
 
 def _describe(path: Path, dtype: torch.dtype, omits: bool) -> None:

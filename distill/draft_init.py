@@ -63,7 +63,7 @@ class Init:
     @property
     def is_cut(self) -> bool:
         """Whether `source` is a kind of beginning, not a folder."""
-        return re.fullmatch(r"(layers|random):\d+(,\d+)*|preset:\w+", self.source) is not None
+        return re.fullmatch(r"layers:\d+(,\d+)*|random:\d+|preset:\w+", self.source) is not None
 
 
 def load_model(folder: str, dtype: torch.dtype | str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -93,16 +93,16 @@ def make_draft(init: Init, target: PreTrainedModel, rows: Sequence[Tensor]) -> P
     kind, _, what = init.source.partition(":")
     numbers = [int(number) for number in what.split(",")]
     count = len(decoder_layers(target))
+    if len(numbers) == 1 and not 1 <= numbers[0] <= count:
+        raise ConfigError(f"{init.source}: the target has {count} layers", param="init")
     if kind == "random":
-        layers = list(range(min(numbers[0], count)))
+        layers = list(range(numbers[0]))
     elif len(numbers) == 1:
         layers = most_important(layer_importance(target, rows), numbers[0])
     else:
         layers = numbers
-    if not layers or max(layers) >= count or len(set(layers)) != len(layers):
-        raise ConfigError(f"{init.source}: the target has layers 0 to {count - 1}", param="init")
-    if kind == "layers" and len(numbers) == 1 and numbers[0] > count:
-        raise ConfigError(f"{init.source}: the target has {count} layers", param="init")
+    if max(layers) >= count or len(set(layers)) != len(layers):
+        raise ConfigError(f"{init.source}: the target has layers 0 to {count - 1}, each once", param="init")
     draft = _empty_draft(target, layers, init)
     if kind == "layers":
         _copy_weights(target, draft, layers, rows)
@@ -166,7 +166,10 @@ def _empty_draft(target: PreTrainedModel, layers: Sequence[int], init: Init) -> 
     if getattr(text, "layer_types", None):
         text.layer_types = [text.layer_types[index] for index in layers]
     narrow_config(text, Widths.of(target), init.hidden, init.mlp, init.kv_heads)
-    draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        draft: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # the library's way of refusing widths that do not go together
+        raise ConfigError(f"the draft cannot be so wide: {' '.join(str(error).split())[:300]}") from error
     place(draft, target.device)
     return draft.eval()
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .divergences import ABSENT, FORMULAS, Divergence, lump
 from .optimizer import MaskedMuon, Rates
+from .stored import reading
 from .target_rows import Batch, Shard, read_rows
 
 
@@ -110,7 +111,7 @@ class DraftTrainer:
         path = self._shard_path(number)
         if not path.exists():
             make_shard(number, path)
-        shards = [Shard(self._shard_path(n)) for n in range(max(0, number - schedule.window + 1), number + 1)]
+        shards = [self._shard(n) for n in range(max(0, number - schedule.window + 1), number + 1)]
         end = min(schedule.steps, (number + 1) * schedule.round_steps)
         while progress.step < end and not stopping():
             started = time.monotonic()
@@ -121,6 +122,11 @@ class DraftTrainer:
 
     def _shard_path(self, number: int) -> Path:
         return self.folder / f"round-{number:05d}"
+
+    def _shard(self, number: int) -> Shard:
+        path = self._shard_path(number)
+        with reading(path):
+            return Shard(path)
 
     def _step(self, shards: list[Shard]) -> float:
         """One optimizer step; its mean loss per token."""
@@ -166,25 +172,31 @@ class DraftTrainer:
             path.rmdir()
 
     def save(self) -> None:
-        """Write `state.pt`, whole or not at all."""
+        """Write `state.pt`, whole or not at all; raises `OSError` where there is no room for it."""
         path = self.folder / "state.pt"
+        new = path.with_suffix(".new")
         state = {
             "draft": {n: p for n, p in self.draft.named_parameters() if p.requires_grad},
             "optimizer": self._optimizer.state_dict(),
             "progress": asdict(self.progress),
         }
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
+        try:
+            torch.save(state, new)
+        except (OSError, RuntimeError) as error:  # a full disk is the latter to the library, with an unreadable reason
+            new.unlink(missing_ok=True)
+            raise OSError(f"cannot write {new}: is the disk full?") from error
+        os.replace(new, path)
 
     def resume(self) -> bool:
-        """Go on from `state.pt` if there is one."""
+        """Go on from `state.pt` if there is one; raises `ConfigError` if it is damaged."""
         path = self.folder / "state.pt"
         if not path.exists():
             return False
-        state = torch.load(path, map_location=self.draft.device, weights_only=True)
-        self.draft.load_state_dict(state["draft"], strict=False)
-        self._optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        with reading(path):
+            state = torch.load(path, map_location=self.draft.device, weights_only=True)
+            self.draft.load_state_dict(state["draft"], strict=False)
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
         return True
 
 

@@ -12,6 +12,7 @@ from ..core.request import SamplingParams
 from .acceptance import Tally, chain_tally, greedy_matches, sampled_tally
 from .prompts import Example
 from .rounds import Engines
+from .stored import reading
 from .target_rows import Logits
 
 
@@ -68,7 +69,8 @@ def make_held_texts(
     Prompts are cut to fit `length` with their answer, which is half of it at most.
     """
     if path.exists():
-        return msgspec.json.decode(path.read_bytes(), type=list[HeldText])
+        with reading(path):
+            return msgspec.json.decode(path.read_bytes(), type=list[HeldText])
     new_tokens = min(new_tokens, length // 2)
     prompts = [list(example.prompt[-max(1, length - new_tokens) :]) for example in examples]
     sampled = [

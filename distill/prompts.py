@@ -23,8 +23,6 @@ from .target_rows import Logged
 HELD_OUT_ONE_IN = 20
 LARGEST_LOG = 0.01
 """Of a probability, as it may be rounded."""
-SELF = "self"
-"""Domain of texts that the target begins by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def read_examples(path: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: in
         if line.strip():
             try:
                 found.append(_example(json.loads(line), tokenizer, vocab_size))
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise ConfigError(f"{path}, line {number}: {error}", param="data") from error
     if not found:
         raise ConfigError(f"{path} holds no prompts", param="data")
@@ -84,9 +82,13 @@ def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
     else:
         raise ValueError("it has neither prompt, messages nor prompt_ids")
     if "completion" in content:
+        if not isinstance(content["completion"], str):
+            raise ValueError("its completion is no text")
         output = tokenizer(content["completion"], add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, list) or not isinstance(output, list):
+        raise ValueError("prompt_ids and output_ids must be lists")
     for token in (*prompt, *output):
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"{token!r} is not a token of the target")
     if not prompt:
         raise ValueError("its prompt is empty")
@@ -96,6 +98,8 @@ def _example(content: Any, tokenizer: PreTrainedTokenizerBase, vocab_size: int) 
 
 def _logged(content: Any, count: int, vocab_size: int) -> Logged:
     """What a log has of the target's distributions at `count` tokens; raises `ValueError` or the like."""
+    if not isinstance(content, dict) or not {"version", "top", "rows"} <= content.keys():
+        raise ValueError("its target has not the version, top and rows of a log")
     if content["version"] != VERSION:
         raise ValueError(f"its target has version {content['version']!r}, known is {VERSION}")
     kept = content["top"]
@@ -112,7 +116,9 @@ def _logged(content: Any, count: int, vocab_size: int) -> Logged:
 
 def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Tokens up to where the assistant speaks last, and of what it says if it does."""
-    answered = messages[-1]["role"] == "assistant"
+    if not (isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)):
+        raise ValueError("messages must be a list of objects, at least one")
+    answered = messages[-1].get("role") == "assistant"
     asked = messages[:-1] if answered else messages
     try:
         prompt = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
@@ -120,17 +126,11 @@ def _conversation(messages: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[li
     except Exception as error:  # a template is a program: what it raises is its way of refusing
         raise ValueError(f"the chat template refuses the messages: {str(error)[:300]}") from error
     # A template may show earlier turns otherwise once there is a later one.
-    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1]["content"]
+    answer = whole[len(prompt) :] if whole.startswith(prompt) else messages[-1].get("content")
+    if not isinstance(answer, str):
+        raise ValueError("its answer is no text")
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
     return first, second
-
-
-def self_examples(count: int, start: int | None, vocab_size: int, seed: int) -> list[Example]:
-    """Shortest prompts: the token `start` that begins texts, or random ones where the model has none."""
-    if start is not None:
-        return [Example((start,), domain=SELF)] * count
-    tokens = np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
-    return [Example((token,), domain=SELF) for token in tokens]
 
 
 def hold_out(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

@@ -16,6 +16,10 @@ from .prompts import Example
 from .target_rows import Row
 
 Source = Literal["fixed", "target", "draft"]
+SELF = "self"
+"""Domain of texts that the target begins by itself."""
+OPENING_TOKENS = 8
+"""Drawn tokens with which such a text begins, as long as prompts need be to differ from each other."""
 
 
 class Engines(Protocol):
@@ -45,6 +49,28 @@ class Mixture:
         sources: list[Source] = ["fixed", "target", "draft"]
         shares = np.array([self.fixed, self.target, self.draft])
         return [sources[index] for index in rng.choice(3, count, p=shares / shares.sum())]
+
+    def unknown(self) -> "Mixture":
+        """Where no text is known: its share is the target's, too."""
+        return Mixture(0.0, self.fixed + self.target, self.draft)
+
+
+def self_examples(
+    count: int, start: int | None, vocab_size: int, seed: int, target: str, engines: Engines
+) -> list[Example]:
+    """Beginnings of texts by the target itself: a few tokens drawn after the token `start` that begins texts, or after
+    random ones where the model has none.
+
+    Were there no more than `start`, what follows greedily would be one text for all.
+    """
+    random = np.random.default_rng(seed).integers(0, vocab_size, count).tolist()
+    starts = [[token if start is None else start] for token in random]
+    params = [
+        SamplingParams(max_tokens=OPENING_TOKENS, min_tokens=OPENING_TOKENS, seed=seed + index)
+        for index in range(count)
+    ]
+    openings = engines.generate(target, starts, params)
+    return [Example((*begun, *rest), domain=SELF) for begun, rest in zip(starts, openings, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

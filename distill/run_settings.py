@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -13,9 +14,12 @@ from .divergences import Divergence
 from .draft_init import Init
 from .draft_trainer import Schedule
 from .rounds import Mixture
+from .stored import lock, reading
 
 SHORTEST_ROW = 16
 """Tokens."""
+ELSEWHERE = ("out", "device", "save_minutes")
+"""Settings that change nothing about the weights: a run may go on with others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,7 @@ class Settings:
             _check(getattr(schedule, name) >= 1, name, "at least 1", getattr(schedule, name))
         for name, number in (("temperature", self.temperature), ("rate", schedule.rate), ("passes", schedule.passes)):
             _check(0 < number < math.inf, name, "a positive number", number)
+        _check(0 <= self.seed < 2**32, "seed", "from 0 to 4294967295", self.seed)
         _check(self.kept >= 1, "kept", "at least 1", self.kept)
         _check(self.length >= SHORTEST_ROW, "length", f"at least {SHORTEST_ROW}", self.length)
         drafts = f"from 1 to {MAX_DRAFT_TOKENS}"
@@ -72,17 +77,32 @@ def _check(holds: bool, name: str, wanted: str, got: object) -> None:
         raise ConfigError(f"{name} must be {wanted}, got {got}", param=name)
 
 
-def claim_folder(settings: Settings) -> None:
-    """Make the folder, or find the same run in it. Raises `ConfigError` if another one has begun there."""
-    path = settings.out / "settings.json"
+def claim_folder(settings: Settings) -> IO[str]:
+    """Make the folder, or find the same run in it; it is this run's until the file returned is closed.
+
+    Raises `ConfigError` if another run has begun there, or is at work there.
+    """
+    path, begun = settings.out / "settings.json", (settings.out / "state.pt").exists()
     described = json.loads(msgspec.json.encode(settings, enc_hook=str))
-    mine = {name: value for name, value in described.items() if name not in ("device", "save_minutes")}
+    mine = {name: value for name, value in described.items() if name not in ELSEWHERE}
     try:
-        if path.exists() and json.loads(path.read_text(encoding="utf-8")) != mine:
-            if (settings.out / "state.pt").exists():
-                raise ConfigError(f"{settings.out} holds a run of other settings; choose another --out", param="out")
-            (settings.out / "held_out.json").unlink(missing_ok=True)
         settings.out.mkdir(parents=True, exist_ok=True)
+        claim = lock(settings.out)
+        if begun:
+            _compare(path, mine, settings.out)
+        else:  # what a run left that never made a step is not this one's
+            (settings.out / "held_out.json").unlink(missing_ok=True)
         path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot use {settings.out}: {error}", param="out") from error
+    return claim
+
+
+def _compare(path: Path, mine: dict[str, object], out: Path) -> None:
+    """Raises `ConfigError`, naming them, if the settings stored at `path` are others."""
+    with reading(path):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        others = [name for name in mine if name in stored and stored[name] != mine[name]]
+    if others or stored.keys() - set(ELSEWHERE) != mine.keys():
+        what = f" ({', '.join(others)})" if others else ""
+        raise ConfigError(f"{out} holds a run of other settings{what}; choose another --out", param="out")

@@ -102,7 +102,7 @@ class Recorder:
     device: torch.device
 
     def write(self, folder: Path, rows: Sequence[Row], on_row: Callable[[int], None] = lambda done: None) -> None:
-        """Make a shard; `on_row` may raise to give up, and nothing is stored."""
+        """Make a shard; `on_row` may raise to give up, and nothing is stored. Raises `OSError` on a full disk."""
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -110,18 +110,17 @@ class Recorder:
         np.save(partial / "counts.npy", counts)
         np.save(partial / "starts.npy", np.array([row.start for row in rows], np.int32))
         shape, kind = (len(rows), int(counts.max())), np.uint16 if self.vocab_size <= 2**16 else np.int32
-        ids = _create(partial / "ids.npy", shape, kind)
-        top_ids = _create(partial / "top_ids.npy", (*shape, self.kept), kind)
-        top_log = _create(partial / "top_log.npy", (*shape, self.kept + 1), np.float16)
-        for number, row in enumerate(rows):
-            on_row(number)
-            best, logs = self.distributions(row)
-            end = len(row.ids)
-            ids[number, :end] = row.ids
-            top_ids[number, row.start : end] = best.cpu().numpy()
-            top_log[number, row.start : end] = logs.cpu().numpy()
-        for store in (ids, top_ids, top_log):
-            store.flush()
+        with (
+            RowFile(partial / "ids.npy", shape, kind) as ids,
+            RowFile(partial / "top_ids.npy", (*shape, self.kept), kind) as top_ids,
+            RowFile(partial / "top_log.npy", (*shape, self.kept + 1), np.float16) as top_log,
+        ):
+            for number, row in enumerate(rows):
+                on_row(number)
+                best, logs = self.distributions(row)
+                ids.append(0, np.asarray(row.ids))
+                top_ids.append(row.start, best.cpu().numpy())
+                top_log.append(row.start, logs.cpu().numpy())
         os.replace(partial, folder)
 
     @torch.inference_mode()
@@ -154,8 +153,30 @@ def _with_kept(ids: Tensor, logs: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     return ids, torch.cat([logs[:, : kept - missing], none, others], 1)
 
 
-def _create(path: Path, shape: tuple[int, ...], kind: type) -> np.memmap:
-    return np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=shape)
+class RowFile:
+    """A `.npy` file whose rows come one after another; what they leave open is zeros.
+
+    Written, not mapped: a full disk is an error to one who writes, but ends the process of one who maps.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], kind: type) -> None:
+        """shape: (rows, T, ...); kind: scalar type of NumPy."""
+        self._row: np.ndarray = np.zeros(shape[1:], kind)
+        self._file = path.open("wb")
+        header = {"descr": np.lib.format.dtype_to_descr(self._row.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, start: int, values: np.ndarray) -> None:
+        """The next row: values [N, ...] from position `start` on."""
+        self._row[:] = 0
+        self._row[start : start + len(values)] = values
+        self._file.write(self._row.data)
+
+    def __enter__(self) -> "RowFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
 
 def read_rows(shards: Sequence[Shard], picks: Sequence[tuple[int, int]], device: torch.device) -> Batch:

@@ -7,7 +7,7 @@ import msgspec
 import torch
 
 from ..core.config import EngineConfig
-from ..core.errors import ConfigError, InvalidRequestError, ModelLoadError
+from ..core.errors import ConfigError, InvalidRequestError
 from ..core.messages import EngineInfo
 from ..core.plan import BatchPlan
 from ..core.speculation import DraftChoice, DraftInfo, StepCosts
@@ -37,15 +37,18 @@ def fetch(folder: str) -> None:
     """
     if folder == NGRAMS:
         return
-    if not Path(folder).is_dir():
-        raise InvalidRequestError(f"{folder} is not a folder on the server", param="draft")
     try:
+        if not Path(folder).is_dir():
+            raise InvalidRequestError(f"{folder} is not a folder on the server", param="draft")
         for path in sorted({entry.file for entry in open_checkpoint(folder).tensors.values()}):
             with path.open("rb", buffering=0) as file:
                 while file.read(_CHUNK):
                     pass
-    except (ModelLoadError, OSError) as error:
-        raise InvalidRequestError(f"the draft cannot be used: {error}", param="draft") from error
+    except InvalidRequestError:
+        raise
+    # Also a name too long, no leave to look, a file of a form that nobody foresaw: whoever asked is waiting.
+    except Exception as error:
+        raise InvalidRequestError(f"the draft cannot be used: {_first_line(error)}", param="draft") from error
 
 
 def replace_draft(
@@ -84,7 +87,9 @@ def replace_draft(
             old = model.replace(runner)
     except ConfigError as error:
         raise InvalidRequestError(error.message, param="draft") from error
-    except (RuntimeError, MemoryError, OSError) as error:  # no memory, or a file that changes as it is read
+    # No memory, a file that changes as it is read, or whatever a model's code raises of its configuration.
+    except Exception as error:
+        log.exception("the draft %s could not be loaded", folder)
         raise InvalidRequestError(f"the draft cannot be loaded: {_first_line(error)}", param="draft") from error
     try:
         costs = StepCosts(rows=info.draft.costs.rows, drafts=_costs(model, info, target, place))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par_with_draft_tokens
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from ..core.errors import InvalidRequestError
 from ..core.model_spec import ModelSpec
@@ -212,7 +212,11 @@ class Grammars:
                 matcher.unsafe_compute_mask_ptr_with_draft_token(first + row * size, size, drafts)  # type: ignore[attr-defined]
         else:
             self._executor = self._executor or LLExecutor()
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, list(walks), words)
+            # Each call of the library refuses what the other is for, and an empty list.
+            if drafting := [walk for walk in walks if walk[2]]:
+                fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafting, words)
+            if plain := [(matcher, row) for matcher, row, drafts in walks if not drafts]:
+                fill_next_token_bitmask_par(self._executor, plain, words)
         bits = words.view(np.uint8)
         whole, rest = divmod(self.vocab_size, 8)
         bits[:, whole + (rest > 0) :] = 0

@@ -36,7 +36,7 @@ class TrafficLog:
     def __init__(self, path: Path, share: float = 1.0) -> None:
         """Open or create the file; `share` of the requests are recorded. Raises `ConfigError` if that cannot be."""
         try:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8")
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab", buffering=0)
         except OSError as error:
             raise ConfigError(f"cannot write to {path}: {error.strerror}", param="distill_log") from error
         self._path = path
@@ -49,15 +49,17 @@ class TrafficLog:
         return TrafficEntry(self, msgspec.structs.replace(request, record=True) if recorded else request)
 
     def write(self, line: str) -> None:
-        """Append a line, whole."""
+        """Append a line, whole or not at all: what is learned from a log must be able to read all of it."""
         if not self._open:
             return
+        content = f"{line}\n".encode()
         try:
-            if self._file.tell() + len(line) > MOST_BYTES:
+            before = os.fstat(self._file.fileno()).st_size
+            if before + len(content) > MOST_BYTES:
                 self._end("it is full")
-                return
-            self._file.write(line + "\n")
-            self._file.flush()
+            elif self._file.write(content) < len(content):
+                self._file.truncate(before)
+                self._end("there is no room left")
         except OSError as error:
             self._end(error.strerror or str(error))
 

@@ -1,6 +1,7 @@
 """A whole run with a stand-in for the engine: stopped by a signal, it goes on to the same draft."""
 
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from quire.core.errors import ConfigError
 from quire.distill import distillation
 from quire.distill.distillation import Distillation
 from quire.distill.draft_init import Init
@@ -29,9 +31,11 @@ def target(tmp_path_factory: pytest.TempPathFactory, shipped: Path) -> Path:
     return folder
 
 
-def distillation_in(out: Path, target: Path, say: Callable[[str], None] = lambda line: None) -> Distillation:
+def distillation_in(
+    out: Path, target: Path, say: Callable[[str], None] = lambda line: None, length: int = 16
+) -> Distillation:
     settings = Settings(
-        target=str(target), out=out, init=Init("layers:1"), schedule=SCHEDULE, length=16, held_texts=4, device="cpu"
+        target=str(target), out=out, init=Init("layers:1"), schedule=SCHEDULE, length=length, held_texts=4, device="cpu"
     )
     return Distillation(settings, Parrot(), say)
 
@@ -62,3 +66,57 @@ def test_a_signal_stops_a_run_that_then_goes_on(
         assert torch.equal(one, other), name
     reports = [(tmp_path / run / "report.md").read_text() for run in ("whole", "parts")]
     assert reports[0] == reports[1]
+
+
+def stopped_in(out: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run stopped within its first round."""
+    monkeypatch.setattr(distillation, "LOG_SECONDS", -1.0)
+
+    def say(line: str) -> None:
+        if line.startswith("step 2/6"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        distillation_in(out, target, say).run()
+
+
+@pytest.mark.parametrize("name", ["state.pt", "initial.json", "held_out.json", "settings.json", "round-00000/ids.npy"])
+@pytest.mark.parametrize("content", [b"", b"{'x"])
+def test_a_damaged_file_is_named(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes
+) -> None:
+    stopped_in(tmp_path / "run", target, monkeypatch)
+    (tmp_path / "run" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=name.split("/")[0]) as caught:
+        distillation_in(tmp_path / "run", target).run()
+    assert "damaged" in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_folder_is_one_runs_at_a_time_and_may_move(tmp_path: Path, target: Path) -> None:
+    first = distillation_in(tmp_path / "run", target)
+    with pytest.raises(ConfigError, match="another run is at work"):
+        distillation_in(tmp_path / "run", target)
+    first.run()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    (tmp_path / "moved" / ".export-killed").mkdir()
+    again = distillation_in(tmp_path / "moved", target)
+    assert again.trainer.resume() and again.trainer.done and not (tmp_path / "moved" / ".export-killed").exists()
+
+
+def test_another_runs_folder_says_what_differs(tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped_in(tmp_path / "run", target, monkeypatch)
+    with pytest.raises(ConfigError, match=r"other settings \(length\)"):
+        distillation_in(tmp_path / "run", target, length=32)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(tmp_path: Path, target: Path) -> None:
+    run, before = distillation_in(tmp_path / "run", target), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # less than the state takes
+    try:
+        with pytest.raises(ConfigError, match=r"cannot go on: .*the same command continues") as caught:
+            run.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in caught.value.message and not [*(tmp_path / "run").glob("state*")]
+    distillation_in(tmp_path / "run", target).run()
+    assert (tmp_path / "run" / "report.md").exists()

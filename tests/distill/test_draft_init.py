@@ -172,7 +172,8 @@ def test_random_layers_under_the_targets_embedding(target: PreTrainedModel) -> N
 
 
 @pytest.mark.parametrize(
-    "source", ["layers:4", "layers:0,3", "layers:1,1", "layers:0", "random:0", "layers:", "nowhere"]
+    "source",
+    ["layers:4", "layers:0,3", "layers:1,1", "layers:0", "random:0", "random:4", "random:1,2", "layers:", "nowhere"],
 )
 def test_a_beginning_that_cannot_be_is_refused(target: PreTrainedModel, source: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from quire.core.errors import ConfigError
+from quire.core.request import SamplingParams
 from quire.core.top_rows import pack_rows
-from quire.distill.prompts import SELF, Example, hold_out, load_tokenizer, read_examples, self_examples
-from quire.distill.rounds import Mixture, RowMaker
+from quire.distill.held_out import make_held_texts
+from quire.distill.prompts import Example, hold_out, load_tokenizer, read_examples
+from quire.distill.rounds import OPENING_TOKENS, SELF, Mixture, RowMaker, self_examples
 from quire.distill.target_rows import Logged, Row
 
 from .drafting import VOCAB, Parrot
@@ -81,7 +84,8 @@ def test_logged_rows_begin_where_the_target_began() -> None:
 
 
 BROKEN = ["{", "[]", "{}", '{"prompt": 3}', '{"prompt": ""}', '{"prompt_ids": [8192]}', '{"prompt_ids": ["a"]}']
-BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}']
+BROKEN += ['{"messages": []}', '{"messages": [{}]}', '{"messages": "hi"}', '{"messages": ["hi"]}']
+BROKEN += ['{"prompt_ids": 5}', '{"prompt_ids": [true]}', '{"prompt": "x", "completion": 5}', "[" * 10**5]
 
 
 @pytest.mark.parametrize("line", BROKEN)
@@ -106,10 +110,27 @@ def test_equal_prompts_are_held_out_together() -> None:
     assert hold_out([Example((1,))]) == ([Example((1,))], [Example((1,))])
 
 
-def test_texts_that_the_target_begins_itself() -> None:
-    assert self_examples(3, 7, VOCAB, 0) == [Example((7,), domain=SELF)] * 3
-    drawn = self_examples(50, None, VOCAB, 0)
-    assert len({example.prompt for example in drawn}) > 40 and drawn == self_examples(50, None, VOCAB, 0)
+class Seeded(Parrot):
+    """Draws by the seed of each request."""
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        assert all(one.min_tokens == one.max_tokens and one.temperature == 1.0 for one in params)
+        return [np.random.default_rng(one.seed).integers(0, VOCAB, one.max_tokens).tolist() for one in params]
+
+
+@pytest.mark.parametrize("start", [7, None])
+def test_texts_that_the_target_begins_itself_differ(start: int | None) -> None:
+    drawn = self_examples(50, start, VOCAB, 0, "t", Seeded())
+    assert len({example.prompt[1:] for example in drawn}) == 50 and {example.domain for example in drawn} == {SELF}
+    assert {len(example.prompt) for example in drawn} == {1 + OPENING_TOKENS}
+    assert {example.prompt[0] for example in drawn} == {7} if start else len({e.prompt[0] for e in drawn}) > 40
+    assert drawn == self_examples(50, start, VOCAB, 0, "t", Seeded())
+
+
+def test_where_no_text_is_known_its_share_is_the_targets() -> None:
+    assert Mixture(0.25, 0.5, 0.25).unknown() == Mixture(0.0, 0.75, 0.25)
 
 
 def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -> None:
@@ -125,3 +146,38 @@ def test_rows_are_known_text_and_continuations_in_their_shares(tmp_path: Path) -
     assert rows == maker.rows(3, 200, str(tmp_path), Parrot()) != maker.rows(4, 200, str(tmp_path), Parrot())
     shares = Mixture(1, 1, 2).draw(np.random.default_rng(0), 4000)
     assert 1800 < shares.count("draft") < 2200
+
+
+class Asked(Parrot):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, list[list[int]], list[SamplingParams]]] = []
+
+    def generate(
+        self, checkpoint: str, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
+    ) -> list[list[int]]:
+        self.calls.append((checkpoint, [list(prompt) for prompt in prompts], list(params)))
+        return [[1] * (one.max_tokens or 0) for one in params]
+
+
+def test_continuations_are_drawn_at_the_temperatures_and_by_seeds_of_their_own() -> None:
+    engines, example = Asked(), Example(tuple(range(100, 105)))
+    RowMaker([example], Mixture(0, 1, 1), 16, (0.5, 0.0), 0, "target").rows(0, 200, "draft", engines)
+    assert [checkpoint for checkpoint, _, _ in engines.calls] == ["target", "draft"]
+    params = [one for _, _, many in engines.calls for one in many]
+    assert len({one.seed for one in params}) == len(params) == 200
+    assert 60 < sum(one.temperature == 0.5 for one in params) < 140 and {p.temperature for p in params} == {0.5, 0.0}
+    assert {one.max_tokens for one in params} == {11}
+
+
+def test_held_out_texts_fit_with_their_answers(tmp_path: Path) -> None:
+    engines, examples = Asked(), [Example(tuple(range(100, 140))), Example((5, 6), domain="short")]
+    options = {"length": 16, "new_tokens": 6, "temperature": 0.7, "seed": 3}
+    texts = make_held_texts(tmp_path / "held", examples, "target", engines, **options)  # type: ignore[arg-type]
+    assert [text.prompt for text in texts] == [list(range(130, 140)), [5, 6]] and texts[1].domain == "short"
+    ((_, prompts, params),) = engines.calls
+    assert prompts[:2] == prompts[2:] and all(one.max_tokens == 6 for one in params)
+    assert [one.temperature for one in params] == [0.7, 0.7, 0.0, 0.0] and params[0].seed != params[1].seed
+    again = make_held_texts(tmp_path / "held", examples, "target", engines, **options)  # type: ignore[arg-type]
+    assert again == texts and len(engines.calls) == 1

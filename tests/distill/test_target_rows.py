@@ -1,5 +1,6 @@
 """What is stored of the target's distributions comes back, and nothing half-written is taken for whole."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_a_shard_that_was_not_finished_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "one").exists()
     recorder().write(tmp_path / "one", PLAIN)
     assert [path.name for path in tmp_path.iterdir()] == ["one"] and len(Shard(tmp_path / "one")) == 3
+
+
+def test_rows_for_which_there_is_no_room_are_refused(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(OSError):
+            recorder(kept=40).write(tmp_path / "one", PLAIN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "one").exists()
 
 
 def test_four_bytes_per_kept_token(tmp_path: Path) -> None:

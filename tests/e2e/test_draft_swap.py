@@ -120,7 +120,7 @@ def test_one_that_cannot_be_used_changes_nothing(models: dict[str, Path], monkey
     held = loop.engine.info.draft
     alone = Served(loop, asked(speculate=False)).to_the_end()
     served = Served(loop, asked())
-    served.steps(3)
+    served.steps(1)
 
     def refused(folder: Path | str, why: str) -> None:
         answer = swap(loop, config, folder)
@@ -130,11 +130,15 @@ def test_one_that_cannot_be_used_changes_nothing(models: dict[str, Path], monkey
         served.steps(1)
 
     refused("/no/such/folder", "not a folder")
+    refused("a" * 5000, "name too long")  # as the system says of a name; it must be told like any other
     refused(models["target"].parent, "config.json")
     refused(models["foreign"], "50 tokens")
     with monkeypatch.context() as patch:
         patch.setattr(draft_swap, "_costs", _fails)
         refused(models["poor"], "cannot be run: too bad")
+    with monkeypatch.context() as patch:
+        patch.setattr(draft_swap, "load_draft", lambda *_: dict[str, None]()["bad"])
+        refused(models["poor"], "cannot be loaded: 'bad'")
     whole = drafting.DraftCache
 
     def short(layout: Any, spec: Any, place: Any) -> Any:

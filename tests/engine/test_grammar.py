@@ -314,3 +314,19 @@ def test_bits_say_what_is_forbidden(width: int) -> None:
         sampling.forbid_unset(logits, torch.tensor(rows), torch.from_numpy(bits))
         before[torch.tensor(rows)] = before[torch.tensor(rows)].masked_fill(torch.from_numpy(wanted), -torch.inf)
         assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("drafts", [[[]], [[], []], [[1, 2]], [[], [1, 2, 3], [], [3, 1], [2], [EOS, 1]]])
+def test_threads_compute_the_same_masks(drafts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    def masks() -> Any:
+        grammars = bound_engine().sampler.grammars
+        first = itertools.accumulate((1 + len(tokens) for tokens in drafts), initial=1)  # the first row is nobody's
+        walks = [
+            (grammars.compile(regex(PATTERN)).deep_copy(), row, tokens)
+            for tokens, row in zip(drafts, first, strict=False)
+        ]
+        return grammars.fill(walks, 1 + sum(1 + len(tokens) for tokens in drafts))
+
+    one = masks()
+    monkeypatch.setattr("quire.engine.grammar._MUCH", 0)
+    assert np.array_equal(one, masks()) and one[0].any() and (one[1] != one[0]).any()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,19 @@ def test_a_full_disk_ends_the_log_alone(caplog: pytest.LogCaptureFixture) -> Non
         for _ in range(3):
             log.write("{}")
     assert len(caplog.records) == 1 and "No space left" in caplog.text
+
+
+def test_a_line_for_which_there_is_no_room_leaves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log, path = TrafficLog(tmp_path / "log"), tmp_path / "log"
+    log.write("{}")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, before[1]))
+    try:
+        log.write("1" * 40)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write("{}")
+    assert path.read_text() == "{}\n" and "no room" in caplog.text
 
 
 def test_a_log_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
