@@ -127,7 +127,12 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 
 
-class Grammar(msgspec.Struct, frozen=True):
+GRAMMAR_LIMITS = {"initial_lexer_fuel": 300_000, "max_grammar_size": 20_000}
+"""llguidance's, of what a grammar takes when it is read: those that pass are compiled in less than a second. No plain
+list of choices comes near that is short enough to be taken at all, nor any usual schema."""
+
+
+class Grammar(msgspec.Struct, frozen=True, weakref=True):
     """What an output must be a word of; see docs/structured-outputs.md."""
 
     kind: GrammarKind

@@ -6,14 +6,16 @@ Whoever asks hears of a fault here, before the engine does; the engine alone kno
 import asyncio
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
+from ..core.background import background_pool
 from ..core.errors import InvalidRequestError
-from ..core.request import Grammar, GrammarKind
+from ..core.request import GRAMMAR_LIMITS, Grammar, GrammarKind
 from .errors import invalid_request
 
 MAX_GRAMMAR_CHARS = 2**17
@@ -110,7 +112,8 @@ async def asked_grammar(body: StructuredBody) -> Grammar | None:
         return None
     if body.response_format is not None and body.response_format.type != "text" and body.structured_outputs is not None:
         raise InvalidRequestError("response_format and structured_outputs exclude each other", param="response_format")
-    return await asyncio.to_thread(_grammar, *asked)  # a nasty one takes a second
+    # A nasty one takes a third of a second.
+    return await asyncio.get_running_loop().run_in_executor(_checkers(), _grammar, *asked)
 
 
 def structured_outputs(fields: Mapping[str, Any]) -> Grammar:
@@ -172,10 +175,15 @@ def _of_outputs(asked: StructuredOutputs | None) -> _Asked | None:
     return found[0]
 
 
+@cache
+def _checkers() -> ThreadPoolExecutor:
+    return background_pool("quire-grammar")
+
+
 @lru_cache(maxsize=256)
 def _checked(kind: GrammarKind, text: str) -> tuple[str, str]:
     """The grammar in llguidance's format, and what is wrong with it, if anything is."""
-    from llguidance import LLMatcher, grammar_from  # 10 MB: paid by servers that are asked for it
+    from llguidance import LLMatcher, LLParserLimits, grammar_from  # 10 MB: paid by servers that are asked for it
 
     try:
         if kind in ("json_object", "json_schema"):
@@ -184,7 +192,8 @@ def _checked(kind: GrammarKind, text: str) -> tuple[str, str]:
             source = grammar_from("grammar" if kind == "grammar" else "regex", text)
     except ValueError as error:
         return "", _reason(str(error))
-    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source)
+    limits = LLParserLimits(**GRAMMAR_LIMITS)
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, limits=limits)
     return source, _reason(reasons[0]) if is_wrong else ""
 
 
