@@ -17,6 +17,7 @@ from ..core.background import background_pool
 from ..core.errors import InvalidRequestError
 from ..core.request import GRAMMAR_LIMITS, Grammar, GrammarKind
 from .errors import invalid_request
+from .intersections import fault_of_lark, fault_of_schema
 
 MAX_GRAMMAR_CHARS = 2**17
 """Longest schema, expression, grammar or list of choices, as text."""
@@ -188,10 +189,16 @@ def _checked(kind: GrammarKind, text: str) -> tuple[str, str]:
     try:
         if kind in ("json_object", "json_schema"):
             source = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+            fault = fault_of_schema(msgspec.json.decode(text))
+        elif kind == "grammar":
+            source = grammar_from("grammar", text)
+            fault = fault_of_lark(source)
         else:
-            source = grammar_from("grammar" if kind == "grammar" else "regex", text)
+            source, fault = grammar_from("regex", text), ""
     except ValueError as error:
-        return "", _reason(str(error))
+        fault = str(error)
+    if fault:
+        return "", _reason(fault)
     limits = LLParserLimits(**GRAMMAR_LIMITS)
     is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, limits=limits)
     return source, _reason(reasons[0]) if is_wrong else ""
