@@ -127,9 +127,11 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 
 
-GRAMMAR_LIMITS = {"initial_lexer_fuel": 300_000, "max_grammar_size": 20_000}
-"""llguidance's, of what a grammar takes when it is read: those that pass are compiled in less than a second. No plain
-list of choices comes near that is short enough to be taken at all, nor any usual schema."""
+MAX_GRAMMAR_SYMBOLS = 20_000
+"""Of a grammar as llguidance reads it."""
+MAX_GRAMMAR_FUEL = 300_000
+"""What reading it may take, as llguidance counts: those that pass are compiled in about a second at most. No plain list
+of choices comes near that is short enough to be taken at all, nor any usual schema."""
 
 
 class Grammar(msgspec.Struct, frozen=True, weakref=True):

@@ -23,7 +23,7 @@ from ..core.errors import InvalidRequestError
 from ..core.messages import GrammarCounts
 from ..core.model_spec import ModelSpec
 from ..core.plan import MAX_FORCED_TOKENS, IntArray, SlotAssignment
-from ..core.request import GRAMMAR_LIMITS, Grammar
+from ..core.request import MAX_GRAMMAR_FUEL, MAX_GRAMMAR_SYMBOLS, Grammar
 from ..kernels.sampling import RowMasks
 
 Bits = npt.NDArray[np.uint8]
@@ -37,7 +37,8 @@ _MUCH = 2**19
 _MOST_COMPILED = 64
 """Grammars kept; each with what was ever found out of it, some megabytes for the worst."""
 _LIMITS = LLParserLimits(
-    **GRAMMAR_LIMITS,
+    max_grammar_size=MAX_GRAMMAR_SYMBOLS,
+    initial_lexer_fuel=MAX_GRAMMAR_FUEL,
     step_lexer_fuel=50_000,
     max_lexer_states=50_000,
     max_items_in_row=10_000,

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 
 from ..core.background import background_pool
 from ..core.errors import InvalidRequestError
-from ..core.request import GRAMMAR_LIMITS, Grammar, GrammarKind
+from ..core.request import MAX_GRAMMAR_FUEL, MAX_GRAMMAR_SYMBOLS, Grammar, GrammarKind
 from .errors import invalid_request
 from .intersections import fault_of_lark, fault_of_schema
 
@@ -199,7 +199,7 @@ def _checked(kind: GrammarKind, text: str) -> tuple[str, str]:
         fault = str(error)
     if fault:
         return "", _reason(fault)
-    limits = LLParserLimits(**GRAMMAR_LIMITS)
+    limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SYMBOLS, initial_lexer_fuel=MAX_GRAMMAR_FUEL)
     is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, limits=limits)
     return source, _reason(reasons[0]) if is_wrong else ""
 
