@@ -44,7 +44,8 @@ _LIMITS = LLParserLimits(
     max_items_in_row=10_000,
     verbose_errors=False,
 )
-"""A step of the worst grammar takes 35 ms then for its lexer, 0.3 s for its parser, and fails; no usual one comes near."""
+"""A step of the worst grammar takes 35 ms then for its lexer, 0.3 s for its parser, and fails; no usual one comes
+near."""
 _MOST_FORCED = 2**15
 """Bytes without an alternative: they are looked through in each step until they are generated."""
 
