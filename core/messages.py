@@ -104,6 +104,19 @@ def single_events(events: Iterable[StepEvent]) -> Iterator[Event]:
             yield event
 
 
+class GrammarCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """What bound outputs took, since the engine started."""
+
+    compiled: int = 0
+    """Grammars, whether they turned out to be usable or not."""
+    compile_seconds: float = 0.0
+    """Processor time of that, beside the steps."""
+    found: int = 0
+    """Requests whose grammar was compiled before they came."""
+    forced_tokens: int = 0
+    """Tokens that were not drawn: nothing else was allowed."""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of scheduler and engine after a step. Totals count since the engine started."""
 
@@ -111,6 +124,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Sequences holding a slot."""
     waiting: int = 0
     """Sequences not yet started, or preempted."""
+    held: int = 0
+    """Those of them whose grammar is being compiled."""
     pages_used: int = 0
     """Pages of running sequences."""
     pages_cached: int = 0
@@ -167,6 +182,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     speculation: SpeculationCounts = SpeculationCounts()
     grammar_seconds_total: float = 0.0
     """Time in computing what grammars allow."""
+    grammars: GrammarCounts = GrammarCounts()
     page_leaks_total: int = 0
     """Pages found to belong to nobody while nothing ran, and taken back."""
 

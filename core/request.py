@@ -127,7 +127,14 @@ GrammarKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"
 GRAMMAR_KINDS: tuple[GrammarKind, ...] = get_args(GrammarKind)
 
 
-class Grammar(msgspec.Struct, frozen=True):
+MAX_GRAMMAR_SYMBOLS = 20_000
+"""Of a grammar as llguidance reads it."""
+MAX_GRAMMAR_FUEL = 300_000
+"""What reading it may take, as llguidance counts: those that pass are compiled in about a second at most. No plain list
+of choices comes near that is short enough to be taken at all, nor any usual schema."""
+
+
+class Grammar(msgspec.Struct, frozen=True, weakref=True):
     """What an output must be a word of; see docs/structured-outputs.md."""
 
     kind: GrammarKind

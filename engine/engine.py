@@ -13,15 +13,9 @@ from torch import Tensor
 from ..core.config import EngineConfig
 from ..core.errors import ModelLoadError
 from ..core.ids import SlotId
-from ..core.messages import EngineInfo
+from ..core.messages import EngineInfo, GrammarCounts
 from ..core.model_spec import ModelSpec
-from ..core.plan import (
-    BatchPlan,
-    SequenceOutput,
-    SequencePlan,
-    StepOutput,
-    StoredBlock,
-)
+from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, StepOutput, StoredBlock
 from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
 from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU
@@ -161,6 +155,10 @@ class Engine:
     def knows_grammar(self, grammar: Grammar) -> bool:
         """Whether that would take no time."""
         return self.sampler.grammars.knows(grammar)
+
+    def grammar_counts(self) -> GrammarCounts:
+        """Of what was compiled and forced."""
+        return self.sampler.grammars.counts()
 
     def fetch_draft(self, folder: str) -> None:
         """See `draft_swap.fetch`: on any thread, before `replace_draft`."""
@@ -311,7 +309,7 @@ class Engine:
             return LaunchedStep(plan, None, None, None, moments, None, *spent, decoded=step.tokens)
         with torch.inference_mode():
             layout, logits = logit_layout(plan), compute.logits(len(rows.slots) + rows.proposals)
-            drawn = self.sampler.draw(plan, layout, logits, proposed.distributions)
+            drawn = self.sampler.draw(plan, layout, logits, proposed.distributions, masks)
         return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()), None, *spent)
 
     def _forward(

@@ -8,7 +8,8 @@ logits, M of them masked, V vocabulary.
 import re
 import threading
 import time
-from collections import OrderedDict
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from ..core.errors import InvalidRequestError
+from ..core.messages import GrammarCounts
 from ..core.model_spec import ModelSpec
 from ..core.plan import MAX_FORCED_TOKENS, IntArray, SlotAssignment
-from ..core.request import Grammar
+from ..core.request import MAX_GRAMMAR_FUEL, MAX_GRAMMAR_SYMBOLS, Grammar
 from ..kernels.sampling import RowMasks
 
 Bits = npt.NDArray[np.uint8]
@@ -34,8 +36,18 @@ _MUCH = 2**19
 """Bits of masks that are worth waking other threads, which takes 0.1 ms."""
 _MOST_COMPILED = 64
 """Grammars kept; each with what was ever found out of it, some megabytes for the worst."""
-_LIMITS = LLParserLimits(step_lexer_fuel=50_000, max_lexer_states=50_000, verbose_errors=False)
-"""A step of the worst grammar takes 35 ms then, and fails; no usual one comes near."""
+_LIMITS = LLParserLimits(
+    max_grammar_size=MAX_GRAMMAR_SYMBOLS,
+    initial_lexer_fuel=MAX_GRAMMAR_FUEL,
+    step_lexer_fuel=50_000,
+    max_lexer_states=50_000,
+    max_items_in_row=10_000,
+    verbose_errors=False,
+)
+"""A step of the worst grammar takes 35 ms then for its lexer, 0.3 s for its parser, and fails; no usual one comes
+near."""
+_MOST_FORCED = 2**15
+"""Bytes without an alternative: they are looked through in each step until they are generated."""
 
 
 @dataclass(slots=True)
@@ -99,7 +111,12 @@ class Grammars:
         self._executor: LLExecutor | None = None
         self._compiled: OrderedDict[str, LLMatcher | str] = OrderedDict()
         """By source: the matcher before any token, or why there is none. The last one used comes last."""
-        self._lock = threading.Lock()
+        self._wanted: Counter[str] = Counter()
+        """By source: how many `Grammar` objects, which live as long as their requests, were compiled. What those need
+        is the last to be dropped: a step would have to wait until it is compiled again."""
+        self._lock = threading.RLock()
+        self._count = self._forced_tokens = 0
+        self._compile_seconds = 0.0
         self._bound: dict[int, _Bound] = {}
         self._seconds = 0.0
 
@@ -125,7 +142,7 @@ class Grammars:
     def compile(self, grammar: Grammar) -> LLMatcher:
         """The matcher before any token, to be copied; on any thread. Raises `InvalidRequestError`.
 
-        Pathological ones take a second: then too what is to be known for the first token is found out here.
+        Pathological ones take half a second: then too what is to be known for the first tokens is found out here.
         """
         if self.tokenizer is None:
             raise InvalidRequestError(self.obstacle)
@@ -134,14 +151,36 @@ class Grammars:
             if compiled is not None:
                 self._compiled.move_to_end(grammar.source)
         if compiled is None:
+            started = time.thread_time()
             compiled = _compiled(self.tokenizer, grammar)
             with self._lock:
                 self._compiled[grammar.source] = compiled
-                while len(self._compiled) > _MOST_COMPILED:
-                    self._compiled.popitem(last=False)
+                self._count += 1
+                self._compile_seconds += time.thread_time() - started
+        with self._lock:
+            self._keep(grammar)
         if isinstance(compiled, str):
             raise InvalidRequestError(compiled)
         return compiled
+
+    def _keep(self, grammar: Grammar) -> None:
+        """While the object lives, rather than others, and rather than older ones. Under the lock."""
+        self._wanted[grammar.source] += 1
+        weakref.finalize(grammar, self._forgo, grammar.source).atexit = False
+        if len(self._compiled) > _MOST_COMPILED:
+            del self._compiled[min(self._compiled, key=self._wanted.__contains__)]
+
+    def _forgo(self, source: str) -> None:
+        with self._lock:
+            self._wanted[source] -= 1
+            if not self._wanted[source]:
+                del self._wanted[source]
+
+    def counts(self) -> GrammarCounts:
+        """Since the beginning."""
+        return GrammarCounts(
+            compiled=self._count, compile_seconds=self._compile_seconds, forced_tokens=self._forced_tokens
+        )
 
     def assign(self, assignment: SlotAssignment) -> None:
         """A sequence enters the slot; it may have begun its output."""
@@ -254,8 +293,9 @@ class Grammars:
                 break
             forced.append(token)
             if matcher.is_stopped():
-                return tuple(forced), True
-        return tuple(forced), False
+                break
+        self._forced_tokens += len(forced)
+        return tuple(forced), matcher.is_stopped() and bool(forced)
 
     def walk(self, slots: IntArray) -> "DraftWalk":
         """From where the sequences of slots [S] are."""
@@ -313,9 +353,23 @@ def _hold_back(bits: Bits, ends: Sequence[int]) -> None:
 def _compiled(tokenizer: LLTokenizer, grammar: Grammar) -> LLMatcher | str:
     """The matcher before any token, which knows what may be the first; or why there is none."""
     matcher = LLMatcher(tokenizer, grammar.source, limits=_LIMITS, log_level=0)
-    if not matcher.is_error():
-        matcher.compute_bitmask()
-    return f"the {grammar.kind} cannot be followed: {_line(matcher.get_error())}" if matcher.is_error() else matcher
+    fault = _line(matcher.get_error()) if matcher.is_error() else _first_fault(matcher)
+    return f"the {grammar.kind} cannot be followed: {fault}" if fault else matcher
+
+
+def _first_fault(matcher: LLMatcher) -> str:
+    """What is wrong at the first token or behind it, as far as one that may be the first shows."""
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    ahead = matcher.deep_copy()
+    for token in np.flatnonzero(np.unpackbits(bits, bitorder="little"))[:1].tolist():
+        if ahead.consume_token(token):
+            ahead.compute_bitmask()
+    for one in (matcher, ahead):
+        if one.is_error():
+            return _line(one.get_error())
+        if len(one.compute_ff_bytes()) > _MOST_FORCED:
+            return f"it leaves no choice for more than {_MOST_FORCED:,} bytes"
+    return ""
 
 
 def _failure(matcher: LLMatcher) -> str:

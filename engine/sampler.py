@@ -17,6 +17,7 @@ from ..kernels import sampling
 from ..kernels.backend import TRITON_BACKENDS, Backend
 from ..kernels.distributions import full_logits, truncated_logits
 from ..kernels.rejection import draw_drafts, judge_drafts
+from ..kernels.sampling import RowMasks
 from .grammar import Grammars, Step
 from .inputs import LogitLayout
 from .logprobs import told_logprobs
@@ -41,15 +42,21 @@ class Sampler:
         self._fused = backend in TRITON_BACKENDS
 
     def draw(
-        self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, distributions: DraftDistributions | None = None
+        self,
+        plan: BatchPlan,
+        layout: LogitLayout,
+        logits: Tensor,
+        distributions: DraftDistributions | None = None,
+        masks: RowMasks | None = None,
     ) -> Drawn:
         """Draw the next tokens, from logits [R, V] float32 laid out so, R > 0; the host does not wait for them.
 
-        distributions: of the draft tokens, where they were drawn from any. What it gives is for `outputs`.
+        distributions: of the draft tokens, where they were drawn from any; masks: what grammars allow, if that is known
+        already. What it gives is for `outputs`.
         """
         rows = sampled_rows(plan, layout, self.table, distributions)
         if self.grammars:
-            rows = bound_rows(rows, plan, layout, self.grammars)
+            rows = bound_rows(rows, plan, layout, self.grammars) if masks is None else replace(rows, masks=masks)
         if self.backend == "cpu" and self._are_likeliest(rows, layout):
             survey = sampling.survey_rows(logits)
             self.table.remember(rows.slots, survey[0])

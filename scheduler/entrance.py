@@ -31,8 +31,8 @@ class Entrance:
 
     @property
     def is_open(self) -> bool:
-        """Whether somebody waits, and there is a slot."""
-        return bool(self._free_slots and len(self._waiting))
+        """Whether it is somebody's turn, and there is a slot."""
+        return bool(self._free_slots and self._waiting.num_ready)
 
     def admit(self, draft: BatchDraft, start: Callable[[SequenceState, BatchDraft], None]) -> None:
         """Start waiting sequences in order, while there are tokens, slots and pages for all their known tokens.

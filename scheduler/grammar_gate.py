@@ -1,73 +1,62 @@
-"""Grammars are compiled beside the steps: most take a millisecond, but some a second, and who runs need not wait."""
+"""Grammars are compiled beside the steps: most take a millisecond, some a second, and nobody waits for another's."""
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
-from ..core.errors import QuireError
-from ..core.ids import RequestId
+from ..core.background import background_pool
 from ..core.request import Grammar, Request
-
-
-@runtime_checkable
-class GrammarCompiler(Protocol):
-    """An engine that can bind outputs to grammars."""
-
-    def compile_grammar(self, grammar: Grammar) -> None:
-        """So that a sequence bound to it enters at once; on any thread. Raises `InvalidRequestError`, soon too if
-        asked again."""
-        ...
-
-    def knows_grammar(self, grammar: Grammar) -> bool:
-        """Whether that would take no time."""
-        ...
+from .loop import EngineLoop
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledGrammar:
-    """The request's grammar is compiled, or cannot be."""
+    """A grammar is compiled, or cannot be; or nobody wanted it any more."""
 
-    request_id: RequestId
+    grammar: Grammar
 
 
 class GrammarGate:
-    """Holds requests until their grammars are compiled; for the thread of the steps."""
+    """Lets requests wait until their grammars are compiled; for the thread of the steps.
 
-    def __init__(
-        self, engine: object, submit: Callable[[Request], None], done: Callable[[CompiledGrammar], None]
-    ) -> None:
-        """submit: where requests go on to, which refuses those whose grammars cannot be compiled; `done` is called on
-        another thread, and its argument is for `release`."""
-        self._engine = engine
-        self._submit = submit
+    They wait in the scheduler's queue: its limits and deadlines hold for them, and they are aborted there.
+    """
+
+    def __init__(self, loop: EngineLoop, done: Callable[[CompiledGrammar], None]) -> None:
+        """`done` is called on another thread, and its argument is for `release`."""
+        self._loop = loop
         self._done = done
-        self._held: dict[RequestId, Request] = {}
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quire-grammar")
+        self._held: dict[str, list[Request]] = {}
+        """By the source of the grammar, which is compiled once for all of them."""
+        self._pool = background_pool("quire-grammar")
 
     def submit(self, request: Request) -> None:
-        """Let a request through, now or later."""
-        grammar, engine = request.grammar, self._engine
-        if grammar is None or not isinstance(engine, GrammarCompiler) or engine.knows_grammar(grammar):
-            self._submit(request)
-            return
-        self._held[request.id] = request
-        self._pool.submit(self._compile, engine, request.id, grammar)
+        """Queue a request, held if its grammar must be compiled first."""
+        grammar = request.grammar
+        if grammar is None or self._loop.knows_grammar(grammar):
+            self._loop.submit(request)
+        elif self._loop.submit(request, held=True):
+            self._hold(grammar, [request])
 
-    def _compile(self, engine: GrammarCompiler, request_id: RequestId, grammar: Grammar) -> None:
+    def _hold(self, grammar: Grammar, requests: list[Request]) -> None:
+        begun = grammar.source in self._held
+        self._held.setdefault(grammar.source, []).extend(requests)
+        if not begun:
+            self._pool.submit(self._compile, grammar)
+
+    def _compile(self, grammar: Grammar) -> None:
+        """On a thread of the pool, which may have been busy for long: perhaps nobody waits any more."""
         try:
-            engine.compile_grammar(grammar)
-        except QuireError:
-            pass  # said again to who submits it
+            if any(self._loop.scheduler.knows(request.id) for request in self._held[grammar.source]):
+                self._loop.compile_grammar(grammar)
         finally:
-            self._done(CompiledGrammar(request_id))
+            self._done(CompiledGrammar(grammar))
 
     def release(self, compiled: CompiledGrammar) -> None:
-        """Let the request through, if it is still wanted."""
-        request = self._held.pop(compiled.request_id, None)
-        if request is not None:
-            self._submit(request)
-
-    def abort(self, request_id: RequestId) -> None:
-        """The request, if it is held, is not wanted any more."""
-        self._held.pop(request_id, None)
+        """Let those run that waited for it, if they are still wanted."""
+        grammar, held = compiled.grammar, self._held.pop(compiled.grammar.source)
+        held = [request for request in held if self._loop.scheduler.knows(request.id)]
+        if held and not self._loop.knows_grammar(grammar):
+            self._hold(grammar, held)  # they came when it had just been passed over
+            return
+        for request in held:
+            self._loop.release(request)

@@ -11,16 +11,16 @@ So planning, committing and all that a report takes cost no time of the device's
 
 import time
 from collections import deque
-from typing import Any, Protocol, TypeVar
+from contextlib import suppress
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
 from ..core.errors import InvalidRequestError, QuireError, describe
 from ..core.ids import RequestId
-from ..core.messages import EngineInfo, EngineStats, Failed, StepEvent, StepReport
+from ..core.messages import EngineInfo, EngineStats, Failed, GrammarCounts, StepEvent, StepReport
 from ..core.plan import BatchPlan, StepOutput
 from ..core.request import Grammar, Request
-from .grammar_gate import GrammarCompiler
 from .scheduler import Scheduler, SchedulerConfig
 
 Launched = TypeVar("Launched")
@@ -48,6 +48,24 @@ class StepEngine(Protocol[Launched]):
         ...
 
 
+@runtime_checkable
+class GrammarCompiler(Protocol):
+    """An engine that can bind outputs to grammars."""
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """So that a sequence bound to it enters at once; on any thread. Raises `InvalidRequestError`, soon too if
+        asked again."""
+        ...
+
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        """Whether that would take no time."""
+        ...
+
+    def grammar_counts(self) -> GrammarCounts:
+        """Of what was compiled and forced."""
+        ...
+
+
 class EngineLoop:
     """Drives a scheduler and an engine, step by step."""
 
@@ -61,26 +79,54 @@ class EngineLoop:
         self._step_seconds = 0.0
         self._forward_seconds = 0.0
         self._grammar_seconds = 0.0
+        self._compiler = engine if isinstance(engine, GrammarCompiler) else None
+        self._grammars_found = 0
 
     @property
     def has_work(self) -> bool:
         """Whether a step would report anything."""
         return self.scheduler.has_work or bool(self._refused)
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; a refusal is reported as `Failed` by the next step."""
+    def submit(self, request: Request, held: bool = False) -> bool:
+        """Queue a request; a refusal is reported as `Failed` by the next step. Returns whether it was taken.
+
+        held: it waits like any other, but for `release`.
+        """
         try:
-            if request.grammar is not None:
+            if request.grammar is not None and not held:
+                self._grammars_found += self.knows_grammar(request.grammar)
                 self._compile(request.grammar)
-            self.scheduler.add(request)
+            self.scheduler.add(request, held)
         except QuireError as error:
             self._refused.append(Failed(request.id, describe(error)))
+            return False
+        return True
+
+    def release(self, request: Request) -> None:
+        """The grammar of a request that was held is compiled, or cannot be; fine if it has ended meanwhile."""
+        if not self.scheduler.knows(request.id) or request.grammar is None:
+            return
+        try:
+            self._compile(request.grammar)
+            self.scheduler.release(request.id)
+        except QuireError as error:
+            self.scheduler.abort(request.id)
+            self._refused.append(Failed(request.id, describe(error)))
+
+    def knows_grammar(self, grammar: Grammar) -> bool:
+        """Whether a request that is bound to it need not be held: it runs, or is refused, at once."""
+        return self._compiler is None or self._compiler.knows_grammar(grammar)
+
+    def compile_grammar(self, grammar: Grammar) -> None:
+        """So that it is known, unless it cannot be compiled; on any thread."""
+        with suppress(QuireError):
+            self._compile(grammar)
 
     def _compile(self, grammar: Grammar) -> None:
-        """Raises `InvalidRequestError`. At once, where `GrammarGate` has seen to it."""
-        if not isinstance(self.engine, GrammarCompiler):
+        """Raises `InvalidRequestError`."""
+        if self._compiler is None:
             raise InvalidRequestError("this engine binds no output to a grammar")
-        self.engine.compile_grammar(grammar)
+        self._compiler.compile_grammar(grammar)
 
     def abort(self, request_id: RequestId) -> None:
         """Forget a request in whatever state; unknown ids are fine."""
@@ -92,9 +138,9 @@ class EngineLoop:
         Without work it is a heartbeat, which looks for leaked pages.
         """
         events, self._refused = self._refused, []
+        started = time.perf_counter()
+        events += self.scheduler.tend()
         if self.scheduler.has_work:
-            started = time.perf_counter()
-            events += self.scheduler.tend()
             if not self._in_flight:
                 self._launch(self.scheduler.plan())
             if self._in_flight and self.looks_ahead:
@@ -116,11 +162,13 @@ class EngineLoop:
 
     def stats(self) -> EngineStats:
         """The scheduler's counters with the last step's times."""
+        counts = GrammarCounts() if self._compiler is None else self._compiler.grammar_counts()
         return msgspec.structs.replace(
             self.scheduler.stats(),
             step_seconds=self._step_seconds,
             forward_seconds=self._forward_seconds,
             grammar_seconds_total=self._grammar_seconds,
+            grammars=msgspec.structs.replace(counts, found=self._grammars_found),
         )
 
 

@@ -129,7 +129,7 @@ class Wire:
 
 def run(loop: EngineLoop, wire: Wire, config: EngineConfig) -> None:
     """Serve until `Shutdown` comes. Sends a report after each step and a heartbeat each second while idle."""
-    gate = GrammarGate(loop.engine, loop.submit, wire.inbox.put)
+    gate = GrammarGate(loop, wire.inbox.put)
     while True:
         try:
             message = wire.inbox.get(block=not loop.has_work, timeout=HEARTBEAT_SECONDS)
@@ -156,7 +156,6 @@ def _handle(
     if isinstance(message, Submit):
         gate.submit(message.request)
     elif isinstance(message, Abort):
-        gate.abort(message.request_id)
         loop.abort(message.request_id)
     elif isinstance(message, ReplaceDraft):
         fetch_draft(loop, message.folder, wire.inbox.put)

@@ -77,11 +77,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs; then `plan` gives a plan."""
-        return bool(self._running or len(self._waiting))
+        """Whether any sequence runs or may; then `plan` gives a plan."""
+        return bool(self._running or self._waiting.num_ready)
 
-    def add(self, request: Request) -> None:
-        """Take a request, one sequence per choice.
+    def add(self, request: Request, held: bool = False) -> None:
+        """Take a request, one sequence per choice; held: it only waits, until `release`.
 
         Raises `InvalidRequestError` (also for an id in use), `ContextLengthError` or `OverloadedError`; then nothing
         of it was taken.
@@ -89,26 +89,32 @@ class Scheduler:
         check_request(request, self.config)
         if request.id in self._requests:
             raise InvalidRequestError(f"a request with the id {request.id!r} is already being served", param="id")
-        now = self._clock()
-        check_room(request, self._waiting, self.config, now)
+        check_room(request, self._waiting, self.config, now := self._clock())
         self._requests[request.id] = [
             SequenceState.create(request, index, next(self._arrivals), now, self.config)
             for index in range(request.params.n)
         ]
         for sequence in self._requests[request.id]:
             self._policy.arrived(sequence)
-            self._waiting.add(sequence)
+            self._waiting.add(sequence, held)
         self._oversight.arrived(self._requests[request.id], now)
+
+    def release(self, request_id: RequestId) -> None:
+        """A request that was held may run."""
+        for sequence in self._requests[request_id]:
+            self._waiting.release(sequence)
+
+    def knows(self, request_id: RequestId) -> bool:
+        """Whether the request was taken and has not ended; on any thread."""
+        return request_id in self._requests
 
     def abort(self, request_id: RequestId) -> bool:
         """Forget a request in whatever state; no event tells of it. False if it is unknown (or ended already)."""
-        sequences = self._requests.pop(request_id, None)
-        if sequences is None:
-            return False
+        sequences = self._requests.pop(request_id, [])
         self._oversight.ended(request_id)
         for sequence in sequences:
             self._retire(sequence)
-        return True
+        return bool(sequences)
 
     def tend(self) -> list[Event]:
         """End the requests that are late or stuck, each with its error. Before a step, or while one is in flight."""
@@ -199,6 +205,7 @@ class Scheduler:
         stats = EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
+            held=self._waiting.num_held,
             steps_total=self._steps,
             preemptions_total=self._preemptions,
             prompt_tokens_total=self._prompt_tokens,
@@ -230,8 +237,6 @@ class Scheduler:
         flying = [sequence for _, draft in self._in_flight for sequence in (*draft.decoders, *draft.members)]
         check_running(self._running, self._free_slots, flying, self.config)
         check_queue(self._waiting, self._running, self._requests.values())
-
-    # --- planning ---
 
     def _take_off(self, draft: BatchDraft) -> BatchPlan:
         plan = draft.build(self._cache.swaps.take(), self._cache.pruned.take())
@@ -308,8 +313,6 @@ class Scheduler:
             self._policy.started(sequence)
             self._oversight.started(sequence)
         self._continue(sequence, draft)
-
-    # --- results ---
 
     def _commit_decodes(self, decodes: Decodes, members: list[SequenceState], output: StepOutput) -> list[StepEvent]:
         """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
@@ -393,6 +396,5 @@ class Scheduler:
         self._cache.leave(sequence)
         self._free_slots.append(sequence.slot)
         sequence.slot = None
-        sequence.ahead = 0
-        sequence.in_flight = 0
+        sequence.ahead = sequence.in_flight = 0
         self._running.remove(sequence)

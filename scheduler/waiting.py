@@ -17,7 +17,10 @@ _Lane = RemovalHeap[int, SequenceState]
 
 
 class WaitingQueue:
-    """Lanes of sequences (see `scheduler.policy`). Everything but looking at all of them is O(log n)."""
+    """Lanes of sequences (see `scheduler.policy`). Everything but looking at all of them is O(log n).
+
+    Who is held back, until its grammar is compiled, waits as all do, but it is nobody's turn yet.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -26,6 +29,8 @@ class WaitingQueue:
         self._order: RemovalHeap[str, _Lane] = RemovalHeap()
         """The lanes by standing as it was, then by who came first; a standing only grows, so the first is put right
         when it comes up."""
+        self._held: dict[int, SequenceState] = {}
+        """By arrival number: in no lane."""
         self._size = 0
         self.num_tokens = 0
         """Prompt tokens of all that wait."""
@@ -38,14 +43,32 @@ class WaitingQueue:
         return self._size
 
     def __iter__(self) -> Iterator[SequenceState]:
-        """All in their present order; O(n log n)."""
+        """All in their present order, those that are held back last; O(n log n)."""
         waiting = [sequence for lane in self._lanes.values() for sequence in lane]
-        return iter(sorted(waiting, key=lambda s: (self._policy.standing(self._policy.lane(s)), self._key(s))))
+        waiting.sort(key=lambda s: (self._policy.standing(self._policy.lane(s)), self._key(s)))
+        return iter([*waiting, *self._held.values()])
 
-    def add(self, sequence: SequenceState) -> None:
-        """Enqueue a new arrival, or one that was preempted."""
-        self._put(sequence)
+    @property
+    def num_held(self) -> int:
+        """How many are held back."""
+        return len(self._held)
+
+    @property
+    def num_ready(self) -> int:
+        """How many are not."""
+        return self._size - len(self._held)
+
+    def add(self, sequence: SequenceState, held: bool = False) -> None:
+        """Enqueue a new arrival, held back until `release` or not, or one that was preempted."""
+        if held:
+            self._held[sequence.arrival] = sequence
+        else:
+            self._put(sequence)
         self._count(sequence, 1)
+
+    def release(self, sequence: SequenceState) -> None:
+        """It takes the place that its arrival gives it; KeyError if it is not held back."""
+        self._put(self._held.pop(sequence.arrival))
 
     def start(self, sequence: SequenceState, now: float) -> None:
         """Take out one that runs from clock time `now` (seconds) on."""
@@ -55,7 +78,8 @@ class WaitingQueue:
 
     def remove(self, sequence: SequenceState) -> None:
         """Take out one that will not run any more; KeyError if it does not wait."""
-        self._take(sequence)
+        if self._held.pop(sequence.arrival, None) is None:
+            self._take(sequence)
         self._count(sequence, -1)
 
     def first(self) -> SequenceState | None:

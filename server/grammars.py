@@ -6,15 +6,18 @@ Whoever asks hears of a fault here, before the engine does; the engine alone kno
 import asyncio
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
+from ..core.background import background_pool
 from ..core.errors import InvalidRequestError
-from ..core.request import Grammar, GrammarKind
+from ..core.request import MAX_GRAMMAR_FUEL, MAX_GRAMMAR_SYMBOLS, Grammar, GrammarKind
 from .errors import invalid_request
+from .intersections import fault_of_lark, fault_of_schema
 
 MAX_GRAMMAR_CHARS = 2**17
 """Longest schema, expression, grammar or list of choices, as text."""
@@ -110,7 +113,8 @@ async def asked_grammar(body: StructuredBody) -> Grammar | None:
         return None
     if body.response_format is not None and body.response_format.type != "text" and body.structured_outputs is not None:
         raise InvalidRequestError("response_format and structured_outputs exclude each other", param="response_format")
-    return await asyncio.to_thread(_grammar, *asked)  # a nasty one takes a second
+    # A nasty one takes a third of a second.
+    return await asyncio.get_running_loop().run_in_executor(_checkers(), _grammar, *asked)
 
 
 def structured_outputs(fields: Mapping[str, Any]) -> Grammar:
@@ -172,19 +176,31 @@ def _of_outputs(asked: StructuredOutputs | None) -> _Asked | None:
     return found[0]
 
 
+@cache
+def _checkers() -> ThreadPoolExecutor:
+    return background_pool("quire-grammar")
+
+
 @lru_cache(maxsize=256)
 def _checked(kind: GrammarKind, text: str) -> tuple[str, str]:
     """The grammar in llguidance's format, and what is wrong with it, if anything is."""
-    from llguidance import LLMatcher, grammar_from  # 10 MB: paid by servers that are asked for it
+    from llguidance import LLMatcher, LLParserLimits, grammar_from  # 10 MB: paid by servers that are asked for it
 
     try:
         if kind in ("json_object", "json_schema"):
             source = LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _WHITESPACE})
+            fault = fault_of_schema(msgspec.json.decode(text))
+        elif kind == "grammar":
+            source = grammar_from("grammar", text)
+            fault = fault_of_lark(source)
         else:
-            source = grammar_from("grammar" if kind == "grammar" else "regex", text)
+            source, fault = grammar_from("regex", text), ""
     except ValueError as error:
-        return "", _reason(str(error))
-    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source)
+        fault = str(error)
+    if fault:
+        return "", _reason(fault)
+    limits = LLParserLimits(max_grammar_size=MAX_GRAMMAR_SYMBOLS, initial_lexer_fuel=MAX_GRAMMAR_FUEL)
+    is_wrong, reasons = LLMatcher.validate_grammar_with_warnings(source, limits=limits)
     return source, _reason(reasons[0]) if is_wrong else ""
 
 

@@ -45,6 +45,13 @@ TIER_GAUGES = (
     ("host_pages_total", "host_pages_total", "Host pages for swapping."),
 )
 """(name, field, help)."""
+GRAMMAR_COUNTERS = (
+    ("compiled", "grammars_compiled", "Grammars compiled, or found to be unusable."),
+    ("compile_seconds", "grammar_compile_seconds", "Processor time of that, beside the steps."),
+    ("found", "grammar_cache_hits", "Requests whose grammar was compiled before they came."),
+    ("forced_tokens", "grammar_forced_tokens", "Tokens that were not drawn: grammars allowed nothing else."),
+)
+"""(field of `GrammarCounts`, name, help)."""
 PRUNE_REASONS = ("prompt", "decode", "pressure")
 ENGINE_STATES = ("starting", "ready", "restarting", "stopped")
 
@@ -152,6 +159,10 @@ class Metrics:
         self._grammar_seconds = self._counter(
             "quire:grammar_mask_seconds", "Time spent on which tokens grammars allow, a part of the steps."
         )
+        self._held = self._gauge(
+            "quire:requests_waiting_for_grammar", "Waiting sequences whose grammar is being compiled."
+        )
+        self._grammars = {field: self._counter(f"quire:{name}", text) for field, name, text in GRAMMAR_COUNTERS}
 
     def _define_tiers(self) -> None:
         """Memory behind the pool, by the field of `EngineStats` that is shown."""
@@ -262,6 +273,7 @@ class Metrics:
         stats, last = self._newest, self._told
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
+        self._held.set(stats.held)
         self._usage.set(stats.pages_used / stats.pages_total if stats.pages_total else 0.0)
         self._pages_used.set(stats.pages_used)
         self._pages_cached.set(stats.pages_cached)
@@ -272,6 +284,8 @@ class Metrics:
         self._prefix_queries.inc(max(0, stats.prefix_queries_total - last.prefix_queries_total))
         self._prefix_hits.inc(max(0, stats.prefix_hits_total - last.prefix_hits_total))
         self._grammar_seconds.inc(max(0, stats.grammar_seconds_total - last.grammar_seconds_total))
+        for field, counter in self._grammars.items():
+            counter.inc(max(0, getattr(stats.grammars, field) - getattr(last.grammars, field)))
         for field, counter in self._tier_counters.items():
             counter.inc(max(0, getattr(stats, field) - getattr(last, field)))
         for field, gauge in self._tier_gauges.items():

@@ -89,7 +89,9 @@ def test_dashboard_shows_what_an_operator_asks_first() -> None:
         quire:lossy_preemptions_total quire:prefix_pruned_hits_total
         vllm:spec_decode_num_drafts_total vllm:spec_decode_num_draft_tokens_total
         vllm:spec_decode_num_accepted_tokens_total vllm:spec_decode_num_accepted_tokens_per_pos_total
-        quire:draft_lengths_total quire:draft_seconds_total quire:drafter_info"""
+        quire:draft_lengths_total quire:draft_seconds_total quire:drafter_info
+        quire:structured_requests_total quire:requests_waiting_for_grammar quire:grammars_compiled_total
+        quire:grammar_compile_seconds_total quire:grammar_mask_seconds_total quire:grammar_cache_hits_total"""
     assert set(wanted.split()) <= shown
 
 

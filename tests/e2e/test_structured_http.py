@@ -82,12 +82,48 @@ def test_faults(server: RunningServer) -> None:
         client.chat.completions.create(**ASK, response_format={"type": "json_schema", "json_schema": {
             "name": "x", "schema": {"type": "strin"}}})  # fmt: skip
     assert caught.value.param == "response_format.json_schema.schema"
-    # Only the engine finds out about this one, once it follows it.
-    with pytest.raises(openai.InternalServerError, match=r"grammar.*too many expressions"):
+    # Only the engine finds out about this one.
+    with pytest.raises(openai.BadRequestError, match=r"no choice for more than 32,768 bytes"):
         client.completions.create(
             model=MODEL_NAME, prompt="x", extra_body={"structured_outputs": {"regex": "(a{1000}){1000}"}}
         )
     assert is_thing(client.chat.completions.create(**ASK, response_format=FORMAT).choices[0].message.content)
+
+
+def test_what_grammars_cost_is_told(server: RunningServer) -> None:
+    names = ("grammars_compiled", "grammar_compile_seconds", "grammar_cache_hits", "grammar_forced_tokens")
+    before = [server.metric(f"quire:{name}_total") for name in names]
+    for _ in range(2):
+        outputs = {"regex": "[a-z]{2} followed by what is forced"}
+        server.client().completions.create(model=MODEL_NAME, prompt="x", extra_body={"structured_outputs": outputs})
+    server.wait_until(lambda: server.metric("quire:grammar_cache_hits_total") > before[2])
+    compiled, seconds, found, forced = [
+        server.metric(f"quire:{name}_total") - old for name, old in zip(names, before, strict=True)
+    ]
+    assert (compiled, found) == (1, 1) and 0 < seconds < 10 and forced > 4
+    assert server.metric("quire:requests_waiting_for_grammar") == 0
+
+
+async def test_usual_grammars_do_not_wait_for_hostile_ones(server: RunningServer) -> None:
+    """By the order in which they end: the hostile ones were all asked first."""
+    names = [[f"{place}_{number}" for number in range(1900)] for place in range(4)]
+    schemas = [{"type": "object", "properties": {name: {"type": "string"} for name in part}} for part in names]
+    hostile = [{"json": schema} for schema in schemas] + [{"regex": f"(a{{{900 + i}}}){{900}}"} for i in range(4)]
+    ended: list[str] = []
+    async with server.async_client() as client:
+
+        async def ask(kind: str, outputs: dict[str, Any]) -> None:
+            extra = {"structured_outputs": outputs}
+            try:
+                await client.completions.create(model=MODEL_NAME, prompt="x", max_tokens=4, extra_body=extra)
+            except openai.BadRequestError:
+                assert kind == "hostile"
+            ended.append(kind)
+
+        begun = [asyncio.create_task(ask("hostile", outputs)) for outputs in hostile]
+        await asyncio.sleep(0.1)
+        await asyncio.gather(*begun, *(ask("usual", {"regex": f"[ab]{{3}}{i}"}) for i in range(4)))
+    assert ended[-4:] == ["hostile"] * 4
 
 
 def test_an_engine_that_died_begins_anew(server: RunningServer) -> None:

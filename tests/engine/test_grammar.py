@@ -274,9 +274,27 @@ def test_compiled_grammars_are_kept_and_faults_told_again() -> None:
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="unclosed group"):
             grammars.compile(regex("(a"))
+    assert grammars.counts().compiled == 2
+    wanted = regex("b*")
+    grammars.compile(wanted)
     for number in range(80):
         grammars.compile(regex(f"a{{{number + 1}}}"))
-    assert not grammars.knows(regex("a*"))
+    assert not grammars.knows(regex("a*")), "whose request is gone"
+    assert grammars.knows(wanted) and len(grammars._compiled) == 64
+    del wanted
+    for number in range(80):
+        grammars.compile(regex(f"c{{{number + 1}}}"))
+    assert not grammars.knows(regex("b*")) and grammars.counts().compiled == 163
+
+
+def test_what_takes_too_much_is_refused_before_it_runs() -> None:
+    grammars = bound_engine().sampler.grammars
+    for pattern, why in (("(a{1000}){1000}", "no choice"), ("c{40000}", "no choice"), ("c{9000}", "")):
+        if why:
+            with pytest.raises(InvalidRequestError, match=why):
+                grammars.compile(regex(pattern))
+        else:
+            grammars.compile(regex(pattern))
 
 
 def test_tokenizers_are_read_or_the_reason_is_told(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Steps of decodes by one call of a kernel: the tokens, entries and counts of steps that are put together in Python."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from quire.core.plan import NO_TOKEN, BatchPlan, Decodes
 from quire.core.pruning import PruneParams
 from quire.core.request import Grammar, SamplingParams
 from quire.engine.engine import Engine
+from quire.engine.grammar import Grammars
 from quire.kernels.backend import resolve_backend
 from quire.models.native import NativeRunner
 from quire.models.native_layers import Decoder, LayerShape, TokenWeights
@@ -170,9 +172,16 @@ class Letters:
 
 
 @pytest.mark.parametrize("kinds", [UNALTERED, [*UNALTERED[:2], *ALTERED]])
-def test_grammars_mask_rows_of_the_call(kinds: list[SamplingParams]) -> None:
-    """Beside a free sequence, with and without tokens that are forced, to the end of each grammar."""
-    told = []
+def test_grammars_mask_rows_of_the_call(kinds: list[SamplingParams], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a free sequence, with and without tokens that are forced, to the end of each grammar; once in a step, also
+    where the call leaves the draw to others."""
+    told, made, fill = [], list[int](), Grammars.fill
+
+    def counted(grammars: Grammars, walks: Any, count: int) -> Any:
+        made.append(count)
+        return fill(grammars, walks, count)
+
+    monkeypatch.setattr(Grammars, "fill", counted)
     for whole in (True, False):
         engine = make_engine()
         sizes = counting(engine)
@@ -190,7 +199,9 @@ def test_grammars_mask_rows_of_the_call(kinds: list[SamplingParams]) -> None:
         ]
         for _ in range(16):
             open_ = [s for s in sequences if not (s.outputs and s.outputs[-1].ended)]
+            made.clear()
             harness.step([(s, len(s.tokens) - s.computed) for s in open_])
+            assert made in ([], [sum(s in open_ for s in sequences[1:])])
         told.append([s.output_ids for s in sequences])
         assert bool(sizes) == whole and not any(output.error for s in sequences for output in s.outputs)
         for source, sequence in zip(sources[1:], sequences[1:], strict=False):

@@ -1,60 +1,177 @@
 """Requests wait beside the steps until their grammars are compiled; and sequences end where their grammars do."""
 
 import threading
+from collections.abc import Iterator
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pytest
 
 from quire.core.errors import InvalidRequestError
 from quire.core.ids import RequestId
-from quire.core.messages import Finished, Tokens, single_events
+from quire.core.messages import Failed, Finished, GrammarCounts, Tokens, single_events
 from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
 from quire.core.request import Grammar, Request, SamplingParams
 from quire.scheduler.grammar_gate import CompiledGrammar, GrammarGate
-from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.loop import EngineLoop
+from quire.scheduler.scheduler import Scheduler, SchedulerConfig
 
-from .world import EOS, make_config
+from .fake_engine import FakeEngine
+from .world import EOS, FakeClock, make_config
 
-SLOW, BROKEN = Grammar("regex", "slow"), Grammar("regex", "broken")
+SLOW, BROKEN, QUICK = Grammar("regex", "slow"), Grammar("regex", "broken"), Grammar("regex", "quick")
 
 
-class Compiler:
-    """Takes until it may, once for each grammar."""
+class Compiler(FakeEngine):
+    """Takes until it may, but for `QUICK`, and is asked once for each grammar."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
         self.may = threading.Event()
-        self.known: set[str] = set()
+        self.compiled: list[str] = []
 
     def knows_grammar(self, grammar: Grammar) -> bool:
-        return grammar.source in self.known
+        return grammar.source in self.compiled
 
     def compile_grammar(self, grammar: Grammar) -> None:
-        assert self.may.wait(10)
-        self.known.add(grammar.source)
-        if grammar is BROKEN:
+        assert grammar.source == "quick" or self.may.wait(10)
+        if grammar.source not in self.compiled:
+            self.compiled.append(grammar.source)
+        if grammar.source == "broken":
             raise InvalidRequestError("broken")
 
+    def grammar_counts(self) -> GrammarCounts:
+        return GrammarCounts(compiled=len(self.compiled))
 
-def request(name: str, grammar: Grammar | None = None, **params: int | bool) -> Request:
+
+class Gated:
+    """A gate before a loop."""
+
+    def __init__(self, **settings: Any) -> None:
+        config, self.clock = make_config(**settings), FakeClock()
+        self.compiler = Compiler(config)
+        self.scheduler = Scheduler(config, self.clock)
+        self.loop = EngineLoop(cast(Any, self.compiler), self.scheduler)
+        self.done = SimpleQueue[CompiledGrammar]()
+        self.gate = GrammarGate(self.loop, self.done.put)
+        self.ended: dict[str, str] = {}
+        """What became of requests: `FinishReason`, or the kind and the text of the error."""
+
+    def submit(self, name: str, grammar: Grammar | None = None, timeout: float | None = None, **params: int) -> None:
+        self.gate.submit(request(name, grammar, timeout, **params))
+
+    def step(self) -> None:
+        for event in single_events(self.loop.step().events):
+            if isinstance(event, Finished):
+                self.ended[event.request_id] = event.reason
+            elif isinstance(event, Failed):
+                self.ended[event.request_id] = f"{event.error.kind}: {event.error.message}"
+        self.scheduler.check_integrity()
+
+    def release(self) -> None:
+        self.gate.release(self.done.get(timeout=10))
+        self.scheduler.check_integrity()
+
+    def run(self) -> None:
+        while self.loop.has_work:
+            self.step()
+
+
+@pytest.fixture
+def gated() -> Iterator[Gated]:
+    world = Gated()
+    yield world
+    world.compiler.may.set()
+
+
+def request(name: str, grammar: Grammar | None = None, timeout: float | None = None, **params: int | bool) -> Request:
     values = SamplingParams(**({"max_tokens": 4} | params))  # type: ignore[arg-type]
-    return Request(id=RequestId(name), prompt_ids=(5, 6), params=values, grammar=grammar)
+    return Request(id=RequestId(name), prompt_ids=(5, 6), params=values, grammar=grammar, timeout=timeout)
 
 
-def test_who_needs_no_compiling_goes_first() -> None:
-    compiler, done = Compiler(), SimpleQueue[CompiledGrammar]()
-    passed: list[str] = []
-    gate = GrammarGate(compiler, lambda request: passed.append(request.id), done.put)
-    for name, grammar in (("a", SLOW), ("b", None), ("c", BROKEN), ("d", SLOW)):
-        gate.submit(request(name, grammar))
-    gate.abort(RequestId("d"))
-    gate.abort(RequestId("nobody"))
-    assert passed == ["b"]
-    compiler.may.set()
-    for _ in range(3):
-        gate.release(done.get(timeout=10))
-    gate.submit(request("e", SLOW))
-    assert passed == ["b", "a", "c", "e"]
+def test_nobody_waits_for_anothers_grammar(gated: Gated) -> None:
+    slow = [(f"slow {number}", Grammar("regex", f"slow {number}")) for number in range(9)]
+    for name, grammar in (*slow, ("broken", BROKEN), ("free", None), ("quick", QUICK)):
+        gated.submit(name, grammar)
+    gated.release()
+    gated.run()
+    assert gated.ended.keys() == {"free", "quick"} and not gated.loop.has_work
+    stats = gated.loop.stats()
+    assert (stats.waiting, stats.held, stats.grammars.compiled, stats.grammars.found) == (10, 10, 1, 0)
+    gated.compiler.may.set()
+    for _ in range(10):
+        gated.release()
+    gated.submit("once more", QUICK)
+    gated.submit("again", BROKEN)
+    gated.run()
+    stats = gated.loop.stats()
+    assert (stats.waiting, stats.held, stats.grammars.compiled, stats.grammars.found) == (0, 0, 11, 2)
+    refused = {name for name, end in gated.ended.items() if end == "InvalidRequestError: broken"}
+    assert refused == {"broken", "again"} and len(gated.ended) == 14
+
+
+def test_who_is_held_keeps_its_place(gated: Gated) -> None:
+    gated.submit("first", SLOW)
+    gated.submit("second", SLOW)
+    gated.loop.submit(request("third"))
+    gated.compiler.may.set()
+    gated.release()
+    assert [sequence.request.id for sequence in gated.scheduler._waiting] == ["first", "second", "third"]
+
+
+def test_who_is_held_is_late_like_all_who_wait() -> None:
+    gated = Gated(queue_timeout=5.0)
+    gated.submit("late", SLOW)
+    gated.submit("later", SLOW, timeout=2.0)
+    gated.step()
+    gated.clock.now += 3.0
+    gated.step()
+    assert gated.ended.keys() == {"later"} and gated.ended["later"].startswith("RequestTimeoutError")
+    gated.clock.now += 3.0
+    gated.step()
+    assert "RequestTimeoutError: the request waited 5 s in the queue" in gated.ended["late"]
+    assert gated.loop.stats().timeouts_total == {"queue": 1, "request": 1} and gated.loop.stats().held == 0
+    gated.compiler.may.set()
+    gated.release()
+    assert not gated.loop.has_work
+
+
+def test_who_is_held_takes_a_place_in_the_queue() -> None:
+    gated = Gated(max_waiting=3)
+    gated.submit("a", SLOW, n=2)
+    gated.submit("b", BROKEN)
+    gated.submit("c", Grammar("regex", "another"))
+    gated.submit("d")
+    gated.submit("a", QUICK)
+    gated.step()
+    assert gated.ended["a"].startswith("InvalidRequestError: a request with the id")
+    assert all(gated.ended[name].startswith("OverloadedError") for name in "cd")
+    gated.compiler.may.set()
+    for _ in range(2):
+        gated.release()
+    gated.run()
+    assert sorted(gated.compiler.compiled) == ["broken", "slow"] and gated.ended["a"] == "length"
+
+
+def test_who_is_aborted_leaves_at_once_and_nothing_is_compiled_for_it(
+    gated: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    compile_all = gated.gate._compile
+    monkeypatch.setattr(gated.gate, "_compile", lambda grammar: (begun.wait(10), compile_all(grammar)))
+    for name in "ab":
+        gated.submit(name, QUICK)
+        gated.loop.abort(RequestId(name))
+    assert not gated.loop.stats().waiting
+    begun.set()
+    passed_over = gated.done.get(timeout=10)
+    gated.submit("c", QUICK)
+    assert not gated.compiler.compiled
+    gated.gate.release(passed_over)
+    gated.release()
+    gated.run()
+    assert gated.ended == {"c": "length"} and gated.compiler.compiled == ["quick"]
 
 
 def finished(result: SequenceOutput, **params: int | bool) -> Finished | None:
