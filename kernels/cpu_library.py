@@ -95,10 +95,10 @@ class DecodeRowsArgs(ctypes.Structure):
     """`quire::DecodeRows` of cpu_decode_step.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "drafts", "cos", "sin", "tokens", "logits")),
-        *((name, _POINTER) for name in ("masked", "masks")),
-        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride")),
-        *((name, _INT) for name in ("threads", "drawn")),
+        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "drafts", "cos", "sin", "tokens", "counts")),
+        *((name, _POINTER) for name in ("places", "scaled", "logits", "masked", "masks")),
+        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride", "width")),
+        *((name, _INT) for name in ("threads", "verify", "drawn")),
         *((name, ctypes.c_double) for name in ("forward_seconds", "sample_seconds")),
     )
 

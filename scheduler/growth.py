@@ -58,6 +58,17 @@ class Growth:
             draft.promise(sequence)
         return True
 
+    def decodes_ahead(self, counts: IntArray, draft: BatchDraft) -> IntArray:
+        """`ahead` for the step's steady decodes: `counts` and what they get are [D]."""
+        granted, room = counts.copy(), self._decodes.rooms(draft.decodes) - 1
+        lacking = np.flatnonzero(counts > room)
+        if len(lacking):
+            sequences = [draft.decoders[row] for row in lacking.tolist()]
+            granted[lacking] = self.ahead(sequences, counts[lacking].tolist(), draft)
+            for sequence in sequences:
+                self._decodes.grown(sequence)
+        return granted
+
     def ahead(self, sequences: list[SequenceState], counts: list[int], draft: BatchDraft) -> list[int]:
         """Room for `counts` draft tokens of sequences that have room for their known ones; returns how many get it.
 
