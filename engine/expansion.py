@@ -50,12 +50,14 @@ class Expansion:
 
     def fold(
         self, decoded: IntArray, outputs: Sequence[SequenceOutput], apart: Mapping[int, SequenceOutput]
-    ) -> tuple[IntArray, Runs, tuple[SequenceOutput, ...], dict[int, SequenceOutput]]:
+    ) -> tuple[IntArray, Runs | None, tuple[SequenceOutput, ...], dict[int, SequenceOutput]]:
         """`StepOutput.decoded`, `runs`, outputs of the sequences and `apart` of the plan as it was, by those of the
         expanded one."""
+        if not len(self.rows):
+            return decoded, None, tuple(outputs), dict(apart)
         own, count = outputs[: len(self.rows)], len(self.rows) + len(self.rest)
-        width = max((len(output.token_ids) for output in own), default=1)
-        ids, numbers = np.full((count, max(width, 1)), NO_TOKEN, np.int32), np.zeros((4, count), np.int32)
+        width = max(1, *(len(output.token_ids) for output in own))
+        ids, numbers = np.full((count, width), NO_TOKEN, np.int32), np.zeros((4, count), np.int32)
         ids[self.rest, 0], numbers[0, self.rest] = decoded, decoded != NO_TOKEN
         for row, output in zip(self.rows.tolist(), own, strict=True):
             ids[row, : len(output.token_ids)] = output.token_ids

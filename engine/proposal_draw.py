@@ -1,6 +1,7 @@
 """`ProposalDraw`: how draft tokens are drawn, by the parameters of the sequences that they are for."""
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from ..core.plan import NO_TOKEN, IntArray
 from ..kernels import sampling
 from ..kernels.draft_chain_cpu import DrawRules
 from .chain_rules import chain_rules
+from .grammar import DraftWalk
 from .rows import Rows
 from .sampler import Sampler
 from .staging import upload
@@ -28,23 +30,42 @@ class ProposalDraw:
         self._sampler = sampler
         self._slots = slots
         self._first = first
-        table = sampler.table
-        penalised = table.penalised[slots].any()
-        self._drawn: Tensor | None = None
-        """[S, most]: tokens so far, where penalties must count them."""
-        if penalised:
-            self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
-        self._walk = sampler.grammars.walk(slots) if sampler.grammars else None
-        adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
-        self._adjusted = adjusted
-        """Whether somebody's logits change before they are drawn from."""
-        self._greedy = not (adjusted or table.kinds[slots].any())
-        """Whether only the likeliest token is ever taken; `DRAW_KINDS` begins with that."""
+        self._most = most
         self._places: IntArray = np.full((len(slots), most), -1, np.int32)
         """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
         self._scaled: list[Tensor] = []
         self._kept = 0
         """Rows of them."""
+
+    # Found when they are first asked for: who proposes without a model asks for none.
+
+    @cached_property
+    def _penalised(self) -> bool:
+        return bool(self._sampler.table.penalised[self._slots].any())
+
+    @cached_property
+    def _drawn(self) -> Tensor | None:
+        """[S, most]: tokens so far, where penalties must count them."""
+        if not self._penalised:
+            return None
+        size, device = (len(self._slots), self._most), self._sampler.table.device
+        return torch.full(size, NO_TOKEN, dtype=torch.int64, device=device)
+
+    @cached_property
+    def _walk(self) -> DraftWalk | None:
+        grammars = self._sampler.grammars
+        return grammars.walk(self._slots) if grammars else None
+
+    @cached_property
+    def _adjusted(self) -> bool:
+        """Whether somebody's logits change before they are drawn from."""
+        table, slots = self._sampler.table, self._slots
+        return bool(self._penalised or table.biased[slots].any() or (self._first < table.min_ends[slots]).any())
+
+    @cached_property
+    def _greedy(self) -> bool:
+        """Whether only the likeliest token is ever taken; `DRAW_KINDS` begins with that."""
+        return not (self._adjusted or self._sampler.table.kinds[self._slots].any())
 
     def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
         """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""

@@ -73,11 +73,12 @@ class Proposed:
 
 def usable(proposals: Proposals, most: IntArray, vocab_size: int) -> IntArray:
     """[S]: tokens of each proposal, up to the first that is none of the target's or whose place in a tree is none."""
-    tokens, counts = proposals.tokens, np.minimum(proposals.counts, most)
-    inside = (tokens >= 0) & (tokens < vocab_size) & (np.arange(tokens.shape[1]) < counts[:, None])
+    tokens = proposals.tokens
+    wrong = tokens.view(np.uint32) >= vocab_size  # below 0 too
     if proposals.parents is not None:
-        inside &= valid_nodes(tokens, proposals.parents)
-    return inside.cumprod(1, dtype=np.int32).sum(1, dtype=np.int32)
+        wrong |= ~valid_nodes(tokens, proposals.parents)
+    first = np.where(wrong.any(1), wrong.argmax(1), tokens.shape[1])
+    return np.minimum(np.minimum(first, proposals.counts), most).astype(np.int32)
 
 
 def shapes(proposals: Proposals, most: IntArray) -> tuple[tuple[tuple[int, ...], ...] | None, npt.NDArray[np.bool_]]:

@@ -4,19 +4,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 
 from ..core.ids import SlotId
 from ..core.plan import (
     BatchPlan,
-    CaughtUp,
     IntArray,
     Runs,
     SequenceOutput,
     SequencePlan,
     SlotAssignment,
-    StepOutput,
 )
 from ..core.speculation import MAX_DRAFT_TOKENS
 from ..speculation.drafter import Drafter, Foresight, Memory
@@ -29,6 +28,14 @@ from .trees import MASKED_ROWS, first_chain
 
 _MOST_WAITING = 64
 """Steps that the history may be behind."""
+
+
+class Report(NamedTuple):
+    """What drafters have to say of a step: see `StepOutput`."""
+
+    foreseen: IntArray | None = None
+    foresight_seconds: float = 0.0
+    recalled: tuple[int, ...] = ()
 
 
 class Speculation:
@@ -132,13 +139,10 @@ class Speculation:
         for slot, token_ids in accepted:
             self._history.extend(slot, token_ids)
 
-    def report(self, plan: BatchPlan, caught_up: CaughtUp, output: StepOutput) -> StepOutput:
-        """The output of a step that was noted, with what drafters have to say of it."""
-        if not (plan.foresee or plan.assignments or caught_up.computed):
-            return output
+    def report(self, plan: BatchPlan) -> Report:
+        """Of a step that was noted."""
         foreseen, seconds = self._foresee(plan) if plan.foresee else (None, 0.0)
-        recalled = self._recall(plan.assignments) if plan.assignments else ()
-        return replace(output, foreseen=foreseen, foresight_seconds=seconds, caught_up=caught_up, recalled=recalled)
+        return Report(foreseen, seconds, self._recall(plan.assignments) if plan.assignments else ())
 
     def _recall(self, assignments: Sequence[SlotAssignment]) -> tuple[int, ...]:
         """`StepOutput.recalled`."""

@@ -153,6 +153,10 @@ class CpuLibrary:
         self.decode_step.argtypes = [ctypes.POINTER(kind) for kind in decoding]
         self.match_grams = library.quire_match_grams
         self.match_grams.argtypes = [ctypes.POINTER(GramsArgs), _POINTER, _LONG, _POINTER]
+        self.continue_grams = library.quire_continue_grams
+        self.continue_grams.argtypes = [
+            ctypes.POINTER(GramsArgs), _POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER
+        ]  # fmt: skip
         self.survey_rows = library.quire_survey_rows
         self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows

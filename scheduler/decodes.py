@@ -168,7 +168,7 @@ class DecodeBatch:
         One token always comes from the target, and nothing is drafted past a length at which the sequence wakes.
         """
         places, known = self._places(decodes), decodes.starts + 1
-        limits = np.clip(self._ends[places] - known - 1, 0, most)
+        limits = np.minimum(np.maximum(self._ends[places] - known - 1, 0), most)
         return self._max_lengths[places] - known, limits * self._speculates[places]
 
     def let_draft(self, decodes: Decodes, drafts: IntArray, model_drafts: IntArray) -> Decodes:
@@ -189,9 +189,12 @@ class DecodeBatch:
         """
         newest, runs = output.decoded, output.runs
         assert newest.shape == decodes.slots.shape, "the engine sampled other rows than it was asked for"
-        assert runs is None or (decodes.drafts is not None and (runs.drafted <= decodes.drafts).all())
-        counts: IntArray | int = 1 if runs is None else runs.counts
-        assert runs is None or (counts <= 1 + runs.drafted).all(), "more was accepted than drafted"
+        counts: IntArray | int = 1
+        if runs is not None:
+            counts, drafts = runs.counts, decodes.drafts
+            assert drafts is not None and ((counts - 1 <= runs.drafted) & (runs.drafted <= drafts)).all(), (
+                "more was drafted than planned, or accepted than drafted"
+            )
         places, lengths = self._places(decodes), decodes.starts + 1 + counts
         self._whole = [whole for whole in self._whole if whole is not decodes]
         self._tokens[places] = newest

@@ -60,9 +60,10 @@ class Growth:
 
     def decodes_ahead(self, counts: IntArray, draft: BatchDraft) -> IntArray:
         """`ahead` for the step's steady decodes: `counts` and what they get are [D]."""
-        granted, room = counts.copy(), self._decodes.rooms(draft.decodes) - 1
-        lacking = np.flatnonzero(counts > room)
-        if len(lacking):
+        lacks = counts >= self._decodes.rooms(draft.decodes)
+        granted = counts.copy()
+        if lacks.any():
+            lacking = np.flatnonzero(lacks & (counts > 0))
             sequences = [draft.decoders[row] for row in lacking.tolist()]
             granted[lacking] = self.ahead(sequences, counts[lacking].tolist(), draft)
             for sequence in sequences:

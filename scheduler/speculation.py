@@ -161,7 +161,9 @@ class Speculation:
         if foreseen is not None:
             self._foreseen = np.zeros(self._num_slots, np.int32)
             if self._some_foreseen:
-                slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
+                slots = plan.decodes.slots
+                if plan.sequences:
+                    slots = np.append(slots, [part.slot for part in plan.sequences]).astype(np.int32)
                 self._foreseen[slots] = foreseen
 
     def _count(self, outcome: Outcome) -> None:
@@ -196,9 +198,11 @@ class Speculation:
         steady = len(draft.decoders)
         most, by_model = lengths.most.copy(), lengths.model
         most[:steady] = self._growth.decodes_ahead(most[:steady], draft)
-        if most[:steady].any():
+        if steady and most[:steady].max() > 0:
             columns = most[:steady], np.minimum(by_model[:steady], most[:steady])
             draft.draft(self._decodes.let_draft(draft.decodes, *columns))
+        if not others:
+            return most
         rows = steady + np.flatnonzero(most[steady:])
         places = [others[row - steady] for row in rows.tolist()]
         most[rows] = self._growth.ahead([draft.members[place] for place in places], most[rows].tolist(), draft)
@@ -228,14 +232,19 @@ def _steady_outcome(plan: BatchPlan, output: StepOutput) -> IntArray:
     decodes, runs = plan.decodes, output.runs
     if decodes.drafts is None or decodes.model_drafts is None:
         return np.empty((8, 0), np.int32)
-    told: IntArray = np.zeros((4, len(decodes)), np.int32)
-    told[2] = 1
+    columns: IntArray = np.zeros((8, len(decodes)), np.int32)
+    columns[0], columns[1], columns[2] = decodes.slots, decodes.drafts, decodes.model_drafts
+    columns[6] = decodes.starts + 2
     if runs is not None:
-        told[:] = runs.drafted, runs.model_drafted, runs.counts, runs.branched
-    drafted, drew, counts, branched = told
-    known = decodes.starts + 1 + counts
-    columns = (decodes.slots, decodes.drafts, decodes.model_drafts, drafted, drew, counts - 1, known, branched)
-    return np.stack(columns)[:, (decodes.drafts > 0) & (output.decoded != NO_TOKEN)]
+        columns[3], columns[4], columns[5], columns[7] = (
+            runs.drafted,
+            runs.model_drafted,
+            runs.counts - 1,
+            runs.branched,
+        )
+        columns[6] += columns[5]
+    telling = (decodes.drafts > 0) & (output.decoded != NO_TOKEN)
+    return columns if telling.all() else columns[:, telling]
 
 
 def _numbers(part: SequencePlan, result: SequenceOutput) -> tuple[int, ...]:

@@ -28,7 +28,9 @@ class TokenHistory:
         known, more = self.known[slots], tokens.shape[1]
         if more == 1 and counts is None:  # step after step, while drafts pay
             self.tokens[slots, known] = tokens[:, 0]
-        elif counts is None:
+        elif (
+            counts is None or known.max() + more <= self.tokens.shape[1]
+        ):  # what is too much lies behind the known ones
             self.tokens[slots[:, None], known[:, None] + np.arange(more)] = tokens
         else:
             rows, columns = np.nonzero(np.arange(more) < counts[:, None])
