@@ -31,9 +31,9 @@ class Asked(NamedTuple):
     @staticmethod
     def of(plan: BatchPlan) -> "Asked":
         """Who asks."""
-        decodes = plan.decodes
-        empty = np.empty(0, np.int32)
-        rows, columns = np.empty(0, np.intp), (empty,) * 4
+        decodes, empty = plan.decodes, np.empty(0, np.int32)
+        rows = np.empty(0, np.intp)
+        columns: tuple[IntArray, ...] = (empty,) * 4
         if decodes.drafts is not None and decodes.model_drafts is not None:
             rows = np.flatnonzero(decodes.drafts)
             columns = (decodes.slots, decodes.drafts, decodes.model_drafts, decodes.starts + 1)
@@ -45,7 +45,8 @@ class Asked(NamedTuple):
             drawn = [part.drafts if part.model_drafts is None else part.model_drafts for part in parts]
             known = [part.start + len(part.token_ids) for part in parts]
             more = ([part.slot for part in parts], [part.drafts for part in parts], drawn, known)
-            columns = tuple(np.append(*pair).astype(np.int32) for pair in zip(columns, more, strict=True))
+            pairs = zip(columns, more, strict=True)
+            columns = tuple(np.concatenate([column, np.array(rest, np.int32)]) for column, rest in pairs)
         return Asked(rows, others, *columns)
 
 

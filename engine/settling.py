@@ -53,6 +53,8 @@ def redo(
 
 def redo_rows(decodes: Decodes, decoded: IntArray, runs: Runs, cache: KVCache, step: Step) -> None:
     """The same for decodes: `decoded` and `runs` are corrected."""
+    if runs.counts.all():
+        return
     failed = np.flatnonzero((runs.counts == 0) & (runs.drafted > 0))
     if not len(failed):
         return

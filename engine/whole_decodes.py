@@ -54,7 +54,10 @@ def decode_rows(plan: BatchPlan, sampler: Sampler) -> DecodeRows | None:
         (ones, counts),
         (0 * ones, drafts),
     )
-    return DecodeRows(*(np.append(first, rest).astype(np.int32) for first, rest in columns))
+    every_slot, every_start, every_id, every_count, every_draft = (
+        np.append(first, rest).astype(np.int32) for first, rest in columns
+    )
+    return DecodeRows(every_slot, every_start, every_id, every_count, every_draft)
 
 
 def verified_rows(plan: BatchPlan, proposed: Proposed, sampler: Sampler) -> DecodeRows | None:
@@ -87,14 +90,17 @@ def verify_at_once(plan: BatchPlan, compute: DecodeStepCPU, rows: DecodeRows, pr
     computed = started + step.forward_seconds
     tokens, counts, drafted = step.tokens, step.counts, rows.drafts
     assert tokens is not None
-    by_model = np.zeros_like(drafted)
-    by_model[proposed.asked.rows] = proposed.counts * proposed.drew
+    none = np.zeros_like(drafted)
+    by_model = none
+    if proposed.drew.any():
+        by_model = none.copy()
+        by_model[proposed.asked.rows] = proposed.counts * proposed.drew
     return LaunchedStep(
         plan,
         moments=(started, computed, computed + step.sample_seconds),
         spent=Spent.by(proposed),
         decoded=tokens[np.arange(len(tokens)), counts - 1],
-        runs=Runs(tokens, counts, drafted, by_model, np.zeros_like(drafted)),
+        runs=Runs(tokens, counts, drafted, by_model, none),
     )
 
 

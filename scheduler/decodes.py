@@ -201,7 +201,8 @@ class DecodeBatch:
         self._lengths[places] = lengths
         self._room[places] -= counts
         over = (lengths >= self._ends[places]) | (newest == NO_TOKEN)
-        over[[*output.apart]] = True
+        if output.apart:
+            over[[*output.apart]] = True
         if not isinstance(places, slice):
             over |= places == self._nobody
         if self._stops.shape[1]:

@@ -47,9 +47,10 @@ class Speculation:
         self._some_foreseen = False
         self._pure = 0
         """Steps in a row that did nothing but generate."""
-        self._asked = [0] * (1 + info.most)
+        self._asked = np.zeros(1 + info.most, np.int64)
         """How often each length was planned."""
-        self._accepted_per_position = [0] * info.most
+        self._places = np.arange(info.most)
+        self._accepted_per_position = np.zeros(info.most, np.int64)
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
         self._cached_tokens = self._computed_tokens = 0
@@ -73,9 +74,9 @@ class Speculation:
         return SpeculationCounts(
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
-            accepted_tokens=sum(self._accepted_per_position),
-            accepted_per_position=self._accepted_per_position.copy(),
-            lengths=self._asked.copy(),
+            accepted_tokens=int(self._accepted_per_position.sum()),
+            accepted_per_position=self._accepted_per_position.tolist(),
+            lengths=self._asked.tolist(),
             draft_seconds=self._draft_seconds,
             step_seconds=self._step_seconds,
             cached_tokens=self._cached_tokens,
@@ -116,9 +117,8 @@ class Speculation:
                 lengths = self.lengths.choose(batch)
                 if lengths.most.any():
                     chosen = self._let_draft(draft, others, lengths)
-        asked = np.bincount(chosen, minlength=1 + self._most).tolist()
-        asked[0] = may_draft - sum(asked[1:])
-        self._asked = [sum(pair) for pair in zip(self._asked, asked, strict=True)]
+        self._asked += np.bincount(chosen, minlength=1 + self._most)
+        self._asked[0] += may_draft - len(chosen)
         self._thought += time.perf_counter() - started
         self._begin()
 
@@ -169,8 +169,7 @@ class Speculation:
     def _count(self, outcome: Outcome) -> None:
         self._drafts += int(np.count_nonzero(outcome.drafted))
         self._draft_tokens += int(outcome.drafted.sum())
-        reached = (np.arange(self._most) < outcome.accepted[:, None]).sum(axis=0).tolist()
-        self._accepted_per_position = [sum(pair) for pair in zip(self._accepted_per_position, reached, strict=True)]
+        self._accepted_per_position += (self._places < outcome.accepted[:, None]).sum(axis=0)
 
     def _candidates(self, draft: BatchDraft, others: list[int]) -> Candidates:
         """The rows of the step's decode batch, then the `others` of its members."""
