@@ -41,7 +41,7 @@ from .pruning import Pruner, offered_policies, offered_refinements
 from .sampler import Sampler
 from .settling import redo, redo_rows, settle
 from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
-from .speculation import Report, Speculation
+from .speculation import NOTHING_TOLD, Speculation
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
 from .timer import StepTimer
@@ -260,7 +260,7 @@ class Engine:
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
         paid = spent.draft_seconds, self.sampler.grammars.spent()
-        told = Report() if self._speculation is None else self._speculation.report(plan)
+        told = NOTHING_TOLD if self._speculation is None else self._speculation.report(plan)
         return StepOutput(
             outputs, *times, decoded, kept, seconds, *copied, *paid, recorded, apart,
             told.foreseen, told.foresight_seconds, spent.caught_up, told.recalled, runs,

@@ -38,6 +38,9 @@ class Report(NamedTuple):
     recalled: tuple[int, ...] = ()
 
 
+NOTHING_TOLD = Report()
+
+
 class Speculation:
     """A drafter, and the known tokens of the slots, which it continues."""
 
