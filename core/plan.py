@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .ids import SlotId
 from .pruning import PruneParams
 from .request import Grammar, SamplingParams
+from .speculation import CaughtUp
 
 IntArray = npt.NDArray[np.int32]
 
@@ -202,9 +203,8 @@ class Decodes:
     token_ids: IntArray
     """[D]; `NO_TOKEN`: the one that the slot's sequence sampled last, which only the engine may know yet."""
     drafts: IntArray | None = None
-    """[D], some of them more than 0: see `SequencePlan`; then all tokens are known. None: nobody drafts."""
+    """[D], some of them more than 0, as the next: see `SequencePlan`; then all tokens are known. None: nobody drafts."""
     model_drafts: IntArray | None = None
-    """[D]; None where `drafts` is."""
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -350,15 +350,6 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True)
-class CaughtUp:
-    """Known tokens that a draft model took in during a step."""
-
-    cached: int = 0
-    """Found in its cache, where other sequences had left them, or the same one before it was preempted."""
-    computed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutput:
     """Results of one step."""
 
@@ -390,7 +381,7 @@ class StepOutput:
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""
     foresight_seconds: float = 0.0
     """Time that this took."""
-    caught_up: CaughtUp = CaughtUp()
+    caught_up: CaughtUp = field(default_factory=CaughtUp)
     recalled: tuple[int, ...] = ()
     """Per `BatchPlan.assignments`, how many leading tokens a draft model's cache has of it: it need not compute these
     when it is first asked. Empty where none has a cache."""
@@ -401,22 +392,9 @@ class StepOutput:
         """What a row of `BatchPlan.decodes` got."""
         if row in self.apart:
             return self.apart[row]
-        if self.runs is None:
+        runs = self.runs
+        if runs is None or not runs.counts[row]:
             return SequenceOutput.of(int(self.decoded[row]))
-        runs, count = self.runs, int(self.runs.counts[row])
-        if not count:
-            return SequenceOutput(error=NON_FINITE)
-        ids = tuple(runs.token_ids[row, :count].tolist())
+        ids = tuple(runs.token_ids[row, : runs.counts[row]].tolist())
         drafted, drew, branched = (int(column[row]) for column in (runs.drafted, runs.model_drafted, runs.branched))
         return SequenceOutput(ids, drafted=drafted, model_drafted=drew, branched=branched)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """A computed prefix block that no sequence uses, to be kept in a file or to come from one."""
-
-    digest: bytes
-    pages: IntArray
-    """One per head, int32 [R]."""
-    in_host: bool
-    """Whether they are pages of the host pool."""

@@ -15,7 +15,8 @@ from ..core.errors import ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
 from ..core.model_spec import ModelSpec
-from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, StepOutput, StoredBlock
+from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, StepOutput
+from ..core.prefix import StoredBlock
 from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
 from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU

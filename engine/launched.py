@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..core.plan import BatchPlan, CaughtUp, IntArray, Runs
+from ..core.plan import BatchPlan, IntArray, Runs
+from ..core.speculation import CaughtUp
 from .expansion import Expansion
 from .inputs import LogitLayout
 from .observe import StepObserver

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from ..core.plan import BatchPlan, CaughtUp, IntArray
+from ..core.plan import BatchPlan, IntArray
+from ..core.speculation import CaughtUp
 from ..speculation.drafter import Proposals
 from .trees import valid_nodes
 

@@ -8,9 +8,9 @@ import pytest
 
 from quire.core.ids import RequestId
 from quire.core.messages import Decoded, EngineStats, Failed, Finished, StepReport, Tokens, single_events
-from quire.core.plan import BatchPlan, CaughtUp, SequenceOutput, StepOutput
+from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
 from quire.core.pruning import PolicyInfo, PruneParams
-from quire.core.speculation import DraftInfo
+from quire.core.speculation import CaughtUp, DraftInfo
 from quire.scheduler.scheduler import Scheduler
 
 from .fake_engine import step_output
