@@ -203,7 +203,7 @@ class Decodes:
     token_ids: IntArray
     """[D]; `NO_TOKEN`: the one that the slot's sequence sampled last, which only the engine may know yet."""
     drafts: IntArray | None = None
-    """[D], some of them more than 0, as the next: see `SequencePlan`; then all tokens are known. None: nobody drafts."""
+    """[D], some of them more than 0, as the next: see `SequencePlan`; all tokens are known. None: nobody drafts."""
     model_drafts: IntArray | None = None
 
     def __len__(self) -> int:
