@@ -83,12 +83,22 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 Event = Tokens | Recorded | Finished | Failed
 
 
-class Decoded(msgspec.Struct, frozen=True, tag=True):
-    """One new token of each of many choices, as parallel columns: a `Tokens` with nothing but that, for each row."""
+class Decoded(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """New tokens of many choices, as parallel columns: a `Tokens` with nothing but that, for each row."""
 
     request_ids: list[RequestId]
     indices: list[int]
     token_ids: list[int]
+    """Those of one row after another."""
+    counts: list[int] | None = None
+    """Tokens of each row; None: one."""
+
+    def runs(self) -> Iterator[list[int]]:
+        """Of each row."""
+        first = 0
+        for count in self.counts or [1] * len(self.indices):
+            yield self.token_ids[first : first + count]
+            first += count
 
 
 StepEvent = Event | Decoded
@@ -98,8 +108,8 @@ def single_events(events: Iterable[StepEvent]) -> Iterator[Event]:
     """Each event of one choice or request by itself, in order."""
     for event in events:
         if isinstance(event, Decoded):
-            rows = zip(event.request_ids, event.indices, event.token_ids, strict=True)
-            yield from (Tokens(request_id, index, [token]) for request_id, index, token in rows)
+            rows = zip(event.request_ids, event.indices, event.runs(), strict=True)
+            yield from (Tokens(*row) for row in rows)
         else:
             yield event
 

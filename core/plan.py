@@ -1,7 +1,7 @@
 """What passes between scheduler and engine in one step: `BatchPlan` down, `StepOutput` up.
 
 The batch is ragged: each sequence brings `n >= 1` tokens (a chunk of its known tokens, or its newest one). There
-are no phases. Most sequences of most steps bring their newest token and want the next one, nothing else: these travel
+are no phases. Most sequences of most steps bring their newest token and want the next ones, nothing else: these travel
 as columns (`Decodes`), so that a step costs no Python object per sequence. Letters: D sequences in the columns, S
 others, L layers, K kv heads, B entries of a page.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .ids import SlotId
 from .pruning import PruneParams
 from .request import Grammar, SamplingParams
+from .speculation import CaughtUp
 
 IntArray = npt.NDArray[np.int32]
 
@@ -190,9 +191,9 @@ class SequencePlan:
 
 @dataclass(frozen=True, slots=True)
 class Decodes:
-    """Sequences that compute their newest token and sample the next, and want no log-probabilities: one row each.
+    """Sequences that compute their newest token and sample what follows, and want no log-probabilities: one row each.
 
-    A row means the same as `SequencePlan(slot, start, (token,), sample=True)`.
+    A row means the same as `SequencePlan(slot, start, (token,), True, drafts=drafts, model_drafts=model_drafts)`.
     """
 
     slots: IntArray
@@ -201,6 +202,9 @@ class Decodes:
     """[D]: logical position of the token."""
     token_ids: IntArray
     """[D]; `NO_TOKEN`: the one that the slot's sequence sampled last, which only the engine may know yet."""
+    drafts: IntArray | None = None
+    """[D], some of them more than 0, as the next: see `SequencePlan`; all tokens are known. None: nobody drafts."""
+    model_drafts: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -249,10 +253,22 @@ class BatchPlan:
 
     def parts(self) -> Iterator[SequencePlan]:
         """All sequences of the batch in the order of their rows, decodes too."""
-        columns = (self.decodes.slots, self.decodes.starts, self.decodes.token_ids)
-        for slot, start, token in zip(*(column.tolist() for column in columns), strict=True):
-            yield SequencePlan(SlotId(slot), start, (token,), sample=True)
+        yield from self.decode_parts(np.arange(len(self.decodes)))
         yield from self.sequences
+
+    def decode_parts(self, rows: npt.NDArray[np.intp]) -> Iterator[SequencePlan]:
+        """What these rows of the decodes mean."""
+        decodes = self.decodes
+        drafts = np.zeros(len(decodes), np.int32) if decodes.drafts is None else decodes.drafts
+        by_model = drafts if decodes.model_drafts is None else decodes.model_drafts
+        columns = (decodes.slots, decodes.starts, decodes.token_ids, drafts, by_model)
+        for slot, start, token, most, most_model in zip(*(column[rows].tolist() for column in columns), strict=True):
+            yield SequencePlan(SlotId(slot), start, (token,), True, drafts=most, model_drafts=most_model)
+
+    @property
+    def asks_drafts(self) -> bool:
+        """Whether anybody drafts."""
+        return self.decodes.drafts is not None or any(part.drafts for part in self.sequences)
 
     @property
     def changes_hands(self) -> bool:
@@ -320,12 +336,17 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
-class CaughtUp:
-    """Known tokens that a draft model took in during a step."""
+class Runs:
+    """What the rows of a step's decodes got where some of them drafted: up to W tokens each."""
 
-    cached: int = 0
-    """Found in its cache, where other sequences had left them, or the same one before it was preempted."""
-    computed: int = 0
+    token_ids: IntArray
+    """[D, W], padded with `NO_TOKEN`: see `SequenceOutput`."""
+    counts: IntArray
+    """[D]; 0: the row failed."""
+    drafted: IntArray
+    """[D], as the next two: see `SequenceOutput`."""
+    model_drafted: IntArray
+    branched: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,7 +359,7 @@ class StepOutput:
     sample_seconds: float = 0.0
     """Time in logits processing and sampling."""
     decoded: IntArray = field(default_factory=lambda: np.empty(0, np.int32))
-    """[D]: the token that each row of `BatchPlan.decodes` sampled, or `NO_TOKEN`."""
+    """[D]: the token that each row of `BatchPlan.decodes` sampled, the last one of several, or `NO_TOKEN`."""
     kept: tuple[IntArray, ...] = ()
     """Per `BatchPlan.prunes`, how many entries each head would keep, int32 [R]."""
     prune_seconds: tuple[float, ...] = ()
@@ -351,8 +372,8 @@ class StepOutput:
     """Time in proposing."""
     grammar_seconds: float = 0.0
     """Time in computing what grammars allow, a part of the others, since the last step was finished."""
-    recorded: Mapping[int, bytes] = field(default_factory=dict)
-    """Of the rows of `BatchPlan.decodes` whose sequences ask for it, the row of `core.top_rows` they sampled from."""
+    recorded: Mapping[int, tuple[bytes, ...]] = field(default_factory=dict)
+    """Of the rows of `BatchPlan.decodes` whose sequences ask for it: see `SequenceOutput`."""
     apart: Mapping[int, SequenceOutput] = field(default_factory=dict)
     """Of the rows of `BatchPlan.decodes` whose grammars end, fail, or force more tokens: what they got."""
     foreseen: IntArray | None = None
@@ -360,18 +381,20 @@ class StepOutput:
     propose after the newest one without a model's pass, 0 to `MAX_DRAFT_TOKENS`; that many if it cannot tell."""
     foresight_seconds: float = 0.0
     """Time that this took."""
-    caught_up: CaughtUp = CaughtUp()
+    caught_up: CaughtUp = field(default_factory=CaughtUp)
     recalled: tuple[int, ...] = ()
     """Per `BatchPlan.assignments`, how many leading tokens a draft model's cache has of it: it need not compute these
     when it is first asked. Empty where none has a cache."""
+    runs: Runs | None = None
+    """Of the rows of `BatchPlan.decodes`, if something was proposed for any of them; else each got one token."""
 
-
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """A computed prefix block that no sequence uses, to be kept in a file or to come from one."""
-
-    digest: bytes
-    pages: IntArray
-    """One per head, int32 [R]."""
-    in_host: bool
-    """Whether they are pages of the host pool."""
+    def of_decode(self, row: int) -> SequenceOutput:
+        """What a row of `BatchPlan.decodes` got."""
+        if row in self.apart:
+            return self.apart[row]
+        runs = self.runs
+        if runs is None or not runs.counts[row]:
+            return SequenceOutput.of(int(self.decoded[row]))
+        ids = tuple(runs.token_ids[row, : runs.counts[row]].tolist())
+        drafted, drew, branched = (int(column[row]) for column in (runs.drafted, runs.model_drafted, runs.branched))
+        return SequenceOutput(ids, drafted=drafted, model_drafted=drew, branched=branched)

@@ -281,3 +281,14 @@ class PrefixIndex:
         self._idle.check(bundle for bundle in resting if not bundle.pinned)
         self._held.check(bundle for bundle in resting if bundle.pinned)
         assert all(bundle.pages is not None or bundle.host is not None for bundle in self), "a block without pages"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A computed prefix block that no sequence uses, to be kept in a file or to come from one."""
+
+    digest: bytes
+    pages: IntArray
+    """One per head, int32 [R]."""
+    in_host: bool
+    """Whether they are pages of the host pool."""

@@ -1,5 +1,6 @@
 """What scheduler, engine and server say to each other about speculative decoding."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -55,6 +56,15 @@ class SpeculationCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Known tokens that a draft model found in its cache when it was to draft for a sequence, see `CaughtUp`."""
     computed_tokens: int = 0
     """Known tokens that it computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Known tokens that a draft model took in during a step."""
+
+    cached: int = 0
+    """Found in its cache, where other sequences had left them, or the same one before it was preempted."""
+    computed: int = 0
 
 
 class DraftChoice(msgspec.Struct, frozen=True):

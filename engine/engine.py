@@ -15,7 +15,8 @@ from ..core.errors import ModelLoadError
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo, GrammarCounts
 from ..core.model_spec import ModelSpec
-from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, StepOutput, StoredBlock
+from ..core.plan import BatchPlan, SequenceOutput, SequencePlan, StepOutput
+from ..core.prefix import StoredBlock
 from ..core.request import Grammar
 from ..core.speculation import MAX_DRAFT_TOKENS, DraftInfo, StepCosts
 from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU
@@ -30,22 +31,23 @@ from ..speculation.loading import cache_share, load_draft, make_drafter
 from . import draft_swap, snapshot
 from .allocation import allocate, allocate_host
 from .device import choose_placement
+from .expansion import Expansion, unspeculative
 from .graphs import CudaCapture, DecodeGraphs
 from .inputs import LogitLayout, build_inputs, logit_layout
-from .launched import LaunchedStep
+from .launched import NOTHING_SPENT, LaunchedStep, Spent
 from .observe import StepObserver
 from .page_selection import PageSelection
 from .parking import Parking
 from .pruning import Pruner, offered_policies, offered_refinements
-from .sampler import Sampler, with_drafts
+from .sampler import Sampler
+from .settling import redo, redo_rows, settle
 from .sizing import cache_layout, num_host_pages, num_pages, pages_per_sequence
-from .speculation import Proposed, Speculation, unspeculative, without_proposals
+from .speculation import NOTHING_TOLD, Speculation
 from .staging import upload
 from .step_costs import AnyTokens, CostProbe
 from .timer import StepTimer
-from .trees import staying_rows
 from .warm_up import first_chunk
-from .whole_decodes import decode_rows, decode_step
+from .whole_decodes import decode_rows, decode_step, verified_rows, verify_at_once
 
 
 class Engine:
@@ -191,10 +193,29 @@ class Engine:
         """Queue page changes, forward pass and sampling."""
         if plan.changes_hands:
             self._change_hands(plan)
-        asks = self._pruner.looks_on or self._selection.picks or any(part.drafts for part in plan.sequences)
-        if self._decode_step is not None and not asks and (rows := decode_rows(plan, self.sampler)):
-            return self._decode_at_once(Proposed(plan), self._decode_step, rows)
-        return self._compute(plan) if plan.num_tokens else LaunchedStep(plan)
+        if not plan.asks_drafts:
+            return self._launch(plan)
+        if self._speculation is None:
+            return self._launch(unspeculative(plan))
+        proposed = self._speculation.propose(plan)
+        spent = Spent.by(proposed)
+        if not proposed.counts.any():
+            return self._launch(unspeculative(plan), spent)
+        if self._decode_step is not None and not self._looks and (rows := verified_rows(plan, proposed, self.sampler)):
+            return verify_at_once(plan, self._decode_step, rows, proposed)
+        expansion = self._speculation.expand(plan, proposed)
+        return self._compute(expansion.plan, spent, expansion)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether anybody may want to see how layers attend, or pick what they see."""
+        return self._pruner.looks_on or self._selection.picks
+
+    def _launch(self, plan: BatchPlan, spent: Spent = NOTHING_SPENT) -> LaunchedStep:
+        """`launch` of a plan without proposals."""
+        if self._decode_step is not None and not self._looks and (rows := decode_rows(plan, self.sampler)):
+            return self._decode_at_once(plan, self._decode_step, rows, spent)
+        return self._compute(plan, spent) if plan.num_tokens else LaunchedStep(plan)
 
     @torch.inference_mode()
     def _change_hands(self, plan: BatchPlan) -> None:
@@ -222,83 +243,64 @@ class Engine:
         plan, layout, logits = launched.plan, launched.layout, launched.logits
         decoded, apart = np.empty(0, np.int32), dict[int, SequenceOutput]()
         outputs = tuple(SequenceOutput() for _ in plan.sequences)
-        recorded: dict[int, bytes] = {}
+        recorded: dict[int, tuple[bytes, ...]] = {}
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
             apart = self.sampler.follow(plan.decodes.slots, decoded)
         elif launched.decoded is not None:
             decoded, outputs, apart = self.sampler.told(plan, launched.decoded)
+        runs, expansion, spent = launched.runs, launched.expansion, launched.spent
         if self._speculation is not None and plan.num_tokens:
-            self._speculation.note(plan, decoded, outputs, apart)
-            outputs = self._settle(launched, outputs)
+            self._speculation.note(plan, decoded, outputs, apart, runs)
+            if runs is not None:
+                redo_rows(plan.decodes, decoded, runs, self.cache, self.step)
+            if expansion is not None:
+                settle(launched, outputs, self.cache)
+                outputs = redo(plan, outputs, self.cache, self.step)
+        if expansion is not None:
+            plan, recorded = expansion.whole, expansion.fold_recorded(recorded, outputs)
+            decoded, runs, outputs, apart = expansion.fold(decoded, outputs, apart)
         times = (0.0, 0.0) if launched.moments is None else self._timer.seconds(*launched.moments)
         kept, seconds = self._pruner.choose(plan.prunes)
         copied = (0, 0.0) if self.host is None else self.host.timing()
-        spent = (launched.draft_seconds, self.sampler.grammars.spent())
-        output = StepOutput(outputs, *times, decoded, kept, seconds, *copied, *spent, recorded, apart)
-        return output if self._speculation is None else self._speculation.report(plan, launched.caught_up, output)
-
-    def _settle(self, launched: LaunchedStep, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
-        """Keep of the sequences with draft tokens what was right."""
-        plan = launched.plan
-        verified = [(part, output) for part, output in zip(plan.sequences, outputs, strict=True) if part.drafts]
-        if not verified:
-            return outputs
-        stay = {part.slot: staying_rows(part, output.token_ids) for part, output in verified}
-        slots, entries = np.array([*stay], np.int32), tuple(map(len, stay.values()))
-        if launched.observer is not None:
-            launched.observer.settle(dict(zip(stay, entries, strict=True)))
-        if any(part.parents for part, _ in verified):
-            self.cache.keep_rows(stay.keys(), stay.values())
-        rows, counts = upload(np.array([slots, entries], np.int64), self._place.device)
-        self.cache.advance(rows, counts.int(), slots, entries)
-        return self._redo(plan, outputs)
-
-    def _redo(self, plan: BatchPlan, outputs: tuple[SequenceOutput, ...]) -> tuple[SequenceOutput, ...]:
-        """Compute once more, without proposals, the sequences that a proposal may have led astray.
-
-        A token that the model gives no finite values for spoils what is computed beside it.
-        """
-        failed = [i for i, part in enumerate(plan.sequences) if part.drafts and outputs[i].error is not None]
-        if not failed:
-            return outputs
-        for part in (plan.sequences[index] for index in failed):
-            self.cache.wipe(part.slot, len(part.token_ids))
-        again = self.step(BatchPlan(tuple(without_proposals(plan.sequences[index]) for index in failed)))
-        redone = dict(zip(failed, again.sequences, strict=True))
-        return tuple(
-            with_drafts(redone[index], part) if index in redone else outputs[index]
-            for index, part in enumerate(plan.sequences)
-        )
+        paid = spent.draft_seconds, self.sampler.grammars.spent()
+        told = NOTHING_TOLD if self._speculation is None else self._speculation.report(plan)
+        return StepOutput(
+            outputs, *times, decoded, kept, seconds, *copied, *paid, recorded, apart,
+            told.foreseen, told.foresight_seconds, spent.caught_up, told.recalled, runs,
+        )  # fmt: skip
 
     @torch.inference_mode()
-    def _compute(self, plan: BatchPlan) -> LaunchedStep:
-        """Proposals, forward pass and sampling."""
-        proposed = Proposed(plan)
-        if any(part.drafts for part in plan.sequences):
-            proposed = Proposed(unspeculative(plan)) if self._speculation is None else self._speculation.propose(plan)
-        plan = proposed.plan
+    def _compute(self, plan: BatchPlan, spent: Spent, expansion: Expansion | None = None) -> LaunchedStep:
+        """Forward pass and sampling of a plan that has its proposals, see `Expansion`."""
         started = self._timer.now()
         watchers = self._pruner.observer(plan), self._selection.selector(plan)
         unwatched = watchers == (None, None)  # what a graph or one call computes nobody looks into
         if self._decode_step is not None and unwatched and (rows := decode_rows(plan, self.sampler)):
-            return self._decode_at_once(proposed, self._decode_step, rows)
+            return self._decode_at_once(plan, self._decode_step, rows, spent, expansion)
         replayed = self._decode(plan) if unwatched else None
         logits, layout = replayed or self._forward(plan, *watchers)
         computed = self._timer.now()
-        drawn = self.sampler.draw(plan, layout, logits, proposed.distributions) if len(layout.rows) else None
+        distributions = None if expansion is None else expansion.distributions
+        drawn = self.sampler.draw(plan, layout, logits, distributions) if len(layout.rows) else None
         moments = started, computed, self._timer.now()
-        return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], proposed.seconds, proposed.caught_up)
+        return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], spent, expansion=expansion)
 
-    def _decode_at_once(self, proposed: Proposed, compute: DecodeStepCPU, rows: DecodeRows) -> LaunchedStep:
+    def _decode_at_once(
+        self,
+        plan: BatchPlan,
+        compute: DecodeStepCPU,
+        rows: DecodeRows,
+        spent: Spent,
+        expansion: Expansion | None = None,
+    ) -> LaunchedStep:
         """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits or
         drafts are verified.
 
         That takes no operation of torch's, so it does without the mode that those want: entering it would show.
         """
-        plan, grammars, spent = proposed.plan, self.sampler.grammars, (proposed.seconds, proposed.caught_up)
-        masks = None
+        masks, grammars = None, self.sampler.grammars
         if grammars and not rows.proposals:
             masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts)
         started = time.perf_counter()
@@ -306,11 +308,13 @@ class Engine:
         computed = started + step.forward_seconds
         if step.tokens is not None:
             moments = started, computed, computed + step.sample_seconds
-            return LaunchedStep(plan, None, None, None, moments, None, *spent, decoded=step.tokens)
+            return LaunchedStep(plan, moments=moments, spent=spent, decoded=step.tokens, expansion=expansion)
+        distributions = None if expansion is None else expansion.distributions
         with torch.inference_mode():
             layout, logits = logit_layout(plan), compute.logits(len(rows.slots) + rows.proposals)
-            drawn = self.sampler.draw(plan, layout, logits, proposed.distributions, masks)
-        return LaunchedStep(plan, layout, logits, drawn, (started, computed, time.perf_counter()), None, *spent)
+            drawn = self.sampler.draw(plan, layout, logits, distributions, masks)
+        moments = started, computed, time.perf_counter()
+        return LaunchedStep(plan, layout, logits, drawn, moments, spent=spent, expansion=expansion)
 
     def _forward(
         self, plan: BatchPlan, observer: StepObserver | None, selector: PageSelector | None

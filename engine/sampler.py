@@ -98,7 +98,7 @@ class Sampler:
 
     def outputs(
         self, plan: BatchPlan, layout: LogitLayout, logits: Tensor, sampled: Drawn
-    ) -> tuple[IntArray, tuple[SequenceOutput, ...], dict[int, bytes]]:
+    ) -> tuple[IntArray, tuple[SequenceOutput, ...], dict[int, tuple[bytes, ...]]]:
         """Tokens [D] of the plan's decodes, outputs of its sequences, and `StepOutput.recorded`.
 
         Waits for what `draw` gave. A sequence with a row that is not finite gets an error instead; reads the device
@@ -116,7 +116,7 @@ class Sampler:
             self._remember_accepted(plan, outputs)
         if recorded:
             outputs = _with_rows(outputs, layout, count, recorded)
-        return decoded, outputs, {place: row for place, row in recorded.items() if place < count}
+        return decoded, outputs, {place: (row,) for place, row in recorded.items() if place < count}
 
     def told(
         self, plan: BatchPlan, tokens: IntArray

@@ -130,6 +130,10 @@ class SlotTable:
         """Whether the slots' tokens at these positions are `likeliest`."""
         return bool((self.likeliest[slots] & (positions >= self.min_ends[slots])).all())
 
+    def all_unaltered(self, slots: IntArray, positions: IntArray) -> bool:
+        """Whether the slots' tokens at these positions are `unaltered`."""
+        return bool((self.unaltered[slots] & (positions >= self.min_ends[slots])).all())
+
     def _count(self, assignment: SlotAssignment) -> None:
         """Start the slot's counts from its prompt and what it has generated already."""
         prompt = upload(np.array(assignment.prompt_ids, np.int64), self.device)

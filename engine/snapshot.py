@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.errors import ConfigError
 from ..core.messages import EngineInfo
-from ..core.plan import StoredBlock
+from ..core.prefix import StoredBlock
 from ..models.checkpoint import open_checkpoint
 from .sizing import CacheLayout
 

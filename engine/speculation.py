@@ -1,55 +1,44 @@
-"""`Speculation`: proposals for the sequences of a step that may have some. Whether they are right, the sampler says.
-
-In the plan that it returns, and wherever a step is computed, a sequence's `token_ids` end with its proposals,
-`drafts` says how many they are, and `model_drafts` how many of them a model drew.
-"""
+"""`Speculation`: proposals for the sequences of a step that may have some. Whether they are right, the sampler says."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from ..core.ids import SlotId
 from ..core.plan import (
-    NO_TOKEN,
     BatchPlan,
-    CaughtUp,
     IntArray,
+    Runs,
     SequenceOutput,
     SequencePlan,
     SlotAssignment,
-    StepOutput,
 )
 from ..core.speculation import MAX_DRAFT_TOKENS
-from ..kernels import sampling
-from ..kernels.draft_chain_cpu import DrawRules
-from ..speculation.drafter import Drafter, Foresight, Memory, Proposals
+from ..speculation.drafter import Drafter, Foresight, Memory
 from ..speculation.history import TokenHistory
-from .chain_rules import chain_rules
-from .rows import DraftDistributions, Rows
+from .expansion import Expansion
+from .proposal_draw import ProposalDraw
+from .proposed import Asked, Proposed, shapes, usable
 from .sampler import Sampler
-from .staging import upload
-from .trees import MASKED_ROWS, first_chain, valid_nodes
+from .trees import MASKED_ROWS, first_chain
 
 _MOST_WAITING = 64
 """Steps that the history may be behind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Proposed:
-    """A plan with its proposals."""
+class Report(NamedTuple):
+    """What drafters have to say of a step: see `StepOutput`."""
 
-    plan: BatchPlan
-    distributions: DraftDistributions | None = None
-    """What they were drawn from, if they were drawn and that is to be taken into account."""
-    seconds: float = 0.0
-    caught_up: CaughtUp = field(default_factory=CaughtUp)
+    foreseen: IntArray | None = None
+    foresight_seconds: float = 0.0
+    recalled: tuple[int, ...] = ()
+
+
+NOTHING_TOLD = Report()
 
 
 class Speculation:
@@ -94,23 +83,21 @@ class Speculation:
         """Proposals for a plan that asks for some."""
         started = time.perf_counter()
         self._enter_decoded()
-        asked = [index for index, part in enumerate(plan.sequences) if part.drafts]
-        parts = [plan.sequences[index] for index in asked]
-        slots = np.array([part.slot for part in parts], np.int32)
-        most = np.array([part.drafts for part in parts], np.int32)
-        known = self._history.known[slots]
-        assert all(part.start + len(part.token_ids) == end for part, end in zip(parts, known, strict=True))
-        limits = [part.drafts if part.model_drafts is None else part.model_drafts for part in parts]
-        draw = ProposalDraw(self._sampler, slots, known, int(most.max()), np.array(limits, np.int32))
-        proposals = self.drafter.propose(self._history, slots, most, draw)
-        shapes, chains = _shapes(proposals, most)
-        sequences = list(plan.sequences)
-        tokens = _usable(proposals, most, self._sampler.table.vocab_size)
-        for index, part, drafts, parents, drew in zip(asked, parts, tokens, shapes, draw.drew.tolist(), strict=True):
-            sequences[index] = self._with(part, drafts, parents[: len(drafts)], drew)
-        distributions = draw.distributions(asked, chains)
-        seconds, caught_up = time.perf_counter() - started, proposals.caught_up
-        return Proposed(replace(plan, sequences=tuple(sequences)), distributions, seconds, caught_up)
+        asked = Asked.of(plan)
+        assert (asked.known == self._history.known[asked.slots]).all(), "the history is of other tokens"
+        draw = ProposalDraw(self._sampler, asked.slots, asked.known, int(asked.most.max()), asked.most_drawn)
+        proposals = self.drafter.propose(self._history, asked.slots, asked.most, draw)
+        parents, chains = shapes(proposals, asked.most)
+        counts = usable(proposals, asked.most, self._sampler.table.vocab_size)
+        places, scaled = draw.drawn_from(chains) or (None, None)
+        seconds = time.perf_counter() - started
+        return Proposed(
+            asked, proposals.tokens, counts, draw.drew, parents, places, scaled, seconds, proposals.caught_up
+        )
+
+    def expand(self, plan: BatchPlan, proposed: Proposed) -> Expansion:
+        """The plan with what is proposed."""
+        return Expansion.of(plan, proposed, self._with)
 
     def _with(self, part: SequencePlan, drafts: tuple[int, ...], parents: tuple[int, ...], drew: bool) -> SequencePlan:
         """The sequence's part with its proposals; drew: whether a model drew them."""
@@ -137,9 +124,13 @@ class Speculation:
         decoded: IntArray,
         outputs: tuple[SequenceOutput, ...],
         apart: Mapping[int, SequenceOutput],
+        runs: Runs | None = None,
     ) -> None:
         """What a step has made known, see `StepOutput`."""
-        if len(decoded):
+        if runs is not None:
+            self._enter_decoded()
+            self._history.append(plan.decodes.slots, runs.token_ids, runs.counts)
+        elif len(decoded):
             self._decoded.append((plan.decodes.slots, decoded))
         if not (plan.sequences or apart) and len(self._decoded) < _MOST_WAITING:
             return
@@ -151,13 +142,10 @@ class Speculation:
         for slot, token_ids in accepted:
             self._history.extend(slot, token_ids)
 
-    def report(self, plan: BatchPlan, caught_up: CaughtUp, output: StepOutput) -> StepOutput:
-        """The output of a step that was noted, with what drafters have to say of it."""
-        if not (plan.foresee or plan.assignments or caught_up.computed):
-            return output
+    def report(self, plan: BatchPlan) -> Report:
+        """Of a step that was noted."""
         foreseen, seconds = self._foresee(plan) if plan.foresee else (None, 0.0)
-        recalled = self._recall(plan.assignments) if plan.assignments else ()
-        return replace(output, foreseen=foreseen, foresight_seconds=seconds, caught_up=caught_up, recalled=recalled)
+        return Report(foreseen, seconds, self._recall(plan.assignments) if plan.assignments else ())
 
     def _recall(self, assignments: Sequence[SlotAssignment]) -> tuple[int, ...]:
         """`StepOutput.recalled`."""
@@ -196,114 +184,3 @@ class Speculation:
         self._decoded.clear()
         self._history.known[:] = 0
         self.drafter.clear()
-
-
-def without_proposals(part: SequencePlan) -> SequencePlan:
-    """The sequence's part of a step as if nothing had been proposed."""
-    return replace(part, token_ids=part.token_ids[: len(part.token_ids) - part.drafts], drafts=0, parents=())
-
-
-def unspeculative(plan: BatchPlan) -> BatchPlan:
-    """The plan where nobody proposes anything."""
-    return replace(plan, sequences=tuple(replace(part, drafts=0) for part in plan.sequences))
-
-
-class ProposalDraw:
-    """Draws for S sequences, by the parameters of their slots; fulfils `speculation.drafter.Draw`."""
-
-    def __init__(self, sampler: Sampler, slots: IntArray, first: IntArray, most: int, limits: IntArray) -> None:
-        """first [S]: position of each sequence's first draft token; most: tokens of a proposal; limits: see `Draw`."""
-        self.limits = limits
-        self.drew = np.zeros(len(slots), np.bool_)
-        """[S]: of whom tokens were drawn."""
-        self._sampler = sampler
-        self._slots = slots
-        self._first = first
-        table = sampler.table
-        penalised = table.penalised[slots].any()
-        self._drawn: Tensor | None = None
-        """[S, most]: tokens so far, where penalties must count them."""
-        if penalised:
-            self._drawn = torch.full((len(slots), most), NO_TOKEN, dtype=torch.int64, device=table.device)
-        self._walk = sampler.grammars.walk(slots) if sampler.grammars else None
-        adjusted = penalised or table.biased[slots].any() or (first < table.min_ends[slots]).any()
-        self._adjusted = adjusted
-        """Whether somebody's logits change before they are drawn from."""
-        self._greedy = not (adjusted or table.kinds[slots].any())
-        """Whether only the likeliest token is ever taken; `DRAW_KINDS` begins with that."""
-        self._places: IntArray = np.full((len(slots), most), -1, np.int32)
-        """[S, most]: which of `_scaled`, in all, a token was drawn from; -1: from none that matters."""
-        self._scaled: list[Tensor] = []
-        self._kept = 0
-        """Rows of them."""
-
-    def __call__(self, logits: Tensor, members: IntArray, depth: int) -> Tensor:
-        """See `Draw`. A draft's vocabulary may be padded to another width than the target's."""
-        self.drew[members] = True
-        table = self._sampler.table
-        logits = logits[:, : table.vocab_size]
-        if self._greedy:
-            return sampling.greedy_tokens(logits, self._sampler.backend)
-        if logits.shape[1] < table.vocab_size:
-            logits = pad(logits, (0, table.vocab_size - logits.shape[1]), value=float("-inf"))
-        slots, prefix, rows = self._slots[members], None, None
-        if self._drawn is not None:
-            rows = upload(members.astype(np.int64), table.device)
-            prefix = self._drawn[rows, :depth] if depth else None
-        masks = None if self._walk is None else self._walk.masks(members)
-        tokens, scaled = self._sampler.propose(logits, Rows(slots, self._first[members] + depth, prefix, masks=masks))
-        if self._walk is not None and masks is not None:
-            self._walk.take(members, tokens.tolist())
-        if self._drawn is not None:
-            self._drawn[rows, depth] = tokens
-        if scaled is not None:
-            free = members[table.free[slots]]
-            self._places[free, depth] = np.arange(self._kept, self._kept + len(scaled))
-            self._keep(scaled)
-        return tokens
-
-    def rules(self, members: IntArray, active: Sequence[int]) -> DrawRules | None:
-        """See `Draw`."""
-        if self._adjusted:
-            return None
-        self.drew[members] = True
-        rules = chain_rules(self._sampler.table, self._slots[members], self._first[members], active)
-        if len(rules.scaled):
-            places = rules.places.numpy()
-            self._places[members, : len(places)] = np.where(places < 0, -1, places + self._kept).T
-            self._keep(rules.scaled)
-        return rules
-
-    def _keep(self, scaled: Tensor) -> None:
-        self._scaled.append(scaled)
-        self._kept += len(scaled)
-
-    def distributions(self, asked: list[int], chains: npt.NDArray[np.bool_]) -> DraftDistributions | None:
-        """Those of the sequences, which are called `asked` [S], that are `chains` [S]; None if none matters."""
-        if not self._scaled:
-            return None
-        counts = (self._places >= 0).cumprod(1).sum(1) * chains
-        places = {index: row[:count] for index, row, count in zip(asked, self._places, counts, strict=True) if count}
-        scaled = self._scaled[0] if len(self._scaled) == 1 else torch.cat(self._scaled)
-        return DraftDistributions(places, scaled)
-
-
-def _usable(proposals: Proposals, most: IntArray, vocab_size: int) -> list[tuple[int, ...]]:
-    """Tokens of each proposal, up to the first that is none of the target's or whose place in a tree is none."""
-    tokens, counts = proposals.tokens, np.minimum(proposals.counts, most)
-    inside = (tokens >= 0) & (tokens < vocab_size) & (np.arange(tokens.shape[1]) < counts[:, None])
-    if proposals.parents is not None:
-        inside &= valid_nodes(tokens, proposals.parents)
-    lengths = inside.cumprod(1).sum(1)
-    return [tuple(row[:length]) for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
-
-
-def _shapes(proposals: Proposals, most: IntArray) -> tuple[list[tuple[int, ...]], npt.NDArray[np.bool_]]:
-    """Parents of each proposal, none for chains, and [S] which are chains: by what was handed in, which no token that
-    turns out to be unusable may change."""
-    parents = proposals.parents
-    if parents is None:
-        return [()] * len(most), np.ones(len(most), np.bool_)
-    order = np.arange(parents.shape[1])
-    chains = ((parents == order - 1) | (order >= np.minimum(proposals.counts, most)[:, None])).all(1)
-    return [() if chain else tuple(row) for chain, row in zip(chains, parents.tolist(), strict=True)], chains

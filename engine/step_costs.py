@@ -7,12 +7,12 @@ import numpy as np
 
 from ..core.ids import SlotId
 from ..core.messages import EngineInfo
-from ..core.plan import BatchPlan, IntArray, PageGrants, SequencePlan, SlotAssignment, StepOutput
+from ..core.plan import BatchPlan, Decodes, IntArray, PageGrants, SlotAssignment, StepOutput
 from ..core.request import SamplingParams
 from ..core.speculation import DraftMethod
 from ..speculation.drafter import Draw, Proposals
 from ..speculation.history import TokenHistory
-from .speculation import Proposed
+from .proposed import Proposed
 
 _COUNTS = (1, 8, 2, 4, 16, 32, 64)
 """In the order in which they are worth knowing, should there be no time for all."""
@@ -98,7 +98,7 @@ class CostProbe:
 
         def seconds(sequences: int) -> float:
             proposed = propose(self._plan(sequences * (1 + depth), 1 + depth))
-            return proposed.seconds / max(1, *(part.drafts for part in proposed.plan.sequences))
+            return proposed.seconds / max(1, int(proposed.counts.max()))
 
         step(BatchPlan((), self._assignments))
         slots = len(self._assignments)
@@ -107,14 +107,12 @@ class CostProbe:
 
     def _plan(self, rows: int, width: int) -> BatchPlan:
         """A step of so many rows, at most `width` a sequence."""
-        widths = [min(width, rows - first) for first in range(0, rows, width)]
-        token = self._assignments[0].prompt_ids[-1:]
-        return BatchPlan(
-            tuple(
-                SequencePlan(SlotId(slot), self._start, token, sample=True, drafts=width - 1)
-                for slot, width in enumerate(widths)
-            )
-        )
+        count = -(-rows // width)
+        slots, starts = np.arange(count, dtype=np.int32), np.full(count, self._start, np.int32)
+        ids = np.full(count, self._assignments[0].prompt_ids[-1], np.int32)
+        drafts = (np.minimum(width, rows - slots * width) - 1).astype(np.int32)
+        asked = (drafts, drafts) if drafts.any() else ()
+        return BatchPlan((), decodes=Decodes(slots, starts, ids, *asked))
 
 
 def _measure(counts: Sequence[int], seconds: Callable[[int], float], budget: float) -> list[tuple[int, float]]:

@@ -1,14 +1,17 @@
 """Steps of nothing but decodes and short drafts on a CPU, as one call of a kernel over the engine's own tables."""
 
+import time
 from itertools import chain
 
 import numpy as np
 
-from ..core.plan import MAX_FORCED_TOKENS, BatchPlan, SequencePlan
+from ..core.plan import MAX_FORCED_TOKENS, NO_TOKEN, BatchPlan, IntArray, Runs, SequencePlan
 from ..kernels.decode_step_cpu import DecodeRows, DecodeStepCPU, SlotTables
 from ..models.native import NativeRunner
 from ..models.runner import ModelRunner
 from .cache import KVCache
+from .launched import LaunchedStep, Spent
+from .proposed import Proposed
 from .sampler import Sampler
 from .slots import SlotTable
 
@@ -51,7 +54,54 @@ def decode_rows(plan: BatchPlan, sampler: Sampler) -> DecodeRows | None:
         (ones, counts),
         (0 * ones, drafts),
     )
-    return DecodeRows(*(np.append(first, rest).astype(np.int32) for first, rest in columns))
+    every_slot, every_start, every_id, every_count, every_draft = (
+        np.append(first, rest).astype(np.int32) for first, rest in columns
+    )
+    return DecodeRows(every_slot, every_start, every_id, every_count, every_draft)
+
+
+def verified_rows(plan: BatchPlan, proposed: Proposed, sampler: Sampler) -> DecodeRows | None:
+    """What a step computes and verifies in which all are decodes, of which some have proposals, chains, that nobody
+    alters the target's logits for; None if it does more."""
+    decodes = plan.decodes
+    starts = decodes.starts + 1
+    if plan.sequences or proposed.parents is not None or not sampler.table.all_unaltered(decodes.slots, starts):
+        return None
+    if sampler.grammars and any(sampler.grammars.bound(decodes.slots)):
+        return None
+    drafts: IntArray = np.zeros(len(decodes), np.int32)
+    rows, width = proposed.asked.rows, int(proposed.counts.max())
+    drafts[rows] = proposed.counts
+    there = np.arange(1 + width) <= drafts[:, None]
+    ids: IntArray = np.full(there.shape, NO_TOKEN, np.int32)
+    ids[:, 0], ids[rows, 1:] = decodes.token_ids, proposed.tokens[:, :width]
+    places: IntArray | None = None
+    if proposed.places is not None:
+        of_all: IntArray = np.full(there.shape, -1, np.int32)
+        of_all[rows, 1:] = proposed.places[:, :width]
+        places = of_all[there]
+    return DecodeRows(decodes.slots, decodes.starts, ids[there], 1 + drafts, drafts, True, places, proposed.scaled)
+
+
+def verify_at_once(plan: BatchPlan, compute: DecodeStepCPU, rows: DecodeRows, proposed: Proposed) -> LaunchedStep:
+    """A step of `verified_rows`, verified by one call."""
+    started = time.perf_counter()
+    step = compute(rows)
+    computed = started + step.forward_seconds
+    tokens, counts, drafted = step.tokens, step.counts, rows.drafts
+    assert tokens is not None
+    none = np.zeros_like(drafted)
+    by_model = none
+    if proposed.drew.any():
+        by_model = none.copy()
+        by_model[proposed.asked.rows] = proposed.counts * proposed.drew
+    return LaunchedStep(
+        plan,
+        moments=(started, computed, computed + step.sample_seconds),
+        spent=Spent.by(proposed),
+        decoded=tokens[np.arange(len(tokens)), counts - 1],
+        runs=Runs(tokens, counts, drafted, by_model, none),
+    )
 
 
 def _is_plain(part: SequencePlan, sampler: Sampler) -> bool:

@@ -1,9 +1,10 @@
 // A step in which every sequence computes its newest tokens and samples the next, in one call: inputs from the tables of
-// all slots, forward pass, choice of tokens, and the count of new entries; where drafts are verified, who does that chooses
-// and counts. The functions are those of a step put together
-// in Python, so the tokens are the same; Python's share of such a step would be as long as a small model's arithmetic.
+// all slots, forward pass, choice of tokens, drafts verified, and the count of new entries. The functions are those of a
+// step put together in Python, so the tokens are the same; Python's share of such a step would be as long as a small
+// model's arithmetic.
 #include "cpu_distributions.h"
 #include "cpu_kernels.h"
+#include "cpu_rejection.h"
 #include "cpu_rows.h"
 
 #include <chrono>
@@ -31,18 +32,23 @@ struct DecodeRows {
   const int32_t* ids;                   // [T]: tokens, -1: the slot's newest
   const int32_t* drafts;                // [D]: how many of its tokens, the last ones, are proposals
   const void *cos, *sin;                // [positions, half]
-  int32_t* tokens;                      // [D]: what is drawn; -1 where logits are not finite
+  int32_t* tokens;                      // [D, width]: what each gets; the first is -1 where logits are not finite
+  int32_t* counts;                      // [D]: how many these are, where drafts are verified
+  const int32_t* places;                // [T]: the row of `scaled` that a proposal was drawn from, -1: none; or null
+  const float* scaled;                  // [Q, V]: scaled logits
   float* logits;                        // [R, V]: of each sequence's last known token, and of its proposals
   const int32_t* masked;                // [D]: each row's mask, -1: none
   const uint8_t* masks;                 // [masks, mask_stride]: bit t % 8 of byte t / 8: may t be drawn; null: no mask
-  long count, half, positions, mask_stride;
-  int threads, drawn;                   // drawn: whether tokens were; if not, the logits wait for who draws
+  long count, half, positions, mask_stride, width;
+  int threads, verify;                  // verify: whether drafts are, here; then all bring one token besides
+  int drawn;                            // whether tokens were; if not, the logits wait for who draws
   double forward_seconds, sample_seconds;
 };
 
 enum Refusal { kNoToken = -1, kOutgrown = -2 };
 
 constexpr float kLeastTemperature = 1e-30f;
+constexpr int64_t kAcceptStream = (int64_t)2 << 40;  // as in noise.py
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -143,38 +149,96 @@ void forbid_unset(float* x, long vocab, const uint8_t* bits) {
   }
 }
 
-// The token drawn from the slot's logits [V], which may be overwritten; -1 if they are not finite.
-int64_t draw(const SlotTables& t, const DecodeRows& r, long i, long vocab, CutBuffers& buffers) {
-  const long slot = r.slots[i];
+Cuts cuts_of(const SlotTables& t, long slot) {
   const float* strengths = t.strengths + slot * t.strength_columns;
-  float* logits = r.logits + i * vocab;
+  return {std::max(strengths[0], kLeastTemperature), strengths[1], logf(strengths[2]), (long)t.keys[2 * slot + 1]};
+}
+
+// The token drawn for a position from the slot's logits [V], which may be overwritten; -1 if they are not finite.
+int64_t draw(const SlotTables& t, long slot, int64_t position, float* logits, long vocab, CutBuffers& buffers) {
+  if (t.strengths[slot * t.strength_columns] == 0) {
+    int64_t token;
+    return std::isfinite(likeliest(logits, vocab, &token)) ? token : -1;
+  }
+  shape_row(logits, logits, vocab, cuts_of(t, slot), buffers);
+  if (logits[0] != logits[0]) return -1;
+  return draw_row(logits, vocab, NoiseKey(t.keys[2 * slot], position));
+}
+
+// Of a sequence that brings no drafts.
+int64_t draw_next(const SlotTables& t, const DecodeRows& r, long i, float* logits, long vocab, CutBuffers& buffers) {
   if (r.masks && r.masked[i] >= 0) {
     if (!std::isfinite(largest(logits, vocab))) return -1;  // also where that is forbidden
     forbid_unset(logits, vocab, r.masks + r.masked[i] * r.mask_stride);
   }
-  if (strengths[0] == 0) {
+  return draw(t, r.slots[i], r.starts[i] + tokens_of(r, i), logits, vocab, buffers);
+}
+
+// What the target says after the last known token and, as long as it says what is proposed, after each proposal:
+// tokens [width]. `logits` are of these rows, one after another. Returns how many; 0 if one of the rows is not finite,
+// which spoils what is computed beside it.
+long verify(const SlotTables& t, const DecodeRows& r, long i, float* logits, long vocab, CutBuffers& buffers) {
+  const long slot = r.slots[i], drafts = r.drafts[i], first = r.ends[i] - drafts;
+  int32_t* tokens = r.tokens + i * r.width;
+  long count = 0;
+  bool open = true;  // nothing was rejected yet
+  for (long k = 0; k <= drafts; k++, logits += vocab) {
+    if (!open) {
+      if (!std::isfinite(largest(logits, vocab))) return 0;
+      continue;
+    }
+    const int64_t position = r.starts[i] + tokens_of(r, i) - drafts + k;
+    const long place = k < drafts && r.places ? r.places[first + k] : -1;
     int64_t token;
-    return std::isfinite(likeliest(logits, vocab, &token)) ? token : -1;
+    if (place >= 0) {
+      shape_row(logits, logits, vocab, cuts_of(t, slot), buffers);
+      if (logits[0] != logits[0]) return 0;
+      const Noises noises{t.keys[2 * slot], position + kAcceptStream, position};
+      open = judge_row(logits, r.scaled + place * vocab, vocab, r.ids[first + k], noises, &token);
+    } else {
+      token = draw(t, slot, position, logits, vocab, buffers);
+      if (token < 0) return 0;
+      open = k < drafts && token == r.ids[first + k];
+    }
+    tokens[count++] = token;
   }
-  const Cuts cuts{std::max(strengths[0], kLeastTemperature), strengths[1], logf(strengths[2]), (long)t.keys[2 * slot + 1]};
-  shape_row(logits, logits, vocab, cuts, buffers);
-  if (logits[0] != logits[0]) return -1;
-  return draw_row(logits, vocab, NoiseKey(t.keys[2 * slot], r.starts[i] + tokens_of(r, i)));
+  return count;
+}
+
+// Whether nobody alters the logits of any row.
+bool unaltered(const SlotTables& t, const DecodeRows& r) {
+  for (long i = 0; i < r.count; i++)
+    if (!t.unaltered[r.slots[i]] || r.starts[i] + tokens_of(r, i) - r.drafts[i] < t.min_ends[r.slots[i]]) return false;
+  return true;
 }
 
 void draw_all(const SlotTables& t, DecodeRows& r, long vocab) {
-  for (long i = 0; i < r.count; i++)
-    if (!t.unaltered[r.slots[i]] || r.starts[i] + tokens_of(r, i) < t.min_ends[r.slots[i]]) return;
-  r.drawn = true;
+  r.drawn = unaltered(t, r);
+  if (!r.drawn) return;
 #pragma omp parallel num_threads(r.count < r.threads ? r.count : r.threads)
   {
     CutBuffers buffers;
 #pragma omp for schedule(dynamic, 1)
     for (long i = 0; i < r.count; i++) {
-      r.tokens[i] = draw(t, r, i, vocab, buffers);
-      t.newest[r.slots[i]] = std::max(r.tokens[i], 0);
+      int32_t* tokens = r.tokens + i * r.width;
+      long count = 1;
+      if (r.verify) {
+        std::fill(tokens, tokens + r.width, -1);
+        r.counts[i] = count = verify(t, r, i, r.logits + first_row(r, i) * vocab, vocab, buffers);
+        if (!count) std::fill(tokens, tokens + r.width, -1);
+      } else {
+        tokens[0] = draw_next(t, r, i, r.logits + i * vocab, vocab, buffers);
+      }
+      t.newest[r.slots[i]] = count ? std::max(tokens[count - 1], 0) : 0;
     }
   }
+}
+
+// Entries of sequence i that stay: those of what is known, and of proposals that were right; if these are to be verified
+// elsewhere, so are they counted there.
+long staying(const DecodeRows& r, long i) {
+  if (!r.drafts[i]) return tokens_of(r, i);
+  return r.drawn && r.counts[i] ? tokens_of(r, i) - r.drafts[i] - 1 + r.counts[i] : 0;
 }
 
 }  // namespace
@@ -208,14 +272,14 @@ extern "C" long quire_decode_step(const quire::Decoder* decoder, const quire::Ar
   s.table_layer = a.kv_heads * pages, s.kept_layer = a.kv_heads;
   s.cos = r.cos, s.sin = r.sin, s.half = r.half, s.logits = r.logits, s.threads = r.threads;
   if (!quire_forward(decoder, &s, &a)) return kNoToken;
-  for (long i = 0; i < r.count; i++) {
-    if (r.drafts[i]) continue;  // what stays is known once they are verified
-    for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head] += tokens_of(r, i);
-    t.computed[r.slots[i]] += tokens_of(r, i);
-  }
   const double computed = now();
   r.drawn = false;
-  if (s.wanted == r.count) draw_all(t, r, d.vocab);
+  if (r.verify || s.wanted == r.count) draw_all(t, r, d.vocab);
+  for (long i = 0; i < r.count; i++) {
+    const long count = staying(r, i);
+    for (long head = 0; head < heads; head++) t.kept[r.slots[i] * heads + head] += count;
+    t.computed[r.slots[i]] += count;
+  }
   r.forward_seconds = computed - started, r.sample_seconds = now() - computed;
   return 0;
 }

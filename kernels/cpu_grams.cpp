@@ -1,5 +1,5 @@
 // N-grams of growing token sequences: those that came are indexed, and of the newest tokens it is told how many stood
-// together before. Tables, hash and search are those of speculation/ngram.py, call by call: either may go on where the
+// together before, and what followed. Tables, hash and search are those of speculation/ngram.py, call by call: either may go on where the
 // other left off. A microsecond for a sequence, where Python's calls take a dozen.
 #include <algorithm>
 #include <cstdint>
@@ -45,18 +45,23 @@ long common(const Grams& g, const int32_t* view, long first, long second) {
   return length;
 }
 
-long longest_match(const Grams& g, long slot, const int32_t* view) {
+// Where the longest, among equals the newest, match of the last tokens ends, and its length; 0: none.
+struct Match {
+  long start, length;
+};
+
+Match longest_match(const Grams& g, long slot, const int32_t* view) {
   const long last = g.known[slot] - 1;
-  long best = 0;
-  for (long i = 0; i < 2 && best < g.orders[std::max(i - 1, 0L)]; i++) {
+  Match best{0, 0};
+  for (long i = 0; i < 2 && best.length < g.orders[std::max(i - 1, 0L)]; i++) {
     if (last + 1 < g.orders[i]) continue;
     const int32_t* older = g.older + (i * g.slots + slot) * g.length;
     long candidate = older[last] - 1;
     for (long tried = 0; tried < g.candidates && candidate >= 0; tried++, candidate = older[candidate] - 1)
-      if (candidate >= best && view[candidate - best] == view[last - best])
-        best = std::max(best, common(g, view, candidate, last));
+      if (candidate >= best.length && view[candidate - best.length] == view[last - best.length])
+        if (const long length = common(g, view, candidate, last); length > best.length) best = {candidate + 1, length};
   }
-  return best >= g.orders[1] ? std::min(best, g.most) : 0;
+  return best.length >= g.orders[1] ? best : Match{0, 0};
 }
 
 }  // namespace
@@ -67,6 +72,20 @@ extern "C" void quire_match_grams(const quire::Grams* grams, const int32_t* slot
   for (long i = 0; i < count; i++) {
     const int32_t* view = grams->tokens + slots[i] * grams->length;
     quire::take_in(*grams, slots[i], view);
-    matched[i] = quire::longest_match(*grams, slots[i], view);
+    matched[i] = std::min(quire::longest_match(*grams, slots[i], view).length, grams->most);
+  }
+}
+
+// The same, and writes for each up to `most` [count] tokens that may follow, of `tokens` [count, width], and how many.
+extern "C" void quire_continue_grams(const quire::Grams* grams, const int32_t* slots, const int32_t* most, long count,
+                                     int32_t* tokens, long width, int32_t* counts) {
+  for (long i = 0; i < count; i++, tokens += width) {
+    const int32_t* view = grams->tokens + slots[i] * grams->length;
+    quire::take_in(*grams, slots[i], view);
+    const quire::Match match = quire::longest_match(*grams, slots[i], view);
+    // A match that reaches into its own continuation repeats with the distance as its period.
+    const long distance = grams->known[slots[i]] - match.start;
+    counts[i] = std::min<long>(most[i], match.length);
+    for (long k = 0; k < counts[i]; k++) tokens[k] = view[match.start + k % distance];
   }
 }

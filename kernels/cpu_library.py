@@ -95,10 +95,10 @@ class DecodeRowsArgs(ctypes.Structure):
     """`quire::DecodeRows` of cpu_decode_step.cpp."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "drafts", "cos", "sin", "tokens", "logits")),
-        *((name, _POINTER) for name in ("masked", "masks")),
-        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride")),
-        *((name, _INT) for name in ("threads", "drawn")),
+        *((name, _POINTER) for name in ("slots", "starts", "ends", "ids", "drafts", "cos", "sin", "tokens", "counts")),
+        *((name, _POINTER) for name in ("places", "scaled", "logits", "masked", "masks")),
+        *((name, _LONG) for name in ("count", "half", "positions", "mask_stride", "width")),
+        *((name, _INT) for name in ("threads", "verify", "drawn")),
         *((name, ctypes.c_double) for name in ("forward_seconds", "sample_seconds")),
     )
 
@@ -153,6 +153,10 @@ class CpuLibrary:
         self.decode_step.argtypes = [ctypes.POINTER(kind) for kind in decoding]
         self.match_grams = library.quire_match_grams
         self.match_grams.argtypes = [ctypes.POINTER(GramsArgs), _POINTER, _LONG, _POINTER]
+        self.continue_grams = library.quire_continue_grams
+        self.continue_grams.argtypes = [
+            ctypes.POINTER(GramsArgs), _POINTER, _POINTER, _LONG, _POINTER, _LONG, _POINTER
+        ]  # fmt: skip
         self.survey_rows = library.quire_survey_rows
         self.survey_rows.argtypes = [_POINTER] * 3 + [_LONG] * 3 + [_INT]
         self.shape_rows = library.quire_shape_rows

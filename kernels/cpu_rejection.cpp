@@ -1,4 +1,6 @@
 // Draft tokens accepted or replaced, one row after the other as far as a run of them goes on: see rejection.py.
+#include "cpu_rejection.h"
+
 #include "cpu_rows.h"
 
 #include <vector>
@@ -35,6 +37,13 @@ int64_t draw_residual(const float* p, const float* q, long width, NoiseKey key) 
 }
 
 }  // namespace
+
+bool judge_row(const float* p, const float* q, long width, int64_t draft, const Noises& noises, int64_t* token) {
+  const bool accepted = accepts(p, q, width, draft, NoiseKey(noises.seed, noises.decide));
+  *token = accepted ? draft : draw_residual(p, q, width, NoiseKey(noises.seed, noises.replace));
+  return accepted;
+}
+
 }  // namespace quire
 
 // tokens [rows]: see judge_drafts in rejection.py. p, q [rows, width], contiguous; uniforms come from (seed, decide) and
@@ -49,10 +58,8 @@ extern "C" void quire_judge_rows(const float* p, const float* q, const int64_t* 
     for (long row = head; row < rows && heads[row] == head; row++) {
       tokens[row] = -1;
       if (!open) continue;
-      const float *of_p = p + row * width, *of_q = q + row * width;
-      const quire::NoiseKey decision(seeds[row], decide[row]), replacement(seeds[row], replace[row]);
-      open = quire::accepts(of_p, of_q, width, drafts[row], decision);
-      tokens[row] = open ? drafts[row] : quire::draw_residual(of_p, of_q, width, replacement);
+      const quire::Noises noises{seeds[row], decide[row], replace[row]};
+      open = quire::judge_row(p + row * width, q + row * width, width, drafts[row], noises, tokens + row);
     }
   }
 }

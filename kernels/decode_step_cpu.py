@@ -1,5 +1,6 @@
 """A step that decodes in one call of cpu_decode_step.cpp: inputs, forward pass, choice of tokens, count of new entries.
-Where draft tokens are to be verified it leaves the choice, and the count of those sequences' entries, to who does that.
+Draft tokens are verified too, unless somebody else is to: that leaves them the choice, and the count of those
+sequences' entries.
 
 Letters as in `kernels.decoder_cpu`; N slots, D of which bring tokens, T in all, L layers, B entries of a page, M
 columns of a slot's page table. Bytes: the weights, head included, once, and the cache of D sequences.
@@ -71,6 +72,12 @@ class DecodeRows:
     """[D]: tokens of each, at least 1."""
     drafts: npt.NDArray[np.int32]
     """[D]: how many of them, the last ones, are proposals: fewer than all."""
+    verified: bool = False
+    """Whether the proposals are verified: all are `unaltered`, and bring one token besides."""
+    places: npt.NDArray[np.int32] | None = None
+    """[T]: the row of `scaled` that a proposal was drawn from, the first ones of a sequence; -1: none that matters."""
+    scaled: Tensor | None = None
+    """[Q, V] float32, contiguous: see `kernels.rejection`."""
 
     @property
     def proposals(self) -> int:
@@ -82,8 +89,11 @@ class Decoded(NamedTuple):
     """What a step of D rows gave."""
 
     tokens: npt.NDArray[np.int32] | None
-    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, or there are
-    proposals, so who draws needs `logits`."""
+    """[D]: -1 where a row's logits are not finite; None: some row is not `unaltered`, or there are proposals to be
+    verified elsewhere, so who draws needs `logits`. Of verified steps [D, 1 + most proposals], padded with -1: the
+    target's token, after those of the proposals that it would have said too."""
+    counts: npt.NDArray[np.int32]
+    """[D]: of verified steps, how many tokens each got; 0: some row's logits are not finite. Else of no meaning."""
     forward_seconds: float
     sample_seconds: float
 
@@ -108,12 +118,14 @@ class DecodeStepCPU:
             **{name: getattr(tables, name).ctypes.data for name in arrays},
             **{name: getattr(tables, name).data_ptr() for name in tensors},
         )  # fmt: skip
-        self._numbers = np.empty((6, len(heads)), np.int32)
-        self._ids = np.empty(len(heads), np.int32)
+        self._numbers = np.empty((7, len(heads)), np.int32)
+        self._ids, self._drawn = np.empty(len(heads), np.int32), np.empty(len(heads), np.int32)
         self._rows = DecodeRowsArgs(threads=torch.get_num_threads())
         columns = (row.ctypes.data for row in self._numbers)
-        for name, column in zip(("slots", "starts", "ends", "tokens", "masked", "drafts"), columns, strict=True):
-            setattr(self._rows, name, column)
+        names = ("slots", "starts", "ends", "single", "masked", "drafts", "counts")
+        self._columns = dict(zip(names, columns, strict=True))
+        for name in ("slots", "starts", "ends", "masked", "drafts", "counts"):
+            setattr(self._rows, name, self._columns[name])
         self._rows.ids = self._ids.ctypes.data
         self._logits = torch.empty(0, decoder.vocab)
         self._set_angles(1)
@@ -139,7 +151,10 @@ class DecodeStepCPU:
         if len(self._logits) < wanted:
             self._logits = torch.empty(wanted, self._decoder.vocab)
             rows.logits = self._logits.data_ptr()
-        rows.count, rows.masks = count, None
+        rows.count, rows.masks, rows.verify = count, None, step.verified
+        rows.width, rows.tokens = 1, self._columns["single"]
+        if step.verified:
+            self._verify(step)
         if masks is not None:
             numbers[4, :count] = -1
             numbers[4, masks.rows] = np.arange(len(masks.rows))
@@ -151,7 +166,19 @@ class DecodeStepCPU:
         if found == _NO_TOKEN:
             raise IndexError(f"an id is not below {self._decoder.vocab}")
         assert found == 0, "a head outgrows its page table"
-        return Decoded(numbers[3, :count].copy() if rows.drawn else None, rows.forward_seconds, rows.sample_seconds)
+        assert rows.drawn or not step.verified, "a row to be verified is altered"
+        tokens = self._drawn[: count * rows.width].reshape(count, -1) if step.verified else numbers[3, :count]
+        times = rows.forward_seconds, rows.sample_seconds
+        return Decoded(tokens.copy() if rows.drawn else None, numbers[6, :count].copy(), *times)
+
+    def _verify(self, step: DecodeRows) -> None:
+        """What the call needs to verify proposals."""
+        rows, width = self._rows, int(step.counts.max())
+        if len(step.slots) * width > len(self._drawn):
+            self._drawn = np.empty(2 * len(step.slots) * width, np.int32)
+        rows.width, rows.tokens = width, self._drawn.ctypes.data
+        rows.places = None if step.places is None else step.places.ctypes.data
+        rows.scaled = None if step.scaled is None else step.scaled.data_ptr()
 
     def logits(self, count: int) -> Tensor:
         """[count, V] float32 of the last call, of so many rows; the next one overwrites them."""

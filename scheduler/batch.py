@@ -111,10 +111,10 @@ class BatchDraft:
         self.compactions.pop(sequence, None)
         self.prunes.pop(sequence, None)
 
-    def add(self, sequence: SequenceState, part: SequencePlan, planned: int = 0) -> None:
-        """The sequence computes its `part` in this step, `planned` rows of which the budget has already paid."""
-        sequence.in_flight = len(part.token_ids) + part.drafts
-        self.budget -= sequence.in_flight - planned
+    def add(self, sequence: SequenceState, part: SequencePlan) -> None:
+        """The sequence computes its `part` in this step."""
+        sequence.in_flight = len(part.token_ids)
+        self.budget -= sequence.in_flight
         self.members.append(sequence)
         self.plans.append(part)
 
@@ -124,15 +124,13 @@ class BatchDraft:
         self.members[place].in_flight += drafts
         self.budget -= drafts
 
-    def remove_decodes(self, rows: list[int]) -> None:
-        """The steady decodes in these rows, ascending, take part otherwise."""
-        if rows:
-            kept = np.ones(len(self.decoders), np.bool_)
-            kept[rows] = False
-            decodes = self.decodes
-            self.decodes = Decodes(decodes.slots[kept], decodes.starts[kept], decodes.token_ids[kept])
-            for row in reversed(rows):
-                del self.decoders[row]
+    def draft(self, decodes: Decodes) -> None:
+        """Of the steady decodes some draft, too: as `decodes` says, of the same rows."""
+        assert decodes.drafts is not None
+        self.decodes = decodes
+        self.budget -= int(decodes.drafts.sum())
+        for sequence, drafts in zip(self.decoders, decodes.drafts.tolist(), strict=True):
+            sequence.in_flight = 1 + drafts
 
     def build(self, swaps: Swaps, duplicates: PageDuplicates) -> BatchPlan:
         """The finished plan, with what travels between device and host, and what is copied on the device."""

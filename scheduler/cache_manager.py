@@ -24,8 +24,8 @@ import numpy as np
 from msgspec.structs import replace
 
 from ..core.messages import EngineStats
-from ..core.plan import IntArray, StoredBlock
-from ..core.prefix import Bundle, PrefixIndex
+from ..core.plan import IntArray
+from ..core.prefix import Bundle, PrefixIndex, StoredBlock
 from .config import SchedulerConfig
 from .host_tier import HostTier
 from .pages import PagePool

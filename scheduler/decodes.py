@@ -1,16 +1,16 @@
 """`DecodeBatch`: the sequences in steady decoding, as columns.
 
-Such a sequence computes its newest token and samples the next, step after step. What a step must know of it lies in
-arrays, one entry per member, so planning and checking results cost a few vectorised operations for all of them. A
-sequence joins when it has sampled a token and wants nothing else; it leaves with its slot.
+Such a sequence computes its newest token and samples the next, or drafts, step after step. What a step must know of it
+lies in arrays, one entry per member, so planning and checking results cost a few vectorised operations for all of them.
+A sequence joins when it has sampled a token and wants nothing else; it leaves with its slot.
 """
 
-from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..core.plan import NO_TOKEN, Decodes, IntArray
+from ..core.plan import NO_TOKEN, Decodes, IntArray, StepOutput
 from .sequence import SequenceState
 
 Rows = npt.NDArray[np.intp]
@@ -168,29 +168,52 @@ class DecodeBatch:
         One token always comes from the target, and nothing is drafted past a length at which the sequence wakes.
         """
         places, known = self._places(decodes), decodes.starts + 1
-        limits = np.clip(self._ends[places] - known - 1, 0, most)
+        limits = np.minimum(np.maximum(self._ends[places] - known - 1, 0), most)
         return self._max_lengths[places] - known, limits * self._speculates[places]
 
-    def settle(self, decodes: Decodes, sampled: IntArray, apart: Iterable[int]) -> Rows:
-        """Take in the tokens [D] of a step; returns the rows that ended, failed, left meanwhile or wake, ascending, and
-        with them the rows `apart`, which got something else.
+    def let_draft(self, decodes: Decodes, drafts: IntArray, model_drafts: IntArray) -> Decodes:
+        """The same rows, of which some draft: see `Decodes`."""
+        drafting = replace(decodes, drafts=drafts, model_drafts=model_drafts)
+        self._whole = [drafting if whole is decodes else whole for whole in self._whole]
+        return drafting
+
+    def rooms(self, decodes: Decodes) -> IntArray:
+        """[D]: entries for which each row's sequence has pages."""
+        return self._room[self._places(decodes)].copy()
+
+    def settle(self, decodes: Decodes, output: StepOutput) -> Rows:
+        """Take in the tokens of a step; returns the rows that ended, failed, left meanwhile or wake, ascending, and
+        with them those that got something else.
 
         Of these nothing is taken in: they are no steady decodes any more.
         """
-        assert sampled.shape == decodes.slots.shape, "the engine sampled other rows than it was asked for"
-        places, lengths = self._places(decodes), decodes.starts + 2
+        newest, runs = output.decoded, output.runs
+        assert newest.shape == decodes.slots.shape, "the engine sampled other rows than it was asked for"
+        counts: IntArray | int = 1
+        if runs is not None:
+            counts, drafts = runs.counts, decodes.drafts
+            assert drafts is not None and ((counts - 1 <= runs.drafted) & (runs.drafted <= drafts)).all(), (
+                "more was drafted than planned, or accepted than drafted"
+            )
+        places, lengths = self._places(decodes), decodes.starts + 1 + counts
         self._whole = [whole for whole in self._whole if whole is not decodes]
-        self._tokens[places] = sampled
+        self._tokens[places] = newest
         self._lengths[places] = lengths
-        self._room[places] -= 1
-        over = (lengths >= self._ends[places]) | (sampled == NO_TOKEN)
-        over[[*apart]] = True
+        self._room[places] -= counts
+        over = (lengths >= self._ends[places]) | (newest == NO_TOKEN)
+        if output.apart:
+            over[[*output.apart]] = True
         if not isinstance(places, slice):
             over |= places == self._nobody
         if self._stops.shape[1]:
-            is_stop = (self._stops[places] == sampled[:, None]).any(axis=1)
-            over |= is_stop & (lengths > self._min_lengths[places])
+            over |= self._are_stopped(places, decodes, newest[:, None] if runs is None else runs.token_ids)
         return over.nonzero()[0]
+
+    def _are_stopped(self, places: Rows | slice, decodes: Decodes, token_ids: IntArray) -> npt.NDArray[np.bool_]:
+        """[D]: whether an end token that counts is among those [D, W] that each row got, which `NO_TOKEN` pads."""
+        is_stop = (self._stops[places][:, None] == token_ids[:, :, None]) & (token_ids[:, :, None] != NO_TOKEN)
+        lengths = decodes.starts[:, None] + 2 + np.arange(token_ids.shape[1])
+        return np.asarray((is_stop.any(axis=2) & (lengths > self._min_lengths[places][:, None])).any(axis=1))
 
     def check(self) -> None:
         """AssertionError unless the columns say what the members' own states do."""

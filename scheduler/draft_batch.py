@@ -50,8 +50,9 @@ class Lengths:
     def within(self, limits: IntArray, budget: int) -> "Lengths":
         """As far as `limits` [S] allow, and a budget in all, which those named first have first."""
         most = np.minimum(self.most, limits)
-        before = np.cumsum(most) - most
-        most = np.clip(budget - before, 0, most).astype(np.int32)
+        if int(most.sum()) > budget:
+            before = np.cumsum(most) - most
+            most = np.clip(budget - before, 0, most).astype(np.int32)
         return Lengths(most, np.minimum(self.model, most))
 
 

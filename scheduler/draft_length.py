@@ -187,8 +187,10 @@ class DraftLengths:
         """Take in a step: its drafts (None: it had none), its rows with theirs, and what it took in seconds.
 
         step_seconds: all of it but proposing, foreseeing and, where nothing was drafted, other thoughts of it, which
-        took `thought_seconds`; pure: it did nothing else of weight.
+        took `thought_seconds`; pure: it did nothing else of weight. Of no use where the operator chose the lengths.
         """
+        if self._info.fixed:
+            return
         self._steps += 1
         fresh = self.on or self._steps - self._changed <= _FRESH
         seldom = self._steps % (_LASTING if fresh else _SELDOM) == 0

@@ -58,6 +58,18 @@ class Growth:
             draft.promise(sequence)
         return True
 
+    def decodes_ahead(self, counts: IntArray, draft: BatchDraft) -> IntArray:
+        """`ahead` for the step's steady decodes: `counts` and what they get are [D]."""
+        lacks = counts >= self._decodes.rooms(draft.decodes)
+        granted = counts.copy()
+        if lacks.any():
+            lacking = np.flatnonzero(lacks & (counts > 0))
+            sequences = [draft.decoders[row] for row in lacking.tolist()]
+            granted[lacking] = self.ahead(sequences, counts[lacking].tolist(), draft)
+            for sequence in sequences:
+                self._decodes.grown(sequence)
+        return granted
+
     def ahead(self, sequences: list[SequenceState], counts: list[int], draft: BatchDraft) -> list[int]:
         """Room for `counts` draft tokens of sequences that have room for their known ones; returns how many get it.
 

@@ -13,12 +13,12 @@ from .waiting import WaitingQueue
 
 
 def only_decodes(plan: BatchPlan, decodes: DecodeBatch, running: list[SequenceState]) -> bool:
-    """Whether the plan in flight decodes everyone who runs on, and its results tell nothing but tokens.
+    """Whether the plan in flight decodes everyone who runs on, and its results tell nothing but a token of each.
 
     Ended sequences hold their slots until their last step is committed, but do not run on. What is bound to a grammar
     must know its token first.
     """
-    if plan.sequences or plan.prunes or decodes.bound or not decodes.take_part(plan.decodes):
+    if plan.sequences or plan.prunes or plan.asks_drafts or decodes.bound or not decodes.take_part(plan.decodes):
         return False
     return len(running) == len(decodes) or all(sequence.done or sequence.steady for sequence in running)
 

@@ -3,13 +3,39 @@
 from collections.abc import Iterable
 
 from ..core.messages import Decoded, Event, Finished, FinishReason, Logprob, Recorded, StepEvent, Tokens
-from ..core.plan import SequenceOutput, SequencePlan, StepOutput, TokenLogprob
+from ..core.plan import Decodes, Runs, SequenceOutput, SequencePlan, StepOutput, TokenLogprob
 from .batch import BatchDraft
 from .config import SchedulerConfig
 from .sequence import SequenceState
 
 
-def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decoded:
+def accept(
+    decodes: Decodes, members: list[SequenceState], over: list[int], output: StepOutput
+) -> tuple[list[StepEvent], list[SequenceState]]:
+    """Take in what the rows of the decode batch got that are not `over`, ascending: `members` are left with those.
+
+    Returns the events, and who got a token, as often as they got one.
+    """
+    token_ids: list[int] = output.decoded.tolist()
+    runs: list[list[int]] = [] if decodes.drafts is None else _runs(token_ids, output.runs)
+    for row in reversed(over):
+        del members[row], (runs or token_ids)[row]
+    if not members:
+        return [], members
+    if not runs:
+        return [_accept_tokens(members, token_ids)], members
+    generated = [sequence for sequence, run in zip(members, runs, strict=True) for _ in run]
+    return [_accept_runs(members, runs)], generated
+
+
+def _runs(token_ids: list[int], runs: Runs | None) -> list[list[int]]:
+    """Tokens of each row."""
+    if runs is None:
+        return [[token] for token in token_ids]
+    return [row[:count] for row, count in zip(runs.token_ids.tolist(), runs.counts.tolist(), strict=True)]
+
+
+def _accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decoded:
     """Take in one computed and one accepted token of each of many sequences, none of which ends by it.
 
     The same as `append` and `SequenceState.advance(1)`, in one loop without calls: it is most of a step's cost.
@@ -23,6 +49,20 @@ def accept_tokens(sequences: list[SequenceState], token_ids: list[int]) -> Decod
         table.room -= 1
     ids = [sequence.request.id for sequence in sequences]
     return Decoded(ids, [sequence.index for sequence in sequences], token_ids)
+
+
+def _accept_runs(sequences: list[SequenceState], token_ids: list[list[int]]) -> Decoded:
+    """The same with one computed token for each accepted one, of a step in which some drafted."""
+    for sequence, run in zip(sequences, token_ids, strict=True):
+        sequence.in_flight, count = 0, len(run)
+        sequence.tokens += run
+        sequence.num_computed += count
+        table = sequence.table
+        table.appended += count
+        table.room -= count
+    ids, counts = [sequence.request.id for sequence in sequences], [len(run) for run in token_ids]
+    indices, flat = [sequence.index for sequence in sequences], [token for run in token_ids for token in run]
+    return Decoded(ids, indices, flat, counts if len(flat) > len(counts) else None)
 
 
 def append(sequence: SequenceState, result: SequenceOutput) -> tuple[int, FinishReason | None]:
@@ -46,7 +86,7 @@ def append(sequence: SequenceState, result: SequenceOutput) -> tuple[int, Finish
 
 def recorded_rows(draft: BatchDraft, output: StepOutput) -> list[StepEvent]:
     """What the model said at the tokens that a step gave, where that is asked for; comes before the tokens."""
-    steady = [(draft.decoders[place], [row]) for place, row in output.recorded.items()]
+    steady = [(draft.decoders[row], list(rows)) for row, rows in output.recorded.items()]
     others = [(s, list(o.recorded)) for s, o in zip(draft.members, output.sequences, strict=True) if o.recorded]
     return [Recorded(s.request.id, s.index, rows) for s, rows in steady + others if not s.done]
 

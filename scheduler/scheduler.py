@@ -30,7 +30,7 @@ from .entrance import Entrance
 from .growth import Growth
 from .integrity import check_queue, check_running
 from .lookahead import may_enter, only_decodes
-from .outcome import accept_tokens, append, check_result, news, recorded_rows
+from .outcome import accept, append, check_result, news, recorded_rows
 from .oversight import Oversight
 from .pace import Pace
 from .policy import POLICIES, position
@@ -318,20 +318,19 @@ class Scheduler:
         """Apply the results of the decode batch: all at once but for those that end by them or were aborted."""
         if not members:
             return []
-        over = self._decodes.settle(decodes, output.decoded, output.apart).tolist()
+        over = self._decodes.settle(decodes, output).tolist()
+        ending = [(members[row], output.of_decode(row)) for row in over]
+        counts = 1 if output.runs is None else output.runs.counts
         # Also of those that are over: they are published once they are settled.
-        filled = [members[row] for row in np.flatnonzero((decodes.starts + 1) % self.config.page_size == 0).tolist()]
-        token_ids: list[int] = output.decoded.tolist()
-        ending = [(members[row], output.apart.get(row) or SequenceOutput.of(token_ids[row])) for row in over]
-        for row in reversed(over):
-            del members[row], token_ids[row]
-        events: list[StepEvent] = [accept_tokens(members, token_ids)] if members else []
-        self._generation_tokens += len(members)
-        self._policy.generated(members)
+        full = decodes.starts % self.config.page_size + counts >= self.config.page_size
+        filled = [members[row] for row in np.flatnonzero(full).tolist()]
+        events, generated = accept(decodes, members, over, output)
+        self._generation_tokens += len(generated)
+        self._policy.generated(generated)
         for sequence in filled:
             self._cache.publish(sequence)
         for sequence, result in ending:
-            sequence.in_flight -= 1
+            sequence.in_flight = 0 if decodes.drafts is not None else sequence.in_flight - 1
             self._decodes.leave(sequence)
             events += self._settle(sequence, 1, result)
         return events

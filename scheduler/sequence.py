@@ -265,16 +265,15 @@ class SequenceState:
             return min(count, self.num_scored - self.num_computed)
         return min(count, MAX_SCORED_ROWS)
 
-    def plan(self, count: int, drafts: int = 0, model_drafts: int | None = None) -> SequencePlan:
-        """This sequence's part of a batch: its next `count` known tokens, and up to `drafts` more, see there."""
+    def plan(self, count: int) -> SequencePlan:
+        """This sequence's part of a batch: its next `count` known tokens."""
         assert self.slot is not None
         start, end = self.num_computed, self.num_computed + count
         scores: tuple[int, ...] = ()
         if self.request.params.prompt_logprobs is not None and start >= self.num_scored:
             scores = tuple(self.tokens[start + 1 : min(end + 1, self.num_prompt)])
         ids = tuple(self.tokens[start:end])
-        sample = end == len(self.tokens)
-        return SequencePlan(self.slot, start, ids, sample, scores, drafts=drafts, model_drafts=model_drafts)
+        return SequencePlan(self.slot, start, ids, end == len(self.tokens), scores)
 
     def plan_repetition(self, token_ids: tuple[int, ...], count: int) -> SequencePlan:
         """This sequence's part of a batch: tokens behind its own, which repeat `count` of them, only to be observed."""

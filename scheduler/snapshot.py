@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ..core.errors import QuireError
-from ..core.plan import StoredBlock
+from ..core.prefix import StoredBlock
 from .loop import EngineLoop
 
 log = logging.getLogger("quire")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..core.plan import BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan, StepOutput
+from ..core.plan import NO_TOKEN, BatchPlan, Decodes, IntArray, SequenceOutput, SequencePlan, StepOutput
 from ..core.speculation import DraftInfo, SpeculationCounts
 from .batch import BatchDraft
 from .config import SchedulerConfig
@@ -47,9 +47,10 @@ class Speculation:
         self._some_foreseen = False
         self._pure = 0
         """Steps in a row that did nothing but generate."""
-        self._asked = [0] * (1 + info.most)
+        self._asked = np.zeros(1 + info.most, np.int64)
         """How often each length was planned."""
-        self._accepted_per_position = [0] * info.most
+        self._places = np.arange(info.most)
+        self._accepted_per_position = np.zeros(info.most, np.int64)
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
         self._cached_tokens = self._computed_tokens = 0
@@ -73,9 +74,9 @@ class Speculation:
         return SpeculationCounts(
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
-            accepted_tokens=sum(self._accepted_per_position),
-            accepted_per_position=self._accepted_per_position.copy(),
-            lengths=self._asked.copy(),
+            accepted_tokens=int(self._accepted_per_position.sum()),
+            accepted_per_position=self._accepted_per_position.tolist(),
+            lengths=self._asked.tolist(),
             draft_seconds=self._draft_seconds,
             step_seconds=self._step_seconds,
             cached_tokens=self._cached_tokens,
@@ -104,7 +105,7 @@ class Speculation:
             if self._foreseen is not None:
                 self._foreseen[entered] = 0
         others = [place for place, part in enumerate(draft.plans) if _may_draft(draft.members[place], part)]
-        may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), list[int]()
+        may_draft, chosen = self._decodes.speculating(draft.decodes) + len(others), np.empty(0, np.int32)
         decoding += len(others)
         draft.foresee = self.lengths.foresees(decoding) and (
             may_draft > 0 or any(member.request.speculate for member in draft.members)
@@ -116,9 +117,8 @@ class Speculation:
                 lengths = self.lengths.choose(batch)
                 if lengths.most.any():
                     chosen = self._let_draft(draft, others, lengths)
+        self._asked += np.bincount(chosen, minlength=1 + self._most)
         self._asked[0] += may_draft - len(chosen)
-        for length in chosen:
-            self._asked[length] += 1
         self._thought += time.perf_counter() - started
         self._begin()
 
@@ -132,7 +132,7 @@ class Speculation:
         seconds = now - (now if self._since is None else self._since)
         self._since = now if goes_on else None
         self._step_seconds += seconds
-        if not (plan.sequences or plan.foresee) and self.lengths.rests(seconds):
+        if not (plan.asks_drafts or plan.sequences or plan.foresee) and self.lengths.rests(seconds):
             self._foreseen, self._some_foreseen, self._thought = None, False, 0.0
             return
         self._draft_seconds += output.draft_seconds + output.foresight_seconds
@@ -141,20 +141,17 @@ class Speculation:
         if any(output.recalled):
             self.lengths.recall([assignment.slot for assignment in plan.assignments], output.recalled)
         self._see(plan, output.foreseen)
-        results = zip(plan.sequences, output.sequences, strict=True)
-        drafts = [(part, result) for part, result in results if part.drafts and result.error is None]
-        rows, outcome = plan.num_tokens, None
+        rows, outcome = plan.num_tokens, _outcome(plan, output)
         self._pure += 1
         if rows > len(plan.decodes) + len(plan.sequences) or (
             plan.assignments or plan.prunes or plan.compactions or plan.parks
         ):
             self._pure = 0
-        if drafts:
-            outcome = _outcome(drafts)
+        if outcome is not None:
             rows += int(outcome.drafted.sum())
             self._count(outcome)
         thought = output.foresight_seconds + self._thought
-        rest = max(seconds - output.draft_seconds - (output.foresight_seconds if drafts else thought), 0.0)
+        rest = max(seconds - output.draft_seconds - (output.foresight_seconds if outcome is not None else thought), 0.0)
         self.lengths.learn(outcome, rows, rest, output.draft_seconds, self._pure > _COLD, thought)
         self._thought = time.perf_counter() - started
 
@@ -164,14 +161,15 @@ class Speculation:
         if foreseen is not None:
             self._foreseen = np.zeros(self._num_slots, np.int32)
             if self._some_foreseen:
-                slots = np.append(plan.decodes.slots, [part.slot for part in plan.sequences]).astype(np.int32)
+                slots = plan.decodes.slots
+                if plan.sequences:
+                    slots = np.append(slots, [part.slot for part in plan.sequences]).astype(np.int32)
                 self._foreseen[slots] = foreseen
 
     def _count(self, outcome: Outcome) -> None:
         self._drafts += int(np.count_nonzero(outcome.drafted))
         self._draft_tokens += int(outcome.drafted.sum())
-        reached = (np.arange(self._most) < outcome.accepted[:, None]).sum(axis=0).tolist()
-        self._accepted_per_position = [sum(pair) for pair in zip(self._accepted_per_position, reached, strict=True)]
+        self._accepted_per_position += (self._places < outcome.accepted[:, None]).sum(axis=0)
 
     def _candidates(self, draft: BatchDraft, others: list[int]) -> Candidates:
         """The rows of the step's decode batch, then the `others` of its members."""
@@ -194,25 +192,22 @@ class Speculation:
         foreseen = None if self._foreseen is None else self._foreseen[slots]
         return Candidates(slots, arrivals, known, left, limits, len(slots), rows, draft.budget, foreseen)
 
-    def _let_draft(self, draft: BatchDraft, others: list[int], lengths: Lengths) -> list[int]:
-        """Let the candidates draft as far as pages allow; returns the lengths that are left."""
-        decoders, granted, chosen = len(draft.decoders), list[int](), np.flatnonzero(lengths.most).tolist()
-        members = [draft.decoders[row] if row < decoders else draft.members[others[row - decoders]] for row in chosen]
-        counts = self._growth.ahead(members, lengths.most[chosen].tolist(), draft)
-        rows = list[int]()
-        for row, member, count, by_model in zip(chosen, members, counts, lengths.model[chosen].tolist(), strict=True):
-            if not count:
-                continue
-            granted.append(count)
-            by_model = min(by_model, count)
-            if row >= decoders:
-                draft.extend(others[row - decoders], count, by_model)
-            else:
-                self._decodes.leave(member)
-                draft.add(member, member.plan(1, count, by_model), planned=1)
-                rows.append(row)
-        draft.remove_decodes(rows)
-        return granted
+    def _let_draft(self, draft: BatchDraft, others: list[int], lengths: Lengths) -> IntArray:
+        """Let the candidates [S] draft as far as pages allow; returns the lengths that are left [S]."""
+        steady = len(draft.decoders)
+        most, by_model = lengths.most.copy(), lengths.model
+        most[:steady] = self._growth.decodes_ahead(most[:steady], draft)
+        if steady and most[:steady].max() > 0:
+            columns = most[:steady], np.minimum(by_model[:steady], most[:steady])
+            draft.draft(self._decodes.let_draft(draft.decodes, *columns))
+        if not others:
+            return most
+        rows = steady + np.flatnonzero(most[steady:])
+        places = [others[row - steady] for row in rows.tolist()]
+        most[rows] = self._growth.ahead([draft.members[place] for place in places], most[rows].tolist(), draft)
+        for place, row in zip(places, rows.tolist(), strict=True):
+            draft.extend(place, int(most[row]), int(min(by_model[row], most[row])))
+        return most
 
 
 def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
@@ -221,9 +216,34 @@ def _may_draft(sequence: SequenceState, part: SequencePlan) -> bool:
     return decodes and not part.score_ids and sequence.request.speculate
 
 
-def _outcome(drafts: list[tuple[SequencePlan, SequenceOutput]]) -> Outcome:
-    columns = zip(*(_numbers(part, result) for part, result in drafts), strict=True)
-    return Outcome(*(np.array(column, np.int32) for column in columns))
+def _outcome(plan: BatchPlan, output: StepOutput) -> Outcome | None:
+    """What came of the step's drafts; None if there were none."""
+    columns = _steady_outcome(plan, output)
+    results = zip(plan.sequences, output.sequences, strict=True)
+    others = [_numbers(part, result) for part, result in results if part.drafts and result.error is None]
+    if others:
+        columns = np.concatenate([columns, np.array(others, np.int32).T], axis=1)
+    return Outcome(*columns) if columns.shape[1] else None
+
+
+def _steady_outcome(plan: BatchPlan, output: StepOutput) -> IntArray:
+    """[8, S]: an `Outcome` of the step's decodes."""
+    decodes, runs = plan.decodes, output.runs
+    if decodes.drafts is None or decodes.model_drafts is None:
+        return np.empty((8, 0), np.int32)
+    columns: IntArray = np.zeros((8, len(decodes)), np.int32)
+    columns[0], columns[1], columns[2] = decodes.slots, decodes.drafts, decodes.model_drafts
+    columns[6] = decodes.starts + 2
+    if runs is not None:
+        columns[3], columns[4], columns[5], columns[7] = (
+            runs.drafted,
+            runs.model_drafted,
+            runs.counts - 1,
+            runs.branched,
+        )
+        columns[6] += columns[5]
+    telling = (decodes.drafts > 0) & (output.decoded != NO_TOKEN)
+    return columns if telling.all() else columns[:, telling]
 
 
 def _numbers(part: SequencePlan, result: SequenceOutput) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from ..core.plan import CaughtUp, IntArray
-from ..core.speculation import DraftMethod
+from ..core.plan import IntArray
+from ..core.speculation import CaughtUp, DraftMethod
 from ..kernels.draft_chain_cpu import DrawRules
 from .history import TokenHistory
 

@@ -23,14 +23,19 @@ class TokenHistory:
         self.known[assignment.slot] = len(ids)
         self.namespaces[assignment.slot] = assignment.namespace
 
-    def append(self, slots: IntArray, tokens: IntArray) -> None:
-        """More tokens [S, n] for each of the distinct slots [S]."""
+    def append(self, slots: IntArray, tokens: IntArray, counts: IntArray | None = None) -> None:
+        """More tokens for each of the distinct slots [S]: of [S, n] the first `counts` [S], or all."""
         known, more = self.known[slots], tokens.shape[1]
-        if more == 1:  # step after step, while drafts pay
+        if more == 1 and counts is None:  # step after step, while drafts pay
             self.tokens[slots, known] = tokens[:, 0]
-        else:
+        elif (
+            counts is None or known.max() + more <= self.tokens.shape[1]
+        ):  # what is too much lies behind the known ones
             self.tokens[slots[:, None], known[:, None] + np.arange(more)] = tokens
-        self.known[slots] = known + more
+        else:
+            rows, columns = np.nonzero(np.arange(more) < counts[:, None])
+            self.tokens[slots[rows], known[rows] + columns] = tokens[rows, columns]
+        self.known[slots] = known + (more if counts is None else counts)
 
     def extend(self, slot: int, tokens: tuple[int, ...]) -> None:
         """More tokens for one slot, as many as it may have: what a grammar forces beyond its sequence ends before."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError
-from ..core.plan import CaughtUp, IntArray
-from ..core.speculation import MAX_DRAFT_TOKENS, DraftMethod
+from ..core.plan import IntArray
+from ..core.speculation import MAX_DRAFT_TOKENS, CaughtUp, DraftMethod
 from ..models.context import AttentionContext
 from ..models.loading import weight_bytes
 from ..models.placement import Placement

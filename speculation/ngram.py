@@ -65,14 +65,7 @@ class NgramDrafter:
 
     def propose(self, history: TokenHistory, slots: IntArray, most: IntArray, draw: Draw) -> Proposals:
         """See `Drafter`. A proposal is at most as long as the match it rests on."""
-        self._index.extend(history, slots)
-        tokens: IntArray = np.full((len(slots), int(most.max(initial=1))), NO_TOKEN, np.int32)
-        counts: IntArray = np.zeros(len(slots), np.int32)
-        for row, (slot, limit) in enumerate(zip(slots.tolist(), most.tolist(), strict=True)):
-            found = self._index.continuation(history, slot, limit)
-            tokens[row, : len(found)] = found
-            counts[row] = len(found)
-        return Proposals(tokens, counts)
+        return Proposals(*self._index.continuations(history, slots, most))
 
 
 class GramIndex:
@@ -81,7 +74,7 @@ class GramIndex:
     def __init__(
         self, num_slots: int, max_length: int, shortest: int = SHORTEST, library: CpuLibrary | None = None
     ) -> None:
-        """shortest: as in `NgramDrafter`; library: matches by it instead of by Python, which takes longer than a tiny
+        """shortest: as in `NgramDrafter`; library: works by it instead of by Python, which takes longer than a tiny
         model's layer."""
         assert shortest < _LONG
         self._library = library
@@ -108,6 +101,8 @@ class GramIndex:
             for slot in range(num_slots)
         ]
 
+        self._told_of: TokenHistory | None = None
+        """The history that the arguments are of."""
         self._args = GramsArgs(
             newest=self._newest.ctypes.data, older=self._older.ctypes.data, size=self._size.ctypes.data,
             slots=num_slots, length=max_length, buckets=_BUCKETS, shift=_SHIFT, candidates=_CANDIDATES, enough=_ENOUGH,
@@ -131,12 +126,35 @@ class GramIndex:
         if self._library is None:
             self.extend(history, slots)
             return np.minimum(self.matched(history, slots), MAX_DRAFT_TOKENS)
-        assert history.tokens.shape[1] == self._max_length
-        self._used[slots] = True
-        self._args.tokens, self._args.known = history.tokens.ctypes.data, history.known.ctypes.data
         slots, matched = np.ascontiguousarray(slots, np.int32), np.empty(len(slots), np.int32)
-        self._library.match_grams(self._args, slots.ctypes.data, len(slots), matched.ctypes.data)
+        self._library.match_grams(self._args_of(history, slots), slots.ctypes.data, len(slots), matched.ctypes.data)
         return matched
+
+    def continuations(self, history: TokenHistory, slots: IntArray, most: IntArray) -> tuple[IntArray, IntArray]:
+        """Take in what is new of the distinct slots [S]; then [S, k] `continuation` of each, padded with `NO_TOKEN`, of
+        up to `most` [S] tokens, k in all; and [S] how many these are."""
+        tokens: IntArray = np.full((len(slots), int(most.max(initial=1))), NO_TOKEN, np.int32)
+        counts: IntArray = np.zeros(len(slots), np.int32)
+        if self._library is not None:
+            slots, most = (np.ascontiguousarray(column, np.int32) for column in (slots, most))
+            arrays = slots.ctypes.data, most.ctypes.data, len(slots), tokens.ctypes.data, tokens.shape[1]
+            self._library.continue_grams(self._args_of(history, slots), *arrays, counts.ctypes.data)
+            return tokens, counts
+        self.extend(history, slots)
+        for row, (slot, limit) in enumerate(zip(slots.tolist(), most.tolist(), strict=True)):
+            found = self.continuation(history, slot, limit)
+            tokens[row, : len(found)] = found
+            counts[row] = len(found)
+        return tokens, counts
+
+    def _args_of(self, history: TokenHistory, slots: IntArray) -> GramsArgs:
+        """What the library is told of the tokens of slots that it looks at."""
+        self._used[slots] = True
+        if self._told_of is not history:
+            assert history.tokens.shape[1] == self._max_length
+            self._args.tokens, self._args.known = history.tokens.ctypes.data, history.known.ctypes.data
+            self._told_of = history
+        return self._args
 
     def extend(self, history: TokenHistory, slots: IntArray) -> None:
         """Take in what is new of the distinct slots [S]."""

@@ -118,10 +118,10 @@ class Simulation:
         live, now = self._live, self._clock.now
         rows = [live[request_id] for request_id in event.request_ids]
         self.result.itl.add(now - np.array([row.last for row in rows]))
-        for row in rows:
+        for row, run in zip(rows, event.runs(), strict=True):
             row.last = now
-            row.tokens += 1
-        self.result.tokens += len(rows)
+            row.tokens += len(run)
+        self.result.tokens += len(event.token_ids)
 
     def _finish(self, event: Finished) -> None:
         live = self._forget(event.request_id)

@@ -185,7 +185,8 @@ def _watch(loop: EngineLoop, run: Run) -> None:
 
     def watched(plan: BatchPlan, output: StepOutput) -> Any:
         before = scheduler._generation_tokens
-        accepted = sum(len(result.token_ids) for result in output.sequences) + len(output.decoded)
+        accepted = sum(len(result.token_ids) for result in output.sequences)
+        accepted += len(output.decoded) if output.runs is None else int(output.runs.counts.sum())
         events = commit(plan, output)
         run.cut_short += accepted > scheduler._generation_tokens - before
         return events

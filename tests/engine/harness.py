@@ -170,17 +170,20 @@ def in_columns(engine: Engine, known: bool) -> None:
     step = engine.step
 
     def convert(plan: BatchPlan) -> StepOutput:
-        if any(len(part.token_ids) > 1 or not part.sample for part in plan.sequences):
+        parts, states = plan.sequences, engine.sampler.table.states
+        asks_more = any(
+            len(part.token_ids) > 1 or not part.sample or part.slot not in states
+            or states[part.slot].params.logprobs is not None
+            for part in parts
+        )  # fmt: skip
+        if asks_more or not parts:
             return step(plan)
         columns = [
-            (part.slot, part.start, part.token_ids[0] if known or not part.start else NO_TOKEN)
-            for part in plan.sequences
+            (part.slot, part.start, part.token_ids[0] if known or not part.start else NO_TOKEN) for part in parts
         ]
-        decodes = Decodes(*np.array(columns, np.int32).T)
+        drafts = np.array([part.drafts for part in parts], np.int32)
+        decodes = Decodes(*np.array(columns, np.int32).T, *((drafts, drafts) if drafts.any() else ()))
         output = step(replace(plan, sequences=(), decodes=decodes))
-        told = tuple(
-            output.apart.get(row) or SequenceOutput.of(token) for row, token in enumerate(output.decoded.tolist())
-        )
-        return replace(output, sequences=told)
+        return replace(output, sequences=tuple(output.of_decode(row) for row in range(len(parts))))
 
     engine.step = convert  # type: ignore[method-assign]

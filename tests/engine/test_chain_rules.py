@@ -9,8 +9,8 @@ import torch
 from quire.core.ids import SlotId
 from quire.core.plan import SlotAssignment
 from quire.core.request import SamplingParams
+from quire.engine.proposal_draw import ProposalDraw
 from quire.engine.sampler import Sampler
-from quire.engine.speculation import ProposalDraw
 from quire.kernels.draft_chain_cpu import DrawRules
 from quire.models.runner import ModelRunner
 
@@ -57,21 +57,22 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.inference_mode()
 def test_one_call_draws_what_single_draws_do(runner: ModelRunner, batch: str) -> None:
-    asked = [4, 3, 9, 0, 1]
     together, apart = (make_draw(kind, BATCHES[batch]) for kind in (ProposalDraw, OneByOne))
     (tokens, state), (expected, wanted) = (run(runner, CPU, draw) for draw in (together, apart))
     assert torch.equal(tokens, expected)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(state[:2], wanted[:2], strict=True))
-    chains = np.ones(len(asked), np.bool_)
-    kept, kept_apart = together.distributions(asked, chains), apart.distributions(asked, chains)
+    chains = np.ones(SLOTS, np.bool_)
+    kept, kept_apart = together.drawn_from(chains), apart.drawn_from(chains)
     if kept is None or kept_apart is None:
         assert kept is kept_apart and batch in ("greedy", "seeded")
         return
     free = [member for member, params in enumerate(BATCHES[batch]) if params != GREEDY and "seed" not in params]
-    assert {name: len(rows) for name, rows in kept.places.items()} == {asked[i]: MOST[i] for i in free}
-    assert len(kept.scaled) == MOST[free].sum(), "no memory for what nobody looks at"
-    for name, rows in kept.places.items():
-        assert torch.equal(kept.scaled[rows], kept_apart.scaled[kept_apart.places[name]])
+    (places, scaled), (places_apart, scaled_apart) = kept, kept_apart
+    drawn = places >= 0
+    assert {row: int(count) for row, count in enumerate(drawn.sum(1)) if count} == {i: MOST[i] for i in free}
+    assert len(scaled) == MOST[free].sum(), "no memory for what nobody looks at"
+    assert np.array_equal(drawn, places_apart >= 0)
+    assert torch.equal(scaled[places[drawn]], scaled_apart[places_apart[drawn]])
 
 
 @torch.inference_mode()
@@ -80,6 +81,6 @@ def test_who_asks_for_more_than_cuts_is_drawn_one_by_one() -> None:
     for params in ({"frequency_penalty": 0.5}, {"logit_bias": {3: 1.0}}, {"min_tokens": 20}):
         draw = make_draw(ProposalDraw, [*FREE[:-1], params])
         assert draw.rules(np.arange(SLOTS, dtype=np.int32), active) is None
-        assert draw.distributions([*range(SLOTS)], np.ones(SLOTS, np.bool_)) is None
+        assert draw.drawn_from(np.ones(SLOTS, np.bool_)) is None
     draw = make_draw(ProposalDraw, [*FREE[:-1], {"min_tokens": 1}])
     assert draw.rules(np.arange(SLOTS, dtype=np.int32), active) is not None, "it has them already"

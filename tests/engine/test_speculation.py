@@ -14,7 +14,7 @@ from quire.core.request import SamplingParams
 from quire.engine import sizing
 
 from .fake_model import POISON, FakeRunner
-from .harness import Harness, Sequence, make_engine
+from .harness import Harness, Sequence, in_columns, make_engine
 from .scripted import SamplingDrafter, ScriptedDrafter
 from .test_sampler import MIXED
 from .test_step import PROMPT
@@ -112,7 +112,8 @@ def test_a_seed_gives_the_same_text_from_drawn_proposals_too(params: SamplingPar
         assert set(accepted) == {4} if drafter is itself else 0 < sum(accepted) < 4 * len(accepted)
 
 
-def test_a_mixed_batch_gives_what_each_sequence_gets_alone() -> None:
+@pytest.mark.parametrize("columns", [False, True])
+def test_a_mixed_batch_gives_what_each_sequence_gets_alone(columns: bool) -> None:
     """Some propose, some do not, prompts go on in chunks, all with their own parameters."""
     kinds = [params for params in MIXED if params.seed is None][:5]
     texts = []
@@ -128,6 +129,8 @@ def test_a_mixed_batch_gives_what_each_sequence_gets_alone() -> None:
         return [token if dice.random() < 0.7 else 1 for token in ahead[: dice.randrange(6)]]
 
     harness = Harness(make_engine(FakeRunner(), ScriptedDrafter(guess)), drop_windows=True)
+    if columns:
+        in_columns(harness.engine, known=True)
     sequences = [harness.add(slot, PROMPT[slot:], params, slot) for slot, params in enumerate(kinds)]
     while open_ := [sequence for sequence in sequences if len(sequence.output_ids) < TOKENS]:
         harness.drafts = dice.randrange(5)
@@ -158,12 +161,15 @@ def test_proposals_that_are_no_tokens_are_ignored() -> None:
         assert sequence.output_ids[:5] == plain(GREEDY).output_ids[:5]
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("windows", [(None, 6), (6, 6)])
-def test_a_proposal_without_finite_values_harms_nobody(windows: tuple[int | None, ...]) -> None:
+def test_a_proposal_without_finite_values_harms_nobody(windows: tuple[int | None, ...], columns: bool) -> None:
     harness = Harness(make_engine(FakeRunner(windows)))
     text = harness.generate(harness.add(0, PROMPT), TOKENS)
     poison = ScriptedDrafter(lambda slot, known: [text[len(known) - len(PROMPT)], POISON, 3] if slot == 0 else [4, 5])
     harness = Harness(make_engine(FakeRunner(windows), poison), drafts=3)
+    if columns:
+        in_columns(harness.engine, known=True)
     first, second = harness.add(0, PROMPT), harness.add(1, PROMPT)
     while len(first.output_ids) < TOKENS - 2:
         outputs = harness.step([(s, len(s.tokens) - s.computed) for s in (first, second)])

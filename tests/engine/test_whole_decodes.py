@@ -24,7 +24,7 @@ from quire.models.placement import Placement
 from quire.models.rope import RopeKind, RopeSettings, RotaryEmbedding
 
 from .harness import Harness, Sequence, in_columns
-from .scripted import ScriptedDrafter
+from .scripted import SamplingDrafter, ScriptedDrafter
 
 VOCAB, LENGTH = 48, 100
 CPU = torch.device("cpu")
@@ -143,10 +143,12 @@ def test_drafts_are_verified_on_what_the_call_gives(kinds: list[SamplingParams])
         right = text[index][start : start + len(known) % 4]
         return [*right, (right[-1] if right else 0) + 1] if len(known) % 3 else right
 
-    for whole in (True, False):
+    for whole, columns in ((True, False), (True, True), (False, True), (False, False)):
         engine = make_engine()
         sizes = counting(engine)
         engine._decode_step = engine._decode_step if whole else None
+        if columns:
+            in_columns(engine, known=True)
 
         engine.draft_with(ScriptedDrafter(guess), EngineConfig(model="random", draft="ngram", draft_tokens=4))
         harness = Harness(engine, drop_windows=True, drafts=4)
@@ -157,7 +159,60 @@ def test_drafts_are_verified_on_what_the_call_gives(kinds: list[SamplingParams])
         assert all(ids[:25] == s.output_ids[:25] for ids, s in zip(text, sequences, strict=True))
         assert {len(output.token_ids) for output in outputs} >= {1, 2, 3, 4} and (len(sizes) > 5) == whole
         told.append((engine.cache.kept.clone(), engine.cache.computed.copy(), [s.output_ids for s in sequences]))
-    assert torch.equal(told[0][0], told[1][0]) and np.array_equal(told[0][1], told[1][1]) and told[0][2] == told[1][2]
+    for kept, computed, ids in told[1:]:
+        assert torch.equal(kept, told[0][0]) and np.array_equal(computed, told[0][1]) and ids == told[0][2]
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_drawn_proposals_are_judged_by_the_call_as_elsewhere(bias: float) -> None:
+    """From the target's own distribution and from another, beside who is greedy and who has a seed."""
+    kinds = [*UNALTERED, SamplingParams(temperature=0.9, seed=5)]
+    told = []
+    for whole in (True, False):
+        engine = make_engine()
+        engine._decode_step = engine._decode_step if whole else None
+        in_columns(engine, known=True)
+        dice = torch.Generator().manual_seed(2)
+        scores = 4 * torch.randn(VOCAB, VOCAB, generator=dice)
+        drafter = SamplingDrafter(lambda known, scores=scores: bias * scores[known[-1]])  # type: ignore[misc]
+        engine.draft_with(drafter, EngineConfig(model="random", draft="ngram", draft_tokens=3))
+        harness = Harness(engine, drafts=3)
+        sequences = [harness.add(i, [7, 1, 4], params, i) for i, params in enumerate(kinds)]
+        harness.step([(sequence, 3) for sequence in sequences])
+        outputs = []
+        for _ in range(12):
+            outputs += harness.step([(sequence, 1) for sequence in sequences])
+        told.append(([s.output_ids for s in sequences], engine.cache.kept.clone(), engine.sampler.table.newest.clone()))
+        assert all(output.model_drafted == output.drafted == 3 for output in outputs)
+        assert {len(output.token_ids) for output in outputs} >= {1, 2}
+    assert told[0][0] == told[1][0] and all(torch.equal(*pair) for pair in zip(told[0][1:], told[1][1:], strict=True))
+
+
+def test_who_a_proposal_led_astray_is_computed_anew() -> None:
+    """One whose values are not finite: its sequence goes on as without, and the others of the call do."""
+    text = run(make_engine(), UNALTERED[:2], 20)[0]
+    poison = max({*range(8, VOCAB)} - {*text[0], *text[1]})
+
+    def guess(slot: int, known: list[int]) -> list[int]:
+        index = (4, 1).index(slot)
+        right = text[index][len(known) - 1 - index :][:1]
+        return [*right, poison, 3] if slot == 4 else [*right, 5]
+
+    engine = make_engine()
+    assert isinstance(engine._runner, NativeRunner)
+    engine._runner.decoder.embedding.data[poison] = float("nan")
+    sizes = counting(engine)
+    in_columns(engine, known=True)
+    engine.draft_with(ScriptedDrafter(guess), EngineConfig(model="random", draft="ngram", draft_tokens=3))
+    harness = Harness(engine, drop_windows=True, drafts=3)
+    sequences = [harness.add((4, 1)[i], [7, 1][: i + 1], params, i) for i, params in enumerate(UNALTERED[:2])]
+    harness.step([(sequence, sequence.seed + 1) for sequence in sequences])
+    for _ in range(6):
+        outputs = harness.step([(sequence, 1) for sequence in sequences])
+        assert [output.error for output in outputs] == [None, None] and outputs[0].drafted == 3
+    assert all(ids[: len(s.output_ids)] == s.output_ids for ids, s in zip(text, sequences, strict=True))
+    assert len(sequences[0].output_ids) < len(sequences[1].output_ids) and 1 in sizes
+    assert torch.isfinite(engine.cache.pool).all()
 
 
 class Letters:

@@ -9,7 +9,9 @@ lent as a fresh one, and a sequence may only begin with those that hold its own 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from quire.core.plan import (
     PageDuplicates,
     PageGrants,
     PruneOrder,
+    Runs,
     SequenceOutput,
     SequencePlan,
     SlotAssignment,
@@ -36,6 +39,23 @@ from .fake_text import next_token
 def parts(plan: BatchPlan) -> list[SequencePlan]:
     """All sequences of the batch, one by one: the steady decodes, then the others."""
     return list(plan.parts())
+
+
+def step_output(plan: BatchPlan, results: Sequence[SequenceOutput], **more: Any) -> StepOutput:
+    """The output of a step that gave its sequences these results: the steady decodes, then the others."""
+    steady, runs = results[: len(plan.decodes)], None
+    if plan.decodes.drafts is not None:
+        width = max(1, *(len(result.token_ids) for result in steady))
+        ids = [[*result.token_ids, *[NO_TOKEN] * (width - len(result.token_ids))] for result in steady]
+        numbers = [(len(r.token_ids), r.drafted, r.model_drafted, r.branched) for r in steady]
+        runs = Runs(np.array(ids, np.int32), *np.array(numbers, np.int32).T)
+    return StepOutput(
+        tuple(results[len(plan.decodes) :]),
+        decoded=np.array([(NO_TOKEN, *result.token_ids)[-1] for result in steady], np.int32),
+        recorded={row: result.recorded for row, result in enumerate(steady) if result.recorded},
+        runs=runs,
+        **more,
+    )
 
 
 class _Slot:
@@ -113,17 +133,14 @@ class FakeEngine:
         self._apply_page_changes(plan)
         self._check_owners(plan)
         results = [self._compute(part) for part in parts(plan)]
-        steady = results[: len(plan.decodes)]
-        assert not any(result.logprobs for result in steady), "a steady decode that wants more than a token"
-        decoded = np.array([(*result.token_ids, NO_TOKEN)[0] for result in steady], np.int32)
+        assert not any(result.logprobs for result in results[: len(plan.decodes)]), "a steady decode wants more"
         kept = tuple(self._choose(order) for order in plan.prunes)
         seconds = (0.5,) * len(kept)
-        return StepOutput(
-            tuple(results[len(plan.decodes) :]),
-            decoded=decoded,
+        return step_output(
+            plan,
+            results,
             kept=kept,
             prune_seconds=seconds,
-            recorded={row: result.recorded[0] for row, result in enumerate(steady) if result.recorded},
             foreseen=np.full(len(results), MAX_DRAFT_TOKENS, np.int32) if plan.foresee else None,
         )
 

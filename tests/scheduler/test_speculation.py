@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from quire.core.ids import RequestId
-from quire.core.messages import Failed, Finished, Tokens
-from quire.core.plan import BatchPlan, CaughtUp, SequenceOutput, StepOutput
+from quire.core.messages import Decoded, EngineStats, Failed, Finished, StepReport, Tokens, single_events
+from quire.core.plan import BatchPlan, SequenceOutput, StepOutput
 from quire.core.pruning import PolicyInfo, PruneParams
-from quire.core.speculation import DraftInfo
+from quire.core.speculation import CaughtUp, DraftInfo
 from quire.scheduler.scheduler import Scheduler
 
+from .fake_engine import step_output
 from .fake_text import expected_output
 from .world import World, make_config, make_request, step
 
@@ -28,7 +29,8 @@ def world_of(right: float = 1.0, looks_ahead: bool = False, **changes: Any) -> W
 
 
 def drafts(plan: BatchPlan) -> list[int]:
-    return [part.drafts for part in plan.sequences]
+    """Of the steady decodes, then of the others."""
+    return [part.drafts for part in plan.parts()]
 
 
 def decoding(**params: Any) -> tuple[Scheduler, BatchPlan]:
@@ -44,18 +46,20 @@ def decoding(**params: Any) -> tuple[Scheduler, BatchPlan]:
 
 
 def commit(scheduler: Scheduler, plan: BatchPlan, *results: SequenceOutput) -> list[Any]:
-    events = scheduler.commit(plan, StepOutput(results, draft_seconds=0.5, foreseen=ALL))
+    events = scheduler.commit(plan, step_output(plan, results, draft_seconds=0.5, foreseen=ALL))
     scheduler.check_integrity()
     return events
 
 
 def test_a_decode_drafts_and_gets_what_was_right_and_one_more():
     scheduler, plan = decoding()
-    assert drafts(plan) == [4] and not len(plan.decodes) and plan.sequences[0].token_ids == (9,)
+    assert drafts(plan) == [4] and not plan.sequences and plan.decodes.token_ids.tolist() == [9]
     (event,) = commit(scheduler, plan, SequenceOutput((5, 6, 7), drafted=4))
-    assert event == Tokens(RequestId("a"), 0, [5, 6, 7])
+    assert event == Decoded([RequestId("a")], [0], [5, 6, 7], [3])
+    assert [*single_events([event])] == [Tokens(RequestId("a"), 0, [5, 6, 7])]
     following = scheduler.plan()
-    assert following is not None and (following.sequences[0].start, following.sequences[0].token_ids) == (6, (7,))
+    assert following is not None and following.decodes.starts.tolist() == [6]
+    assert following.decodes.token_ids.tolist() == [7]
     counts = scheduler.stats().speculation
     assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (1, 4, 2)
     assert counts.accepted_per_position == [1, 1, 0, 0] and counts.lengths == [0, 0, 0, 0, 2]
@@ -70,10 +74,11 @@ def test_what_a_draft_model_took_from_its_cache_is_counted_and_kept_in_mind():
     scheduler.commit(plan, StepOutput((SequenceOutput((9,)),), recalled=(3,)))
     plan = scheduler.plan()
     assert plan is not None and scheduler.speculation is not None
-    scheduler.commit(plan, StepOutput((SequenceOutput((5,), drafted=4),), caught_up=CaughtUp(cached=3, computed=1)))
+    results = [SequenceOutput((5,), drafted=4)]
+    scheduler.commit(plan, step_output(plan, results, caught_up=CaughtUp(cached=3, computed=1)))
     counts = scheduler.stats().speculation
     assert (counts.cached_tokens, counts.computed_tokens) == (3, 1)
-    assert scheduler.speculation.lengths.sources._recalled[plan.sequences[0].slot] == 3
+    assert scheduler.speculation.lengths.sources._recalled[plan.decodes.slots[0]] == 3
 
 
 def test_a_tree_counts_its_nodes_as_drafted_and_its_depth_as_places():
@@ -101,6 +106,43 @@ def test_the_end_may_lie_inside_what_was_accepted():
     assert not scheduler.has_work and scheduler.stats().generation_tokens_total == 3
 
 
+def test_an_end_token_inside_counts_only_after_the_least_number_of_tokens():
+    for least, said in ((4, [5, 6, 7]), (3, [5, 6, 7, 6])):
+        scheduler, plan = decoding(stop_token_ids=(6,), min_tokens=least)
+        events = [*single_events(commit(scheduler, plan, SequenceOutput((5, 6, 7, *said[3:]), drafted=4)))]
+        assert isinstance(events[0], Tokens) and events[0].token_ids == said
+        assert len(events) == len(said) - 2, "the last one ends it"
+
+
+def test_of_a_batch_that_drafts_each_gets_its_own_and_who_ends_goes():
+    """One gets several tokens, one ends, one fails, one was aborted meanwhile; who goes on stays in the columns."""
+    scheduler = Scheduler(make_config(draft=FIXED))
+    for name in "abcd":
+        scheduler.add(make_request(name, max_tokens=12, stop_token_ids=(8,)))
+    first = scheduler.plan()
+    assert first is not None
+    scheduler.commit(first, step_output(first, [SequenceOutput((9,))] * 4, foreseen=np.full(4, 4, np.int32)))
+    plan = scheduler.plan()
+    assert plan is not None and drafts(plan) == [4] * 4
+    scheduler.abort(RequestId("d"))
+    results = [((5, 6, 7), 4, None), ((5, 8, 6), 2, None), ((), 4, "no"), ((5, 5), 1, None)]
+    outputs = [SequenceOutput(ids, drafted=drafted, error=error) for ids, drafted, error in results]
+    several, *rest = commit(scheduler, plan, *outputs)
+    assert several == Decoded([RequestId("a")], [0], [5, 6, 7], [3])
+    assert [type(event) for event in rest] == [Tokens, Finished, Failed] and rest[0].token_ids == [5, 8]
+    counts = scheduler.stats().speculation
+    assert (counts.drafts, counts.draft_tokens, counts.accepted_tokens) == (3, 7, 5), "who failed tells nothing"
+    plan = scheduler.plan()
+    assert plan is not None and plan.decodes.token_ids.tolist() == [7] and not plan.sequences
+
+
+def test_runs_cross_the_border_between_processes():
+    events = [Decoded([RequestId("a"), RequestId("b")], [1, 0], [5, 6, 7], [2, 1])]
+    copy = msgspec.msgpack.decode(msgspec.msgpack.encode(StepReport([*events], EngineStats())), type=StepReport)
+    assert copy.events == events
+    assert [*single_events(copy.events)] == [Tokens(RequestId("a"), 1, [5, 6]), Tokens(RequestId("b"), 0, [7])]
+
+
 def test_an_abort_or_a_failure_while_drafts_are_verified():
     scheduler, plan = decoding()
     scheduler.abort(RequestId("a"))
@@ -111,13 +153,14 @@ def test_an_abort_or_a_failure_while_drafts_are_verified():
     assert isinstance(failed, Failed) and scheduler.stats().pages_used == 0
 
 
-def test_who_does_not_want_drafts_stays_a_column_and_who_wants_log_probabilities_drafts():
+def test_who_does_not_want_drafts_stays_without_and_who_wants_log_probabilities_drafts():
     world = world_of()
     for request in (make_request("plain", speculate=False), make_request("scored", logprobs=0), make_request("usual")):
         world.scheduler.add(request)
     step(world)
     plan = step(world)
-    assert len(plan.decodes) == 1 and sorted(drafts(plan)) == [2, 2], "all but the last of the three that are left"
+    assert len(plan.decodes) == 2 and len(plan.sequences) == 1
+    assert drafts(plan) == [0, 2, 2], "all but the last of the three that are left"
     world.run()
     assert len(world.finished) == 3
 

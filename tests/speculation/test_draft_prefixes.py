@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quire.core.plan import CaughtUp
+from quire.core.speculation import CaughtUp
 from quire.speculation import draft_cache
 from quire.speculation import model as drafting
 from quire.speculation.hybrid import HybridDrafter

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quire.core.ids import SlotId
-from quire.core.plan import NO_TOKEN, CaughtUp, IntArray, SlotAssignment
+from quire.core.plan import NO_TOKEN, IntArray, SlotAssignment
 from quire.core.request import SamplingParams
+from quire.core.speculation import CaughtUp
 from quire.kernels.draft_chain_cpu import DrawRules
 from quire.speculation.drafter import Drafter, Proposals
 from quire.speculation.history import TokenHistory
