@@ -242,8 +242,7 @@ class Engine:
         """Wait for a step's tokens, score, choose what prunes keep. In the order of the launches."""
         plan, layout, logits = launched.plan, launched.layout, launched.logits
         decoded, apart = np.empty(0, np.int32), dict[int, SequenceOutput]()
-        outputs = tuple(SequenceOutput() for _ in plan.sequences)
-        recorded: dict[int, tuple[bytes, ...]] = {}
+        outputs, recorded = tuple(SequenceOutput() for _ in plan.sequences), dict[int, tuple[bytes, ...]]()
         if launched.drawn is not None:
             assert layout is not None and logits is not None
             decoded, outputs, recorded = self.sampler.outputs(plan, layout, logits, launched.drawn)
@@ -288,12 +287,7 @@ class Engine:
         return LaunchedStep(plan, layout, logits, drawn, moments, watchers[0], spent, expansion=expansion)
 
     def _decode_at_once(
-        self,
-        plan: BatchPlan,
-        compute: DecodeStepCPU,
-        rows: DecodeRows,
-        spent: Spent,
-        expansion: Expansion | None = None,
+        self, plan: BatchPlan, call: DecodeStepCPU, rows: DecodeRows, spent: Spent, expansion: Expansion | None = None
     ) -> LaunchedStep:
         """`_compute` of nothing but decodes by one call, but for the choice of tokens where somebody alters logits or
         drafts are verified.
@@ -304,14 +298,14 @@ class Engine:
         if grammars and not rows.proposals:
             masks = grammars.masks(grammars.bound(rows.slots), rows.starts + rows.counts)
         started = time.perf_counter()
-        step = compute(rows, masks)
+        step = call(rows, masks)
         computed = started + step.forward_seconds
         if step.tokens is not None:
             moments = started, computed, computed + step.sample_seconds
             return LaunchedStep(plan, moments=moments, spent=spent, decoded=step.tokens, expansion=expansion)
         distributions = None if expansion is None else expansion.distributions
         with torch.inference_mode():
-            layout, logits = logit_layout(plan), compute.logits(len(rows.slots) + rows.proposals)
+            layout, logits = logit_layout(plan), call.logits(len(rows.slots) + rows.proposals)
             drawn = self.sampler.draw(plan, layout, logits, distributions, masks)
         moments = started, computed, time.perf_counter()
         return LaunchedStep(plan, layout, logits, drawn, moments, spent=spent, expansion=expansion)

@@ -202,18 +202,25 @@ class DraftLengths:
             self._last_plain, since = self._steps, self._steps - self._last_draft
             if pure and (since == _AFTERMATH + 1 or (telling and since > _AFTERMATH)):
                 self.costs.learn_plain(rows, step_seconds, since <= _FRESH)
-            return
-        self._last_draft = self._steps
-        turns, drew = self.sources.turns(outcome), outcome.model_drafted > 0
-        decoding = rows - int(outcome.drafted.sum())
+        else:
+            self._last_draft = self._steps
+            self._learn_drafts(outcome, rows, step_seconds, draft_seconds, telling)
+
+    def _learn_drafts(
+        self, outcome: Outcome, rows: int, step_seconds: float, draft_seconds: float, telling: bool
+    ) -> None:
+        """What came of the drafts; telling: and what the step took, as `learn` has it."""
+        turns = self.sources.turns(outcome)
         if telling:
             # Without a pass, proposing is part of what such a step takes.
             self._unsettled = rows, step_seconds if turns.any() else step_seconds + draft_seconds
+            drew = outcome.model_drafted > 0
             depth = int(outcome.asked_model[drew].max(initial=1))
             self.costs.learn_passes(int(drew.sum()), depth, draft_seconds, self._behind)
         if self._probing:
-            gained = self.costs.plain.one(decoding) * (1 + outcome.accepted.sum() / self._looked_at)
-            self._pay(step_seconds + draft_seconds - float(gained) - self._estimate)
+            gained = self.costs.plain.one(rows - int(outcome.drafted.sum()))
+            gained *= 1 + float(outcome.accepted.sum()) / self._looked_at
+            self._pay(step_seconds + draft_seconds - gained - self._estimate)
             self._probed(outcome)
         elif self._trying and turns.any():
             self._tried_model(outcome)
@@ -222,7 +229,7 @@ class DraftLengths:
 
     def _settle(self, rows: int, plain_seconds: float) -> None:
         """Learn from the last step with drafts, now that the next one is known; plain_seconds: of one without, if that
-        is what it was. What such a one takes longer than others, drafting cost: sequences are put together anew."""
+        is what it was. What such a one takes longer than others, drafting cost: it may be put together anew."""
         if self._unsettled is not None:
             drafted, seconds = self._unsettled
             self._unsettled = None
@@ -244,7 +251,7 @@ class DraftLengths:
         """Whether to go on drafting, after a step."""
         if not self.on:
             self._save(seconds)
-        elif not self._info.fixed:
+        else:
             gain = (self._gain if drafted else 0.0) - thought / max(seconds, 1e-9)
             self._gains += _GAIN_RATE * (gain - self._gains)
             if self._gains < _LEAST_GAIN:
