@@ -250,7 +250,7 @@ class Engine:
         elif launched.decoded is not None:
             decoded, outputs, apart = self.sampler.told(plan, launched.decoded)
         runs, expansion, spent = launched.runs, launched.expansion, launched.spent
-        if self._speculation is not None and plan.num_tokens:
+        if self._speculation is not None and (decoded.size or outputs):
             self._speculation.note(plan, decoded, outputs, apart, runs)
             if runs is not None:
                 redo_rows(plan.decodes, decoded, runs, self.cache, self.step)

@@ -144,6 +144,8 @@ class Speculation:
 
     def report(self, plan: BatchPlan) -> Report:
         """Of a step that was noted."""
+        if not (plan.foresee or plan.assignments):
+            return NOTHING_TOLD
         foreseen, seconds = self._foresee(plan) if plan.foresee else (None, 0.0)
         return Report(foreseen, seconds, self._recall(plan.assignments) if plan.assignments else ())
 

@@ -47,10 +47,10 @@ class Speculation:
         self._some_foreseen = False
         self._pure = 0
         """Steps in a row that did nothing but generate."""
-        self._asked = np.zeros(1 + info.most, np.int64)
+        self._asked = [0] * (1 + info.most)
         """How often each length was planned."""
         self._places = np.arange(info.most)
-        self._accepted_per_position = np.zeros(info.most, np.int64)
+        self._accepted_per_position = [0] * info.most
         self._drafts = self._draft_tokens = 0
         self._draft_seconds = self._step_seconds = 0.0
         self._cached_tokens = self._computed_tokens = 0
@@ -74,9 +74,9 @@ class Speculation:
         return SpeculationCounts(
             drafts=self._drafts,
             draft_tokens=self._draft_tokens,
-            accepted_tokens=int(self._accepted_per_position.sum()),
-            accepted_per_position=self._accepted_per_position.tolist(),
-            lengths=self._asked.tolist(),
+            accepted_tokens=sum(self._accepted_per_position),
+            accepted_per_position=self._accepted_per_position.copy(),
+            lengths=self._asked.copy(),
             draft_seconds=self._draft_seconds,
             step_seconds=self._step_seconds,
             cached_tokens=self._cached_tokens,
@@ -117,8 +117,9 @@ class Speculation:
                 lengths = self.lengths.choose(batch)
                 if lengths.most.any():
                     chosen = self._let_draft(draft, others, lengths)
-        self._asked += np.bincount(chosen, minlength=1 + self._most)
         self._asked[0] += may_draft - len(chosen)
+        if len(chosen):
+            self._asked = (np.bincount(chosen, minlength=1 + self._most) + self._asked).tolist()
         self._thought += time.perf_counter() - started
         self._begin()
 
@@ -132,7 +133,7 @@ class Speculation:
         seconds = now - (now if self._since is None else self._since)
         self._since = now if goes_on else None
         self._step_seconds += seconds
-        if not (plan.asks_drafts or plan.sequences or plan.foresee) and self.lengths.rests(seconds):
+        if not (plan.sequences or plan.foresee or plan.asks_drafts) and self.lengths.rests(seconds):
             self._foreseen, self._some_foreseen, self._thought = None, False, 0.0
             return
         self._draft_seconds += output.draft_seconds + output.foresight_seconds
@@ -169,7 +170,8 @@ class Speculation:
     def _count(self, outcome: Outcome) -> None:
         self._drafts += int(np.count_nonzero(outcome.drafted))
         self._draft_tokens += int(outcome.drafted.sum())
-        self._accepted_per_position += (self._places < outcome.accepted[:, None]).sum(axis=0)
+        reached = (self._places < outcome.accepted[:, None]).sum(axis=0)
+        self._accepted_per_position = (reached + self._accepted_per_position).tolist()
 
     def _candidates(self, draft: BatchDraft, others: list[int]) -> Candidates:
         """The rows of the step's decode batch, then the `others` of its members."""
