@@ -1,6 +1,6 @@
 // N-grams of growing token sequences: those that came are indexed, and of the newest tokens it is told how many stood
-// together before, and what followed. Tables, hash and search are those of speculation/ngram.py, call by call: either may go on where the
-// other left off. A microsecond for a sequence, where Python's calls take a dozen.
+// together before, and what followed. Tables, hash and search are those of speculation/ngram.py, call by call: either
+// may go on where the other left off. A microsecond for a sequence, where Python's calls take a dozen.
 #include <algorithm>
 #include <cstdint>
 

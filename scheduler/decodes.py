@@ -206,7 +206,11 @@ class DecodeBatch:
         if not isinstance(places, slice):
             over |= places == self._nobody
         if self._stops.shape[1]:
-            over |= self._are_stopped(places, decodes, newest[:, None] if runs is None else runs.token_ids)
+            if runs is None:
+                is_stop = (self._stops[places] == newest[:, None]).any(axis=1)
+                over |= is_stop & (lengths > self._min_lengths[places])
+            else:
+                over |= self._are_stopped(places, decodes, runs.token_ids)
         return over.nonzero()[0]
 
     def _are_stopped(self, places: Rows | slice, decodes: Decodes, token_ids: IntArray) -> npt.NDArray[np.bool_]:
